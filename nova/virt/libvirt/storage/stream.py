@@ -1,0 +1,346 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""Copy a storage volume from one libvirt connection to another.
+
+A reader thread downloads (virStorageVolDownload) into a bounded queue, and
+the thread that called :func:`copy` uploads (virStorageVolUpload) from it.
+Both are native threads: a send() to a peer that stopped reading blocks its
+thread even on a stream made with VIR_STREAM_NONBLOCK, so none of this may run
+on the eventlet hub. In eventlet mode call :func:`copy` through
+``nova.utils.tpool_wrap``, once for a whole volume.
+
+Nothing here logs: oslo.log may not be used in a native thread under eventlet.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import threading
+import time
+import typing as ty
+
+from nova import utils
+
+try:
+    import libvirt
+except ImportError:
+    libvirt = None
+
+# The most bytes of data that one stream message of libvirt carries
+# (VIR_NET_MESSAGE_LEGACY_PAYLOAD_MAX less its header). recv() never returns
+# more, and a larger send() is only cut up again.
+MESSAGE_BYTES = 262120
+
+# With an event loop in the process, and nova-compute always runs one, libvirt
+# reads a download into a client side queue that has no bound. Downloading a
+# window at a time is what bounds it.
+WINDOW_BYTES = 32 * 1024 * 1024
+
+# What may wait between the reader and the writer.
+QUEUE_BYTES = 8 * 1024 * 1024
+
+# How often a thread that waits on the queue looks whether to give up, seconds.
+POLL_SECONDS = 0.2
+
+# What virStreamRecvFlags() returns in front of a hole.
+_AT_HOLE = -3
+
+
+class CopyError(Exception):
+    """One end of a copy failed.
+
+    :ivar end: 'source' or 'destination'
+    :ivar path: path of the volume at that end
+    :ivar done: bytes that this end had dealt with
+    """
+
+    def __init__(self, end: str, path: str, done: int, reason: ty.Any):
+        super().__init__(
+            f'{end} volume {path} failed after {done} bytes: {reason}')
+        self.end = end
+        self.path = path
+        self.done = done
+
+
+class Cancelled(Exception):
+    """The copy was told to stop."""
+
+
+class CancelEvent(ty.Protocol):
+    """What tells a copy to stop; a threading.Event of either mode will do."""
+
+    def is_set(self) -> bool: ...
+
+
+class Never:
+    """A CancelEvent that is never set."""
+
+    def is_set(self) -> bool:
+        return False
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a copy did.
+
+    :ivar length: bytes of the volume, holes included
+    :ivar wire: bytes of data that were sent, holes not included
+    :ivar seconds: from the first request to the destination's last answer
+    """
+    length: int
+    wire: int
+    seconds: float
+
+
+# Called from the copying thread with the bytes dealt with so far, holes
+# included, and the bytes sent. Must return soon, and must not log.
+Progress = ty.Callable[[int, int], None]
+
+
+def copy(
+    source: 'libvirt.virStorageVol',
+    destination: 'libvirt.virStorageVol',
+    length: int,
+    progress: Progress | None = None,
+    cancel: CancelEvent | None = None,
+) -> Result:
+    """Copy the first bytes of a volume into a fresh volume on another host.
+
+    Holes stay holes. When this returns, every byte was read and counted and
+    both streams were finished; the data need not be on stable storage yet.
+    Blocks the calling native thread for as long as the copy takes; what
+    bounds the wait for a peer that died is the keepalive of the connections.
+
+    :param source: volume to read
+    :param destination: volume to write, at least ``length`` bytes long, all
+        of it a hole, on a connection that nothing else uses
+    :param length: bytes to copy
+    :param progress: told how far the copy is
+    :param cancel: stops the copy when set
+    :raises: CopyError if either end fails; the first error is the one raised
+    :raises: Cancelled if ``cancel`` was set
+    """
+    started = time.monotonic()
+    queue = _Queue(QUEUE_BYTES, cancel or Never())
+    reader = native_threading().Thread(
+        target=_read, args=(source, length, queue), name='volume-download',
+        daemon=True)
+    reader.start()
+    try:
+        wire = _write(destination, length, queue, progress)
+    except BaseException as error:
+        # Of the two ends the first to fail says what went wrong.
+        raise queue.fail(error) from None
+    finally:
+        reader.join()
+    return Result(length, wire, time.monotonic() - started)
+
+
+def write(destination: 'libvirt.virStorageVol', data: bytes) -> None:
+    """Write a few bytes at the beginning of a volume.
+
+    :raises: CopyError if the destination fails
+    """
+    queue = _Queue(len(data) + 1, Never())
+    queue.put(data)
+    queue.close()
+    _write(destination, len(data), queue, None)
+
+
+def native_threading() -> ty.Any:
+    """The threading module whose threads and locks are the system's own."""
+    if utils.concurrency_mode_threading():
+        return threading
+    return utils.get_eventlet().patcher.original('threading')
+
+
+class _Queue:
+    """Chunks on their way from the reader to the writer.
+
+    A chunk is either bytes, or the length of a hole as an int. Holds at most
+    ``budget`` bytes of data and one chunk more.
+    """
+
+    def __init__(self, budget: int, cancel: CancelEvent):
+        self._changed = native_threading().Condition()
+        self._chunks: collections.deque[bytes | int] = collections.deque()
+        self._budget = budget
+        self._cancel = cancel
+        self._bytes = 0
+        self._closed = False
+        self._error: BaseException | None = None
+
+    def put(self, chunk: bytes | int) -> None:
+        """Append a chunk, waiting while the queue is full."""
+        with self._changed:
+            self._wait_while(lambda: self._bytes >= self._budget)
+            self._chunks.append(chunk)
+            self._bytes += self._cost(chunk)
+            self._changed.notify_all()
+
+    def __iter__(self) -> ty.Iterator[bytes | int]:
+        """Yield the chunks until the queue is closed and empty."""
+        while True:
+            with self._changed:
+                self._wait_while(
+                    lambda: not self._chunks and not self._closed)
+                if not self._chunks:
+                    return
+                chunk = self._chunks.popleft()
+                self._bytes -= self._cost(chunk)
+                self._changed.notify_all()
+            yield chunk
+
+    def close(self) -> None:
+        """Say that no chunk will follow."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def fail(self, error: BaseException) -> BaseException:
+        """Make both sides stop; return the error that came first."""
+        with self._changed:
+            if self._error is None:
+                self._error = error
+            self._changed.notify_all()
+            return self._error
+
+    def _wait_while(self, blocked: ty.Callable[[], bool]) -> None:
+        while True:
+            if self._error is not None:
+                raise self._error
+            if self._cancel.is_set():
+                raise Cancelled()
+            if not blocked():
+                return
+            self._changed.wait(POLL_SECONDS)
+
+    @staticmethod
+    def _cost(chunk: bytes | int) -> int:
+        # A hole costs no memory to speak of, but 20,000 of them in a row
+        # should still wait for the writer.
+        return 64 if isinstance(chunk, int) else len(chunk)
+
+
+def _read(
+    volume: 'libvirt.virStorageVol', length: int, queue: _Queue,
+) -> None:
+    done = 0
+    try:
+        while done < length:
+            size = min(WINDOW_BYTES, length - done)
+            for chunk in _download(volume, done, size):
+                queue.put(chunk)
+                done += chunk if isinstance(chunk, int) else len(chunk)
+        queue.close()
+    except libvirt.libvirtError as error:
+        queue.fail(CopyError('source', volume.path(), done, error))
+    except Exception as error:
+        queue.fail(error)
+
+
+def _download(
+    volume: 'libvirt.virStorageVol', offset: int, size: int,
+) -> ty.Iterator[bytes | int]:
+    """Yield the chunks of one window of a volume, ``size`` bytes in all."""
+    left = size
+    with _new_stream(volume) as stream:
+        volume.download(
+            stream, offset, size,
+            libvirt.VIR_STORAGE_VOL_DOWNLOAD_SPARSE_STREAM)
+        while chunk := _receive(stream):
+            left -= chunk if isinstance(chunk, int) else len(chunk)
+            if left < 0:
+                break
+            yield chunk
+        if left:
+            raise CopyError(
+                'source', volume.path(), offset + size - left,
+                f'the window of {size} bytes at {offset} came with '
+                f'{size - left} bytes; did the volume change its size?')
+
+
+def _receive(stream: 'libvirt.virStream') -> bytes | int:
+    """The next data, or length of a hole; nothing at the end."""
+    data = stream.recvFlags(
+        MESSAGE_BYTES, libvirt.VIR_STREAM_RECV_STOP_AT_HOLE)
+    return stream.recvHole() if data == _AT_HOLE else data
+
+
+def _write(
+    volume: 'libvirt.virStorageVol',
+    length: int,
+    queue: _Queue,
+    progress: Progress | None,
+) -> int:
+    """Upload the chunks of the queue; return the bytes of data sent."""
+    done = wire = hole = 0
+    if not length:
+        # An upload of length 0 would mean one without a limit.
+        return 0
+    try:
+        with _new_stream(volume) as stream:
+            volume.upload(
+                stream, 0, length,
+                libvirt.VIR_STORAGE_VOL_UPLOAD_SPARSE_STREAM)
+            for chunk in queue:
+                if isinstance(chunk, int):
+                    # Several holes in a row could hang a daemon older than
+                    # libvirt 10.1.0, and windows cut holes into pieces.
+                    hole += chunk
+                    continue
+                _send_hole(stream, hole)
+                _send(stream, chunk)
+                done += hole + len(chunk)
+                wire += len(chunk)
+                hole = 0
+                if progress:
+                    progress(done, wire)
+            _send_hole(stream, hole)
+            done += hole
+            if progress:
+                progress(done, wire)
+    except libvirt.libvirtError as error:
+        raise CopyError('destination', volume.path(), done, error) from error
+    return wire
+
+
+def _send_hole(stream: 'libvirt.virStream', length: int) -> None:
+    if length:
+        stream.sendHole(length)
+
+
+def _send(stream: 'libvirt.virStream', data: bytes) -> None:
+    """Send all of a chunk: virStreamSend() may take only a part of it."""
+    sent = stream.send(data)
+    while sent < len(data):
+        sent += stream.send(data[sent:])
+
+
+@contextlib.contextmanager
+def _new_stream(
+    volume: 'libvirt.virStorageVol',
+) -> ty.Iterator['libvirt.virStream']:
+    """A stream that is finished in the end, or aborted after an error."""
+    stream = volume.connect().newStream(0)
+    try:
+        yield stream
+        stream.finish()
+    except BaseException as error:
+        # Finishing may have failed, which ends the stream too: an abort that
+        # is refused is then the rule, and the first error is the one to tell.
+        try:
+            stream.abort()
+        except libvirt.libvirtError as abort_error:
+            error.add_note(f'Aborting the stream failed: {abort_error}')
+        raise
