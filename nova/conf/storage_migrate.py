@@ -1,0 +1,135 @@
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Options of disks in libvirt storage pools, and of moving them.
+
+Unlike its neighbours this module registers its options when it is imported:
+Nova's nova/conf/__init__.py does not know of it.
+"""
+
+from oslo_config import cfg
+
+from nova.conf import paths
+
+storage_pool_opts = [
+    cfg.BoolOpt(
+        'use_storage_pools',
+        default=False,
+        help="""
+Create the disks of new servers as volumes of a libvirt storage pool.
+
+The root, ephemeral and swap disks of a new server become volumes
+``{uuid}_{disk}`` of the pool named in ``disks_pool``, which nova-compute
+defines, builds and starts when it starts itself. As in the instance directory
+they are qcow2 overlays on the image cache with ``use_cow_images`` and raw
+otherwise. Config drive, console log and ``disk.info`` stay in the instance
+directory.
+
+Servers that were created before keep their disks where they are, and keep
+working. So do servers with disks in the pool after this option was switched
+off again.
+
+Related options:
+
+* ``images_type`` must be one of ``default``, ``raw``, ``flat`` and ``qcow2``.
+* ``vol_upload_migration``: without it, a server with disks in a pool can not
+  be cold migrated or resized.
+"""),
+    cfg.StrOpt(
+        'disks_pool',
+        default='nova-disks',
+        help="""
+Name of the libvirt storage pool that holds the disks of servers.
+
+The name must be the same on all compute hosts between which servers migrate.
+A pool that exists already under this name is used as it is; it must be of
+type ``dir``.
+
+Related options:
+
+* ``use_storage_pools``
+* ``disks_pool_path``
+"""),
+    cfg.StrOpt(
+        'disks_pool_path',
+        default=paths.state_path_def('disks'),
+        help="""
+Directory of the storage pool that holds the disks of servers.
+
+nova-compute creates the directory, through libvirt, with itself as the owner.
+The path may differ from one compute host to the other.
+
+Related options:
+
+* ``disks_pool``
+"""),
+]
+
+migration_opts = [
+    cfg.BoolOpt(
+        'vol_upload_migration',
+        default=False,
+        help="""
+Cold migrate and resize over libvirt instead of SSH.
+
+For a server with its disks in a storage pool, new volumes are created in the
+pool of the destination over a remote libvirt connection, and the data goes
+through libvirt's volume streams. Neither host needs an SSH daemon, key or
+login for it.
+
+Servers with disks in the instance directory are migrated over SSH whatever
+this option says.
+
+Related options:
+
+* ``use_storage_pools``
+* ``vol_upload_migration_uri``
+"""),
+    cfg.StrOpt(
+        'vol_upload_migration_uri',
+        help="""
+Libvirt URI of the destination of a cold migration or resize.
+
+Any ``%s`` is replaced with the address of the destination, which is its
+``migration_inbound_addr``. Where the connection is protected by TLS, the
+destination's certificate has to be valid for that address.
+
+If this option is not set, the URI is the one that live migration uses, from
+``live_migration_uri`` or ``live_migration_scheme``, and
+``qemu+tls://%s/system`` if neither of them is set.
+
+Related options:
+
+* ``migration_inbound_addr``
+* ``live_migration_uri``
+* ``live_migration_scheme``
+"""),
+]
+
+ALL_OPTS = storage_pool_opts + migration_opts
+
+
+def register_opts(conf):
+    conf.register_opts(ALL_OPTS, group='libvirt')
+
+
+def list_opts():
+    return {'libvirt': ALL_OPTS}
+
+
+def sample_opts():
+    """The options as oslo-config-generator wants them of an entry point."""
+    return list(list_opts().items())
+
+
+register_opts(cfg.CONF)

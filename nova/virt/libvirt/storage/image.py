@@ -1,0 +1,210 @@
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""The image backend of disks that are volumes of a libvirt storage pool.
+
+The pool is a directory that nova-compute owns, so that a new disk is made in
+it by Nova's own Flat and Qcow2 backends. libvirt takes notice of it when the
+pool is refreshed. Only three things differ from a disk in the instance
+directory: its path, where its format is recorded, and that its format is
+never found out by looking at what a guest may have written.
+"""
+
+import glob
+import os
+
+from oslo_serialization import jsonutils
+
+import nova.conf
+from nova.conf import storage_migrate  # noqa: F401 (registers the options)
+from nova import exception
+from nova.i18n import _
+from nova.virt.libvirt import imagebackend
+from nova.virt.libvirt import utils as libvirt_utils
+
+CONF = nova.conf.CONF
+
+# The image types whose disks can be volumes of a pool.
+IMAGE_TYPES = ('default', 'raw', 'flat', 'qcow2')
+
+# Nova makes these with its raw backend in the instance directory, whatever
+# the image type of the other disks.
+_NEVER_IN_POOL = ('disk.config', 'kernel', 'ramdisk')
+
+
+def volume_prefix(instance) -> str:
+    """What the names of all volumes of a server begin with."""
+    return f'{instance.uuid}_'
+
+
+def volume_name(instance, disk_name: str) -> str:
+    """The name of a server's disk in the pool: ``{uuid}_{disk_name}``."""
+    return volume_prefix(instance) + disk_name
+
+
+def disk_name(instance, name: str) -> str:
+    """The disk that a volume's name or path stands for."""
+    return os.path.basename(name).removeprefix(volume_prefix(instance))
+
+
+def volume_path(instance, disk_name: str) -> str:
+    """Where a server's disk is, or would be, on this host."""
+    return os.path.join(
+        CONF.libvirt.disks_pool_path, volume_name(instance, disk_name))
+
+
+def has_volumes(instance) -> bool:
+    """Whether a server has volumes in this host's pool."""
+    return bool(glob.glob(glob.escape(volume_path(instance, '')) + '*'))
+
+
+def has_files(instance) -> bool:
+    """Whether a server has disks in the instance directory."""
+    directory = libvirt_utils.get_instance_path(instance)
+    files = {os.path.basename(path)
+             for path in glob.glob(os.path.join(directory, 'disk*'))}
+    return bool(files - {'disk.config', 'disk.info'})
+
+
+def is_in_pool(path: str) -> bool:
+    """Whether a path is that of a volume in this host's pool."""
+    return os.path.dirname(path) == CONF.libvirt.disks_pool_path.rstrip('/')
+
+
+def disk_info_path(instance) -> str:
+    """The file in which Nova records the formats of a server's disks."""
+    return os.path.join(
+        libvirt_utils.get_instance_path(instance), 'disk.info')
+
+
+def recorded_format(instance, path: str) -> str | None:
+    """The format that Nova recorded for a disk when it made it.
+
+    :raises: InvalidDiskInfo if the record can not be read
+    """
+    try:
+        with open(disk_info_path(instance)) as record:
+            return jsonutils.load(record).get(path)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise exception.InvalidDiskInfo(reason=str(error))
+
+
+class _PoolVolume:
+    """What the two formats of disks in a pool have in common."""
+
+    def __init__(self, instance=None, disk_name=None, path=None,
+                 disk_info_mapping=None):
+        self._instance = instance
+        self._making = False
+        super().__init__(
+            instance=instance, disk_name=disk_name,
+            path=path or volume_path(instance, disk_name),
+            disk_info_mapping=disk_info_mapping)
+
+    @property
+    def disk_info_path(self):
+        # Nova's backends put the record beside the disk. The pool is shared
+        # by all servers, and the record has to go where the server goes.
+        return disk_info_path(self._instance)
+
+    @disk_info_path.setter
+    def disk_info_path(self, path):
+        pass
+
+    @staticmethod
+    def is_file_in_instance_path():
+        return False
+
+    def create_image(self, *args, **kwargs):
+        self._making = not self.exists()
+        try:
+            super().create_image(*args, **kwargs)
+        finally:
+            self._making = False
+
+    def cache(self, fetch_func, filename, size=None, *args, **kwargs):
+        super().cache(fetch_func, filename, size, *args, **kwargs)
+        # Nova compares the size with that of the base image, and so does not
+        # notice that an ephemeral disk with a base image of its own grew.
+        if size:
+            self.resize_image(size)
+
+
+class RawVolume(_PoolVolume, imagebackend.Flat):
+    """A disk in a pool without a backing file."""
+
+    def _get_driver_format(self):
+        # Only before a guest has seen it may the disk itself be asked.
+        return super()._get_driver_format() if self._making else 'raw'
+
+
+class Qcow2Volume(_PoolVolume, imagebackend.Qcow2):
+    """A disk in a pool that is an overlay on the image cache."""
+
+
+class Backend(imagebackend.Backend):
+    """Nova's choice of an image backend, and disks in a storage pool."""
+
+    def by_name(self, instance, name, image_type=None,
+                disk_info_mapping=None):
+        if not self._belongs_in_pool(instance, name):
+            return super().by_name(
+                instance, name, image_type, disk_info_mapping)
+        volume_class = self._volume_class(
+            instance, volume_path(instance, name), image_type)
+        return volume_class(
+            instance=instance, disk_name=name,
+            disk_info_mapping=disk_info_mapping)
+
+    def by_libvirt_path(self, instance, path, image_type=None):
+        if not is_in_pool(path):
+            return super().by_libvirt_path(instance, path, image_type)
+        volume_class = self._volume_class(instance, path, image_type)
+        return volume_class(
+            instance=instance, disk_name=disk_name(instance, path), path=path)
+
+    @staticmethod
+    def _belongs_in_pool(instance, name: str) -> bool:
+        """Whether a disk is a volume, or is to be made as one.
+
+        A disk stays where it is. A new one goes where the server's root disk
+        is, so that a server never has disks in both places.
+        """
+        if name in _NEVER_IN_POOL or name.endswith('.rescue'):
+            return False
+        if os.path.isfile(volume_path(instance, name)):
+            return True
+        if not CONF.libvirt.use_storage_pools:
+            return False
+        directory = libvirt_utils.get_instance_path(instance)
+        return not any(os.path.exists(os.path.join(directory, file))
+                       for file in (name, 'disk'))
+
+    def _volume_class(self, instance, path: str, image_type: str | None):
+        backend = self.backend(image_type)
+        if backend not in (imagebackend.Flat, imagebackend.Qcow2):
+            raise exception.InternalError(_(
+                'Disk %(path)s is a volume of storage pool %(pool)s, which '
+                'image type %(type)s can not use. Set [libvirt]images_type '
+                'to one of %(types)s.') % {
+                    'path': path, 'pool': CONF.libvirt.disks_pool,
+                    'type': image_type or CONF.libvirt.images_type,
+                    'types': ', '.join(IMAGE_TYPES)})
+        # A raw disk that came from a host without use_cow_images stays raw:
+        # Qcow2 would take whatever a guest wrote into it for a qcow2 header.
+        if (backend is imagebackend.Flat or
+                recorded_format(instance, path) == 'raw'):
+            return RawVolume
+        return Qcow2Volume

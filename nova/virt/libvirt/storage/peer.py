@@ -1,0 +1,345 @@
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""The other host of a cold migration, as seen over its libvirt daemon.
+
+Every call here may block on that daemon; the keepalive of the connection is
+what bounds the wait. In eventlet mode call it through
+``nova.utils.tpool_wrap``.
+"""
+
+import typing as ty
+
+from nova.virt.libvirt.storage import pool as storage_pool
+from nova.virt.libvirt.storage import stream
+
+try:
+    import libvirt
+except ImportError:
+    libvirt = None
+
+# Sparse streams through split daemons looped for ever before.
+MIN_LIBVIRT_VERSION = 8_000_000
+
+# How long a host may take to answer a connection attempt, in seconds. A
+# host that is down would otherwise cost what the kernel allows, minutes.
+CONNECT_TIMEOUT = 30
+
+# A peer that is gone is noticed after about interval * (count + 1) seconds. A
+# daemon that only pauses has to survive that: nothing else is lost if a copy
+# waits half a minute.
+KEEPALIVE_INTERVAL = 5
+KEEPALIVE_COUNT = 5
+
+# The mode that files and directories get which nova-compute makes itself.
+FILE_MODE = 0o644
+DIRECTORY_MODE = 0o755
+
+# This volume says that the server's other volumes on the destination are
+# those of a copy that is under way, or was when its source host died.
+CLAIM = 'incoming'
+
+
+class Unsuitable(Exception):
+    """The destination can not take the server.
+
+    :ivar host: address of the destination
+    :ivar uri: libvirt URI of the destination
+    """
+
+    def __init__(self, host: str, uri: str, reason: ty.Any, remedy: str):
+        super().__init__(f'host {host} ({uri}): {reason}. {remedy}')
+        self.host = host
+        self.uri = uri
+
+
+def open_connection(uri: str) -> 'libvirt.virConnect':
+    """Open a connection to a libvirt daemon, with a bound on every wait.
+
+    Credentials for SASL come from libvirt's auth.conf, or from the Kerberos
+    ticket; nobody is asked for any.
+
+    :raises: libvirtError if the daemon refuses
+    :raises: TimeoutError if it does not answer
+    """
+    credentials = [
+        libvirt.VIR_CRED_AUTHNAME, libvirt.VIR_CRED_ECHOPROMPT,
+        libvirt.VIR_CRED_REALM, libvirt.VIR_CRED_PASSPHRASE,
+        libvirt.VIR_CRED_NOECHOPROMPT, libvirt.VIR_CRED_EXTERNAL]
+    auth = [credentials, lambda creds, opaque: -1, None]
+    connection = _within(
+        CONNECT_TIMEOUT, lambda: libvirt.openAuth(uri, auth, 0))
+    connection.setKeepAlive(KEEPALIVE_INTERVAL, KEEPALIVE_COUNT)
+    return connection
+
+
+class Destination:
+    """What one migration has on the host that it goes to.
+
+    :ivar host: address of the host
+    :ivar uri: its libvirt URI
+    :ivar pool: its disks pool, once connected
+    """
+
+    def __init__(
+        self, host: str, uri: str, pool_name: str, uuid: str, directory: str,
+    ):
+        """Name the host, and the server that is to go there.
+
+        :param pool_name: name of the pool for the server's disks
+        :param uuid: of the server
+        :param directory: path of the server's instance directory there
+        """
+        self.host = host
+        self.uri = uri
+        self._pool_name = pool_name
+        self._uuid = uuid
+        self._prefix = f'{uuid}_'
+        self._directory_path = directory
+        self._connection: 'libvirt.virConnect | None' = None
+        self._directory: storage_pool.Pool | None = None
+        self.pool: storage_pool.Pool
+
+    def connect(self) -> None:
+        """Connect to the host and find its disks pool.
+
+        :raises: Unsuitable
+        """
+        self._connection = self._open()
+        version = self._connection.getLibVersion()
+        if version < MIN_LIBVIRT_VERSION:
+            raise self._unsuitable(
+                f'its libvirt is version {version}',
+                f'At least {MIN_LIBVIRT_VERSION} is needed.')
+        self.pool = self._find_pool()
+
+    def check(self, needed: int, source_pool: storage_pool.Pool) -> None:
+        """Check that the host can take the server; change nothing there.
+
+        :param needed: bytes that the server's disks take up
+        :param source_pool: the disks pool of this host
+        :raises: Unsuitable
+        """
+        if self._has_domain():
+            raise self._unsuitable(
+                f'a domain with uuid {self._uuid} is there already',
+                'Find out where it comes from, and undefine it if it is '
+                'not needed.')
+        self.pool.refresh()
+        volumes = self.pool.volumes(self._prefix)
+        if volumes and self._shares(source_pool):
+            raise self._unsuitable(
+                f'storage pool {self.pool.name} is on storage that both '
+                f'hosts share', 'Migrating with shared pools is not '
+                'supported. Give each host a pool of its own.')
+        if volumes and not self._is_claimed(volumes):
+            raise self._unsuitable(
+                f'volume {volumes[0].path} is in the way',
+                'Find out whose it is, and delete it if it is not needed.')
+        if self.pool.available < needed:
+            raise self._unsuitable(
+                f'storage pool {self.pool.name} has '
+                f'{self.pool.available} bytes available, and the disks of '
+                f'the server take up {needed}',
+                'Free some space, or choose another host.')
+
+    def claim(self) -> None:
+        """Take possession of the volume names and the instance directory.
+
+        Clears what an attempt left there whose source host died.
+
+        :raises: Unsuitable if there are files in the way
+        """
+        if self.pool.volumes(self._prefix):
+            self._clear()
+        claim = self.pool.create_volume(
+            self._prefix + CLAIM, 0, self._permissions(FILE_MODE))
+        try:
+            self._directory = self._claim_directory()
+        except Exception:
+            claim.delete()
+            raise
+
+    def create_disk(self, name: str, length: int) -> storage_pool.Volume:
+        """Create a volume in the disks pool.
+
+        :param name: of the volume
+        :param length: bytes that will be written to it
+        """
+        return self.pool.create_volume(
+            name, length, self._permissions(FILE_MODE))
+
+    def create_file(self, name: str, length: int) -> storage_pool.Volume:
+        """Create a file in the instance directory.
+
+        :param name: of the file
+        :param length: bytes that will be written to it
+        """
+        assert self._directory is not None
+        return self._directory.create_volume(
+            name, length, self._permissions(FILE_MODE))
+
+    def verify_disk(self, name: str, length: int) -> None:
+        """Check that a volume is there and of the right size.
+
+        libvirt lets a volume be deleted while it is being written, and
+        reports success in the end.
+
+        :raises: Unsuitable
+        """
+        self.pool.refresh()
+        actual = self.pool.volume(name).length
+        if actual != length:
+            raise self._unsuitable(
+                f'volume {name} in storage pool {self.pool.name} has '
+                f'{actual} bytes after {length} were written',
+                'Find out what else writes there, and try again.')
+
+    def settle(self) -> None:
+        """Let go of the instance directory; all files have arrived.
+
+        The claim stays until the destination has taken the server over.
+        """
+        assert self._directory is not None
+        self._directory.detach()
+
+    def discard(self) -> None:
+        """Delete all that the migration made on the host.
+
+        Over a connection of its own: the other one may be why it is needed.
+        """
+        self.close()
+        self._connection = self._open()
+        self.pool = self._find_pool()
+        self._clear()
+
+    def close(self) -> None:
+        """Close the connection to the host."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _open(self) -> 'libvirt.virConnect':
+        try:
+            return open_connection(self.uri)
+        except (libvirt.libvirtError, TimeoutError) as error:
+            raise self._unsuitable(
+                f'can not connect: {error}',
+                'Check that libvirt listens there, and the certificates or '
+                'credentials on both hosts.')
+
+    def _find_pool(self) -> storage_pool.Pool:
+        try:
+            return storage_pool.Pool.lookup(self._connection, self._pool_name)
+        except storage_pool.PoolNotFound:
+            raise self._unsuitable(
+                f'there is no storage pool {self._pool_name}',
+                'Set [libvirt]use_storage_pools in nova.conf there and '
+                'restart nova-compute.')
+        except storage_pool.PoolInactive:
+            raise self._unsuitable(
+                f'storage pool {self._pool_name} is not active',
+                f'Start it there: virsh pool-start {self._pool_name}')
+
+    def _has_domain(self) -> bool:
+        assert self._connection is not None
+        try:
+            self._connection.lookupByUUIDString(self._uuid)
+        except libvirt.libvirtError as error:
+            if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+                raise
+            return False
+        return True
+
+    def _is_claimed(self, volumes: list[storage_pool.Volume]) -> bool:
+        return any(volume.name == self._prefix + CLAIM for volume in volumes)
+
+    def _shares(self, source_pool: storage_pool.Pool) -> bool:
+        """Whether a new volume in this host's pool shows up in the other's.
+
+        Only asked when the other has volumes of the server, without which
+        the two can not be the same.
+        """
+        name = f'{self._prefix}shared'
+        marker = source_pool.create_volume(
+            name, 0, source_pool.permissions)
+        try:
+            self.pool.refresh()
+            return any(volume.name == name
+                       for volume in self.pool.volumes(self._prefix))
+        finally:
+            marker.delete()
+
+    def _claim_directory(self) -> storage_pool.Pool:
+        directory = self._attach_directory()
+        directory.refresh()
+        if directory.volumes():
+            directory.detach()
+            raise self._unsuitable(
+                f'instance directory {self._directory_path} is not empty',
+                'If both hosts share it, give each a directory of its own. '
+                'If not, find out whose files these are, and delete them if '
+                'they are not needed.')
+        return directory
+
+    def _clear(self) -> None:
+        """Delete all that was made under a claim, the claim itself last.
+
+        The next attempt then goes on with what this one may have to leave.
+        """
+        directory = self._attach_directory()
+        directory.refresh()
+        for file in directory.volumes():
+            file.delete()
+        directory.remove()
+        self.pool.refresh()
+        for volume in sorted(self.pool.volumes(self._prefix),
+                             key=lambda volume: volume.name.endswith(CLAIM)):
+            volume.delete()
+
+    def _attach_directory(self) -> storage_pool.Pool:
+        return storage_pool.Pool.attach(
+            self._connection, f'nova-{self._uuid}', self._directory_path,
+            self._permissions(DIRECTORY_MODE))
+
+    def _permissions(self, mode: int) -> storage_pool.Permissions:
+        """For files of the host's nova-compute, which owns the pool there."""
+        owner = self.pool.permissions
+        return storage_pool.Permissions(owner.owner, owner.group, mode)
+
+    def _unsuitable(self, reason: str, remedy: str) -> Unsuitable:
+        return Unsuitable(self.host, self.uri, reason, remedy)
+
+
+def _within(seconds: float, function: ty.Callable[[], ty.Any]) -> ty.Any:
+    """Call a function in a thread of its own, and wait for it so long.
+
+    :raises: TimeoutError; the thread then ends when the function does
+    """
+    outcome: dict[str, ty.Any] = {}
+
+    def call() -> None:
+        try:
+            outcome['result'] = function()
+        except Exception as error:
+            outcome['error'] = error
+
+    thread = stream.native_threading().Thread(
+        target=call, name='libvirt-open', daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f'no answer within {seconds} seconds')
+    if 'error' in outcome:
+        raise outcome['error']
+    return outcome['result']

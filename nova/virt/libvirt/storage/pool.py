@@ -1,0 +1,275 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+
+"""Storage pools and their volumes: thin wrappers on libvirt's objects.
+
+Every call here may block on a libvirt daemon, possibly on another host's. In
+eventlet mode call it through ``nova.utils.tpool_wrap``, or with objects of a
+connection that is wrapped so already, as that of nova.virt.libvirt.host is.
+"""
+
+import dataclasses
+import typing as ty
+
+from lxml import builder
+from lxml import etree
+import tenacity
+
+from nova.virt.libvirt.storage import stream
+
+try:
+    import libvirt
+except ImportError:
+    libvirt = None
+
+E = builder.ElementMaker()
+
+# The end of an upload makes libvirt refresh the pool in the background, and
+# other calls on the pool can be refused while that starts. Seconds.
+BUSY_WAIT = 0.1
+BUSY_TIMEOUT = 10
+
+
+class PoolNotFound(Exception):
+    """The host has no storage pool of that name."""
+
+
+class PoolInactive(Exception):
+    """The storage pool is defined on the host but not started."""
+
+
+def _is_busy(error: BaseException) -> bool:
+    return (isinstance(error, libvirt.libvirtError) and
+            'asynchronous jobs running' in str(error))
+
+
+def _sleep(seconds: float) -> None:
+    # Not time.sleep(): under eventlet that is the hub's, and this is a
+    # native thread, which would get a hub of its own.
+    stream.native_threading().Event().wait(seconds)
+
+
+_retry_busy = tenacity.retry(
+    retry=tenacity.retry_if_exception(_is_busy),
+    wait=tenacity.wait_fixed(BUSY_WAIT),
+    stop=tenacity.stop_after_delay(BUSY_TIMEOUT),
+    sleep=_sleep, reraise=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Permissions:
+    """Who owns the files of a volume or pool, and their mode.
+
+    :ivar owner: numeric user id on the volume's host
+    :ivar group: numeric group id on the volume's host
+    :ivar mode: permission bits
+    """
+    owner: int
+    group: int
+    mode: int
+
+    def xml(self) -> etree._Element:
+        """The <permissions> element of a <target>."""
+        return E.permissions(
+            E.owner(str(self.owner)), E.group(str(self.group)),
+            E.mode(f'{self.mode:04o}'))
+
+
+class Volume:
+    """A volume of a storage pool (virStorageVol)."""
+
+    def __init__(self, volume: 'libvirt.virStorageVol'):
+        self.libvirt_volume = volume
+        self.name: str = volume.name()
+        self.path: str = volume.path()
+
+    @property
+    def length(self) -> int:
+        """Bytes of the volume's file, which a stream would carry.
+
+        That is the capacity of a raw disk, and the size of the file, not of
+        the disk inside, of a qcow2 one.
+        """
+        return self.libvirt_volume.infoFlags(
+            libvirt.VIR_STORAGE_VOL_GET_PHYSICAL)[2]
+
+    @property
+    def allocation(self) -> int:
+        """Bytes that the volume takes up in its pool."""
+        return self.libvirt_volume.info()[2]
+
+    def delete(self) -> None:
+        """Delete the volume; no error if it is gone already."""
+        try:
+            _retry_busy(self.libvirt_volume.delete)(0)
+        except libvirt.libvirtError as error:
+            if error.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_VOL:
+                raise
+
+
+class Pool:
+    """A directory storage pool (virStoragePool) that is active."""
+
+    def __init__(self, pool: 'libvirt.virStoragePool'):
+        self.libvirt_pool = pool
+        self.name: str = pool.name()
+        target = etree.fromstring(pool.XMLDesc(0)).find('target')
+        self.path: str = target.findtext('path')
+        self.permissions = Permissions(
+            owner=int(target.findtext('permissions/owner')),
+            group=int(target.findtext('permissions/group')),
+            mode=int(target.findtext('permissions/mode'), 8))
+
+    @classmethod
+    def lookup(cls, connection: 'libvirt.virConnect', name: str) -> 'Pool':
+        """Find an active pool by its name.
+
+        :raises: PoolNotFound, PoolInactive
+        """
+        pool = _lookup(connection, name)
+        if pool is None:
+            raise PoolNotFound(name)
+        if not pool.isActive():
+            raise PoolInactive(name)
+        return cls(pool)
+
+    @classmethod
+    def ensure(
+        cls,
+        connection: 'libvirt.virConnect',
+        name: str,
+        path: str,
+        permissions: Permissions,
+    ) -> 'Pool':
+        """Find a pool; define, build and start it as far as that is needed.
+
+        It will start with the host's libvirt daemon. What an operator made
+        under this name is used as it is.
+
+        :param path: target directory of a pool that has to be defined
+        :param permissions: of that directory
+        """
+        pool = _lookup(connection, name)
+        if pool is None:
+            pool = connection.storagePoolDefineXML(
+                _pool_xml(name, path, permissions), 0)
+            pool.build(0)
+            pool.setAutostart(1)
+        if not pool.isActive():
+            pool.create(0)
+        return cls(pool)
+
+    @classmethod
+    def attach(
+        cls,
+        connection: 'libvirt.virConnect',
+        name: str,
+        path: str,
+        permissions: Permissions | None = None,
+    ) -> 'Pool':
+        """Make a transient pool of a directory, or find it made already.
+
+        :param path: the directory
+        :param permissions: of the directory, which is then made where it
+            does not exist; without them it has to exist
+        """
+        pool = _lookup(connection, name)
+        if pool is None:
+            flags = 0
+            if permissions:
+                flags = libvirt.VIR_STORAGE_POOL_CREATE_WITH_BUILD
+            pool = connection.storagePoolCreateXML(
+                _pool_xml(name, path, permissions), flags)
+        return cls(pool)
+
+    @property
+    def available(self) -> int:
+        """Bytes that are free in the pool's file system."""
+        return self.libvirt_pool.info()[3]
+
+    @_retry_busy
+    def refresh(self) -> None:
+        """Make libvirt look again which volumes there are."""
+        self.libvirt_pool.refresh(0)
+
+    @_retry_busy
+    def volumes(self, prefix: str = '') -> list[Volume]:
+        """The volumes whose names begin with ``prefix``."""
+        return [Volume(volume)
+                for volume in self.libvirt_pool.listAllVolumes(0)
+                if volume.name().startswith(prefix)]
+
+    @_retry_busy
+    def volume(self, name: str) -> Volume:
+        """Look a volume up by its name.
+
+        :raises: libvirtError, VIR_ERR_NO_STORAGE_VOL
+        """
+        return Volume(self.libvirt_pool.storageVolLookupByName(name))
+
+    @_retry_busy
+    def create_volume(
+        self, name: str, length: int, permissions: Permissions,
+    ) -> Volume:
+        """Create a volume that is all a hole.
+
+        It is made as raw even if a qcow2 image will be written into it:
+        libvirt then does not look for the image's backing file.
+
+        :param length: bytes that a stream will carry
+        """
+        xml = E.volume(
+            E.name(name),
+            E.capacity(str(length), unit='bytes'),
+            E.allocation('0', unit='bytes'),
+            E.target(E.format(type='raw'), permissions.xml()))
+        return Volume(self.libvirt_pool.createXML(_text(xml), 0))
+
+    @_retry_busy
+    def detach(self) -> None:
+        """End a transient pool; its directory stays."""
+        self.libvirt_pool.destroy()
+
+    def remove(self) -> None:
+        """End a transient pool and remove its directory, which is empty."""
+        connection = self.libvirt_pool.connect()
+        self.detach()
+        # Only a pool that is defined and not active can be deleted.
+        pool = connection.storagePoolDefineXML(
+            _pool_xml(self.name, self.path, None), 0)
+        try:
+            pool.delete(0)
+        finally:
+            pool.undefine()
+
+
+def _lookup(
+    connection: 'libvirt.virConnect', name: str,
+) -> 'libvirt.virStoragePool | None':
+    try:
+        return connection.storagePoolLookupByName(name)
+    except libvirt.libvirtError as error:
+        if error.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_POOL:
+            raise
+        return None
+
+
+def _pool_xml(name: str, path: str, permissions: Permissions | None) -> str:
+    target = E.target(E.path(path))
+    if permissions:
+        target.append(permissions.xml())
+    return _text(E.pool(E.name(name), target, type='dir'))
+
+
+def _text(xml: etree._Element) -> str:
+    return etree.tostring(xml, encoding='unicode')

@@ -1,0 +1,252 @@
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Take a server's disks from this host's storage pool to another host's.
+
+Every call here blocks. In eventlet mode call it through
+``nova.utils.tpool_wrap``; nothing here logs, for the same reason as in
+``stream``.
+"""
+
+import dataclasses
+import os
+import typing as ty
+
+from oslo_serialization import jsonutils
+
+from nova.virt.libvirt.storage import peer
+from nova.virt.libvirt.storage import pool as storage_pool
+from nova.virt.libvirt.storage import stream
+
+
+@dataclasses.dataclass(frozen=True)
+class Disk:
+    """A disk of a server that is a volume of the disks pool.
+
+    :ivar volume: name of the volume, the same on both hosts
+    :ivar format: what Nova recorded when it made the disk
+    """
+    volume: str
+    format: str
+
+
+class TransferError(Exception):
+    """A volume did not arrive.
+
+    :ivar volume: its name
+    :ivar host: address of the destination
+    :ivar uri: libvirt URI of the destination
+    """
+
+    def __init__(self, volume: str, host: str, uri: str, error: Exception):
+        super().__init__(
+            f'copying {volume} to host {host} ({uri}) failed: {error}')
+        self.volume = volume
+        self.host = host
+        self.uri = uri
+
+
+class Transfer:
+    """The disks and the instance directory of one server, on their way."""
+
+    def __init__(
+        self,
+        source_uri: str,
+        destination: peer.Destination,
+        pool_name: str,
+        directory: str,
+    ):
+        """Say what is to go where; nothing happens yet.
+
+        :param source_uri: libvirt URI of this host
+        :param pool_name: name of the disks pool
+        :param directory: path of the server's instance directory
+        """
+        self.destination = destination
+        self._source_uri = source_uri
+        self._pool_name = pool_name
+        self._directory = directory
+        self._connection: ty.Any = None
+        self._source_pool: storage_pool.Pool
+
+    def check(self, disks: list[Disk]) -> None:
+        """Connect to both hosts, and check that the other takes the disks.
+
+        Changes nothing on either.
+
+        :raises: peer.Unsuitable
+        """
+        # Not Nova's own connection: the copy would hold up what else Nova
+        # has to ask libvirt.
+        self._connection = peer.open_connection(self._source_uri)
+        self._source_pool = storage_pool.Pool.lookup(
+            self._connection, self._pool_name)
+        self._source_pool.refresh()
+        needed = sum(self._source_pool.volume(disk.volume).allocation
+                     for disk in disks)
+        self.destination.connect()
+        self.destination.check(needed, self._source_pool)
+
+    def copy_disk(
+        self, disk: Disk, cancel: stream.CancelEvent,
+    ) -> stream.Result:
+        """Copy a disk, and look whether it arrived.
+
+        :raises: TransferError, stream.Cancelled
+        """
+        try:
+            source = self._source_pool.volume(disk.volume)
+            length = source.length
+            volume = self.destination.create_disk(disk.volume, length)
+            result = stream.copy(
+                source.libvirt_volume, volume.libvirt_volume, length,
+                cancel=cancel)
+            self.destination.verify_disk(disk.volume, length)
+            return result
+        except stream.Cancelled:
+            raise
+        except Exception as error:
+            raise self._error(disk.volume, error) from error
+
+    def copy_instance_dir(
+        self, disks: list[Disk], cancel: stream.CancelEvent,
+    ) -> None:
+        """Copy what belongs to the disks from the instance directory.
+
+        That is the config drive, and the record of the disks' formats with
+        the paths that they have over there.
+
+        :raises: TransferError, stream.Cancelled
+        """
+        name = 'disk.info'
+        try:
+            self._write_disk_info(disks)
+            name = 'disk.config'
+            if os.path.exists(os.path.join(self._directory, name)):
+                self._copy_file(name, cancel)
+            self.destination.settle()
+        except stream.Cancelled:
+            raise
+        except Exception as error:
+            raise self._error(name, error) from error
+
+    def destination_path(self, disk: Disk) -> str:
+        """Path of a disk on the destination."""
+        return os.path.join(self.destination.pool.path, disk.volume)
+
+    def close(self) -> None:
+        """Close the connections to both hosts."""
+        self.destination.close()
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _write_disk_info(self, disks: list[Disk]) -> None:
+        formats = {path: format for path, format in self._disk_info().items()
+                   if os.path.dirname(path) == self._directory}
+        for disk in disks:
+            formats[self.destination_path(disk)] = disk.format
+        data = (jsonutils.dumps(formats) + '\n').encode()
+        file = self.destination.create_file('disk.info', len(data))
+        stream.write(file.libvirt_volume, data)
+
+    def _disk_info(self) -> dict[str, str]:
+        try:
+            with open(os.path.join(self._directory, 'disk.info')) as record:
+                return jsonutils.load(record)
+        except FileNotFoundError:
+            return {}
+
+    def _copy_file(self, name: str, cancel: stream.CancelEvent) -> None:
+        # Through a pool here too: libvirt may have given the file to QEMU.
+        directory = storage_pool.Pool.attach(
+            self._connection,
+            f'nova-{os.path.basename(self._directory)}', self._directory)
+        try:
+            directory.refresh()
+            source = directory.volume(name)
+            length = source.length
+            file = self.destination.create_file(name, length)
+            stream.copy(source.libvirt_volume, file.libvirt_volume, length,
+                        cancel=cancel)
+        finally:
+            directory.detach()
+
+    def _error(self, volume: str, error: Exception) -> TransferError:
+        return TransferError(
+            volume, self.destination.host, self.destination.uri, error)
+
+
+def ensure_pool(uri: str, name: str, path: str) -> str:
+    """See to it that this host has an active disks pool.
+
+    :param uri: libvirt URI of this host
+    :param path: directory of the pool, if it has to be made; this process's
+        user will own it
+    :returns: path of its directory
+    """
+    connection = peer.open_connection(uri)
+    try:
+        return storage_pool.Pool.ensure(
+            connection, name, path, storage_pool.Permissions(
+                os.getuid(), os.getgid(), peer.DIRECTORY_MODE)).path
+    finally:
+        connection.close()
+
+
+def delete_volumes(uri: str, pool_name: str, prefix: str) -> None:
+    """Delete the volumes whose names begin with ``prefix``.
+
+    :param uri: libvirt URI of this host
+    """
+    connection = peer.open_connection(uri)
+    try:
+        pool = storage_pool.Pool.lookup(connection, pool_name)
+        pool.refresh()
+        for volume in pool.volumes(prefix):
+            volume.delete()
+    finally:
+        connection.close()
+
+
+def adopt_volumes(
+    uri: str, pool_name: str, prefix: str, names: list[str],
+) -> None:
+    """Take over volumes that another host wrote into this host's pool.
+
+    They have to be there, and are on stable storage afterwards: the end of
+    an upload leaves them in the page cache.
+
+    :param uri: libvirt URI of this host
+    :param names: of the volumes, each of which begins with ``prefix``
+    :raises: libvirtError, OSError
+    """
+    connection = peer.open_connection(uri)
+    try:
+        pool = storage_pool.Pool.lookup(connection, pool_name)
+        pool.refresh()
+        for name in names:
+            _flush(pool.volume(name).path)
+        _flush(pool.path)
+        for volume in pool.volumes(prefix + peer.CLAIM):
+            volume.delete()
+    finally:
+        connection.close()
+
+
+def _flush(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,410 @@
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""A libvirt driver that cold migrates over libvirt instead of SSH.
+
+Enable it on each compute host, in nova.conf::
+
+    [DEFAULT]
+    compute_driver = libvirt.storage_migrate.LibvirtDriver
+    [libvirt]
+    use_storage_pools = True
+    vol_upload_migration = True
+
+See the blueprints "Use libvirt Storage Pools" and "Use Libvirt Storage Pool
+Methods to Migrate Libvirt Volumes".
+"""
+
+import contextlib
+import inspect
+import os
+import threading
+import typing as ty
+
+from oslo_log import log as logging
+from oslo_serialization import jsonutils
+from oslo_utils import netutils
+
+from nova import block_device
+from nova.compute import power_state
+import nova.conf
+from nova import exception
+from nova.i18n import _
+from nova import utils
+from nova import version
+from nova.virt import driver as virt_driver
+from nova.virt import hardware
+from nova.virt.libvirt import driver
+from nova.virt.libvirt.storage import image
+from nova.virt.libvirt.storage import peer
+from nova.virt.libvirt.storage import transfer
+from nova.virt.libvirt import utils as libvirt_utils
+
+CONF = nova.conf.CONF
+LOG = logging.getLogger(__name__)
+
+# The release of Nova that this module was written for.
+NOVA_RELEASE = '34'
+
+# What this module overrides or calls in Nova's driver, and the parameters
+# that it counts on. None of it is an interface that Nova promises to keep.
+HOOKS = {
+    'init_host': ('host',),
+    'migrate_disk_and_power_off': (
+        'context', 'instance', 'dest', 'flavor', 'network_info',
+        'block_device_info', 'timeout', 'retry_interval'),
+    'finish_migration': (
+        'context', 'migration', 'instance', 'disk_info', 'network_info',
+        'image_meta', 'resize_instance', 'allocations', 'block_device_info',
+        'power_on', 'share_info'),
+    'confirm_migration': (
+        'context', 'migration', 'instance', 'network_info'),
+    'delete_instance_files': ('instance',),
+    'power_on': (
+        'context', 'instance', 'network_info', 'block_device_info'),
+    'power_off': ('instance', 'timeout', 'retry_interval'),
+    'unplug_vifs': ('instance', 'network_info'),
+    '_disconnect_volume': ('context', 'connection_info', 'instance'),
+    '_get_instance_disk_info': ('instance', 'block_device_info'),
+    '_cleanup_failed_instance_base': ('inst_base',),
+    '_is_booted_from_volume': ('block_device_info',),
+    '_live_migration_uri': ('dest',),
+    '_uri': (),
+}
+
+
+class LibvirtDriver(driver.LibvirtDriver):
+    """Nova's libvirt driver, with disks in storage pools that it migrates.
+
+    With ``use_storage_pools`` and ``vol_upload_migration`` both off it does
+    what Nova's own driver does.
+    """
+
+    def __init__(self, virtapi, read_only=False):
+        super().__init__(virtapi, read_only)
+        self.image_backend = image.Backend(CONF.use_cow_images)
+        self._cancel_events: dict[str, threading.Event] = {}
+
+    def init_host(self, host):
+        check_hooks(driver.LibvirtDriver)
+        super().init_host(host)
+        if CONF.libvirt.use_storage_pools:
+            self._init_disks_pool()
+
+    def migrate_disk_and_power_off(
+        self, context, instance, dest, flavor, network_info,
+        block_device_info=None, timeout=0, retry_interval=0,
+    ):
+        """Take a server's disks to another host and power the server off.
+
+        Over libvirt if the disks are in a storage pool, and as Nova does it
+        otherwise.
+
+        :param dest: address of the destination
+        :returns: JSON of what _get_instance_disk_info() says of the disks,
+            with the paths that they have on the destination
+        :raises: InstanceFaultRollback; the server is then where and what it
+            was before, running if it ran
+        """
+        if not self._moves_over_libvirt(instance, block_device_info):
+            return super().migrate_disk_and_power_off(
+                context, instance, dest, flavor, network_info,
+                block_device_info, timeout, retry_interval)
+
+        move = self._new_transfer(instance, dest)
+        try:
+            with _rollback(exception.MigrationPreCheckError, instance):
+                self._check_request(instance, dest, flavor, block_device_info)
+                disk_info = _without_swap(self._get_instance_disk_info(
+                    instance, block_device_info))
+                disks = _disks_in_pool(disk_info)
+                running = self.get_info(instance).state == power_state.RUNNING
+                _native(move.check, disks)
+                _native(move.destination.claim)
+            with self._put_back_on_error(
+                    context, instance, network_info, block_device_info,
+                    move, running) as cancel:
+                self.power_off(instance, timeout, retry_interval)
+                self._detach_from_host(
+                    context, instance, network_info, block_device_info)
+                for disk in disks:
+                    self._copy_disk(instance, move, disk, cancel)
+                _native(move.copy_instance_dir, disks, cancel)
+                self._keep_instance_dir(instance)
+        finally:
+            _native(move.close)
+        return jsonutils.dumps(
+            _disk_info_at(move.destination.pool.path, disk_info))
+
+    def finish_migration(
+        self, context, migration, instance, disk_info, network_info,
+        image_meta, resize_instance, allocations, block_device_info=None,
+        power_on=True, share_info=None,
+    ):
+        """Start a server on the destination, whichever way its disks came."""
+        disks = jsonutils.loads(disk_info)
+        volumes = [os.path.basename(info['path']) for info in disks
+                   if image.is_in_pool(info['path'])]
+        if volumes or image.has_volumes(instance):
+            _native(transfer.adopt_volumes, self._uri(),
+                    CONF.libvirt.disks_pool, image.volume_prefix(instance),
+                    volumes)
+        # What Nova would do with the disks is to make qcow2 of raw ones where
+        # use_cow_images is set. One in a pool stays raw instead.
+        others = [info for info in disks if not image.is_in_pool(info['path'])]
+        super().finish_migration(
+            context, migration, instance, jsonutils.dumps(others),
+            network_info, image_meta, resize_instance, allocations,
+            block_device_info, power_on, share_info)
+
+    def confirm_migration(self, context, migration, instance, network_info):
+        """Delete what was kept on the source for a revert."""
+        if instance.host != CONF.host:
+            self._delete_volumes(instance)
+        super().confirm_migration(context, migration, instance, network_info)
+
+    def delete_instance_files(self, instance):
+        """Delete a server's files on this host, and its volumes.
+
+        A copy of them that is under way ends.
+
+        :returns: True if nothing is left
+        """
+        if instance.uuid in self._cancel_events:
+            self._cancel_events[instance.uuid].set()
+        deleted = super().delete_instance_files(instance)
+        try:
+            self._delete_volumes(instance)
+        except Exception:
+            # Nova tries again later if this is told to have failed.
+            LOG.exception('Failed to delete the volumes of the server in '
+                          'storage pool %s', CONF.libvirt.disks_pool,
+                          instance=instance)
+            return False
+        return deleted
+
+    def _init_disks_pool(self) -> None:
+        if CONF.libvirt.images_type not in image.IMAGE_TYPES:
+            raise exception.InvalidConfiguration(_(
+                '[libvirt]use_storage_pools can not be used with '
+                '[libvirt]images_type = %(type)s. Set it to one of '
+                '%(types)s.') % {'type': CONF.libvirt.images_type,
+                                 'types': ', '.join(image.IMAGE_TYPES)})
+        path = _native(
+            transfer.ensure_pool, self._uri(), CONF.libvirt.disks_pool,
+            CONF.libvirt.disks_pool_path)
+        if path != CONF.libvirt.disks_pool_path.rstrip('/'):
+            raise exception.InvalidConfiguration(_(
+                'Storage pool %(pool)s has the directory %(path)s. Set '
+                '[libvirt]disks_pool_path to that, or choose another name '
+                'in [libvirt]disks_pool.') % {
+                    'pool': CONF.libvirt.disks_pool, 'path': path})
+
+    def _moves_over_libvirt(self, instance, block_device_info) -> bool:
+        """Whether a server is one to migrate without Nova's own code.
+
+        One with volumes in the pool always is, if only to be refused. One
+        that has no disks of its own, only Cinder's, is if that is enabled.
+        """
+        if image.has_volumes(instance):
+            return True
+        return (CONF.libvirt.vol_upload_migration and
+                CONF.libvirt.use_storage_pools and
+                self._is_booted_from_volume(block_device_info) and
+                not image.has_files(instance))
+
+    def _check_request(self, instance, dest, flavor, block_device_info):
+        """Refuse what can not be done, whatever the destination is.
+
+        :raises: ResizeError, MigrationPreCheckError
+        """
+        if not CONF.libvirt.vol_upload_migration:
+            raise exception.MigrationPreCheckError(reason=_(
+                'The disks of the server are in storage pool %s, from which '
+                'they can only be migrated with [libvirt]'
+                'vol_upload_migration = True on this host.') %
+                CONF.libvirt.disks_pool)
+        if dest == self.get_host_ip_addr():
+            raise exception.MigrationPreCheckError(reason=_(
+                'The disks of the server are in storage pool %s, and can not '
+                'be resized on the same host.') % CONF.libvirt.disks_pool)
+        if hardware.get_vtpm_constraint(instance.flavor, instance.image_meta):
+            raise exception.MigrationPreCheckError(reason=_(
+                'A vTPM can not be migrated over libvirt.'))
+        root_shrinks = (
+            flavor.root_gb < instance.flavor.root_gb and
+            not self._is_booted_from_volume(block_device_info))
+        ephemerals = virt_driver.block_device_info_get_ephemerals(
+            block_device_info)
+        ephemeral_gb = (block_device.get_bdm_ephemeral_disk_size(ephemerals) or
+                        instance.flavor.ephemeral_gb)
+        if root_shrinks or flavor.ephemeral_gb < ephemeral_gb:
+            raise exception.ResizeError(
+                reason=_('Unable to resize disk down.'))
+
+    def _new_transfer(self, instance, dest) -> transfer.Transfer:
+        directory = libvirt_utils.get_instance_path(instance)
+        destination = peer.Destination(
+            dest, self._storage_migration_uri(dest), CONF.libvirt.disks_pool,
+            instance.uuid, directory)
+        return transfer.Transfer(
+            self._uri(), destination, CONF.libvirt.disks_pool, directory)
+
+    def _storage_migration_uri(self, dest) -> str:
+        """The libvirt URI of a destination."""
+        uri = CONF.libvirt.vol_upload_migration_uri
+        if not uri and (CONF.libvirt.live_migration_uri or
+                        CONF.libvirt.live_migration_scheme):
+            return self._live_migration_uri(dest)
+        uri = uri or 'qemu+tls://%s/system'
+        return uri.replace('%s', netutils.escape_ipv6(dest))
+
+    def _detach_from_host(
+            self, context, instance, network_info, block_device_info):
+        """Unplug the server's ports and disconnect its Cinder volumes."""
+        self.unplug_vifs(instance, network_info)
+        for volume in virt_driver.block_device_info_get_mapping(
+                block_device_info):
+            self._disconnect_volume(
+                context, volume['connection_info'], instance)
+
+    def _copy_disk(self, instance, move, disk, cancel) -> None:
+        result = _native(move.copy_disk, disk, cancel)
+        LOG.info('Copied %(disk)s to %(host)s: %(bytes)d bytes, %(wire)d on '
+                 'the wire, %(seconds).1f s',
+                 {'disk': disk.volume, 'host': move.destination.host,
+                  'bytes': result.length, 'wire': result.wire,
+                  'seconds': result.seconds}, instance=instance)
+
+    def _keep_instance_dir(self, instance) -> None:
+        """Put the instance directory where a revert will look for it."""
+        path = libvirt_utils.get_instance_path(instance)
+        self._cleanup_failed_instance_base(path + '_resize')
+        os.rename(path, path + '_resize')
+
+    @contextlib.contextmanager
+    def _put_back_on_error(
+        self, context, instance, network_info, block_device_info, move,
+        running,
+    ) -> ty.Iterator[threading.Event]:
+        """Undo a migration that fails after the server was powered off.
+
+        Nothing was changed on this host but that the server was taken off
+        it, so that starting it is all there is to do. Yields what is set when
+        the server is deleted: it is not to be started again then.
+        """
+        cancel = self._cancel_events[instance.uuid] = threading.Event()
+        try:
+            yield cancel
+        except Exception as error:
+            LOG.warning('Migration to %(host)s failed: %(error)s',
+                        {'host': move.destination.host, 'error': error},
+                        instance=instance)
+            failure = exception.MigrationError(reason=str(error))
+            try:
+                if cancel.is_set():
+                    raise failure from error
+                if running:
+                    self._start_again(
+                        context, instance, network_info, block_device_info,
+                        failure)
+            finally:
+                self._discard_copy(instance, move)
+            raise exception.InstanceFaultRollback(failure) from error
+        finally:
+            del self._cancel_events[instance.uuid]
+
+    def _start_again(self, context, instance, network_info,
+                     block_device_info, failure) -> None:
+        try:
+            self.power_on(context, instance, network_info, block_device_info)
+        except Exception:
+            LOG.exception('The server could not be started again',
+                          instance=instance)
+            raise failure
+
+    def _discard_copy(self, instance, move) -> None:
+        try:
+            _native(move.destination.discard)
+        except Exception:
+            # The server is safe; the next attempt will clear this up.
+            LOG.exception('Failed to delete the unfinished copy on %s',
+                          move.destination.host, instance=instance)
+
+    def _delete_volumes(self, instance) -> None:
+        if image.has_volumes(instance):
+            _native(transfer.delete_volumes, self._uri(),
+                    CONF.libvirt.disks_pool, image.volume_prefix(instance))
+
+
+def check_hooks(nova_driver: type) -> None:
+    """Check that the Nova beside this module has what it hooks into.
+
+    :raises: InternalError if it has not
+    """
+    for name, parameters in HOOKS.items():
+        hook = getattr(nova_driver, name, None)
+        found = inspect.signature(hook).parameters if hook else {}
+        if hook is None or not set(parameters) <= set(found):
+            raise exception.InternalError(_(
+                'nova.virt.libvirt.storage_migrate needs Nova %(wanted)s. '
+                'This is Nova %(found)s, whose LibvirtDriver.%(name)s is '
+                'missing or takes other parameters.') % {
+                    'wanted': NOVA_RELEASE, 'name': name,
+                    'found': version.version_string()})
+
+
+def _native(function: ty.Callable[..., ty.Any], *args: ty.Any) -> ty.Any:
+    """Call what may block, off the eventlet hub if there is one."""
+    return utils.tpool_wrap(function)(*args)
+
+
+@contextlib.contextmanager
+def _rollback(
+    error_class: type[exception.NovaException], instance,
+) -> ty.Iterator[None]:
+    """Tell Nova that an error changed nothing about the server."""
+    try:
+        yield
+    except exception.NovaException as error:
+        raise exception.InstanceFaultRollback(error)
+    except Exception as error:
+        LOG.warning('The server can not be migrated: %s', error,
+                    instance=instance)
+        raise exception.InstanceFaultRollback(
+            error_class(reason=str(error))) from error
+
+
+def _without_swap(
+    disk_info: list[dict[str, ty.Any]],
+) -> list[dict[str, ty.Any]]:
+    """The disks that have to be copied: a swap disk is made anew."""
+    return [info for info in disk_info
+            if not info['path'].endswith('disk.swap')]
+
+
+def _disks_in_pool(disk_info: list[dict[str, ty.Any]]) -> list[transfer.Disk]:
+    return [transfer.Disk(os.path.basename(info['path']), info['type'])
+            for info in disk_info if image.is_in_pool(info['path'])]
+
+
+def _disk_info_at(
+    pool_path: str, disk_info: list[dict[str, ty.Any]],
+) -> list[dict[str, ty.Any]]:
+    """The same with the paths that the disks have in another pool."""
+    def path_there(path: str) -> str:
+        if not image.is_in_pool(path):
+            return path
+        return os.path.join(pool_path, os.path.basename(path))
+
+    return [dict(info, path=path_there(info['path'])) for info in disk_info]
