@@ -94,21 +94,22 @@ def recorded_format(instance, path: str) -> str | None:
     """
     try:
         with open(disk_info_path(instance)) as record:
-            return jsonutils.load(record).get(path)
+            return jsonutils.loads(record.read()).get(path)
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise exception.InvalidDiskInfo(reason=str(error))
 
 
-class _PoolVolume:
+class _PoolVolume(imagebackend.Image):
     """What the two formats of disks in a pool have in common."""
 
     def __init__(self, instance=None, disk_name=None, path=None,
                  disk_info_mapping=None):
         self._instance = instance
         self._making = False
-        super().__init__(
+        # The next class is Flat or Qcow2, whose parameters these are.
+        super().__init__(  # type: ignore[call-arg]
             instance=instance, disk_name=disk_name,
             path=path or volume_path(instance, disk_name),
             disk_info_mapping=disk_info_mapping)

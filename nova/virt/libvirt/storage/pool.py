@@ -19,7 +19,6 @@ connection that is wrapped so already, as that of nova.virt.libvirt.host is.
 """
 
 import dataclasses
-import typing as ty
 
 from lxml import builder
 from lxml import etree

@@ -79,7 +79,8 @@ class Cancelled(Exception):
 class CancelEvent(ty.Protocol):
     """What tells a copy to stop; a threading.Event of either mode will do."""
 
-    def is_set(self) -> bool: ...
+    def is_set(self) -> bool:
+        ...
 
 
 class Never:

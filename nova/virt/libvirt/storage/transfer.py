@@ -163,7 +163,7 @@ class Transfer:
     def _disk_info(self) -> dict[str, str]:
         try:
             with open(os.path.join(self._directory, 'disk.info')) as record:
-                return jsonutils.load(record)
+                return jsonutils.loads(record.read())
         except FileNotFoundError:
             return {}
 
