@@ -374,6 +374,7 @@ class Host:
     def up(self) -> None:
         """Make what is missing of the host."""
         if not self.pid:
+            self.down()  # what a holder that died left running
             if not self.directory.joinpath('complete').exists():
                 self._make_files()
             self._start_holder()

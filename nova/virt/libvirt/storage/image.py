@@ -107,7 +107,6 @@ class _PoolVolume(imagebackend.Image):
     def __init__(self, instance=None, disk_name=None, path=None,
                  disk_info_mapping=None):
         self._instance = instance
-        self._making = False
         # The next class is Flat or Qcow2, whose parameters these are.
         super().__init__(  # type: ignore[call-arg]
             instance=instance, disk_name=disk_name,
@@ -128,13 +127,6 @@ class _PoolVolume(imagebackend.Image):
     def is_file_in_instance_path():
         return False
 
-    def create_image(self, *args, **kwargs):
-        self._making = not self.exists()
-        try:
-            super().create_image(*args, **kwargs)
-        finally:
-            self._making = False
-
     def cache(self, fetch_func, filename, size=None, *args, **kwargs):
         super().cache(fetch_func, filename, size, *args, **kwargs)
         # Nova compares the size with that of the base image, and so does not
@@ -145,6 +137,15 @@ class _PoolVolume(imagebackend.Image):
 
 class RawVolume(_PoolVolume, imagebackend.Flat):
     """A disk in a pool without a backing file."""
+
+    _making = False
+
+    def create_image(self, *args, **kwargs):
+        self._making = not self.exists()
+        try:
+            super().create_image(*args, **kwargs)
+        finally:
+            self._making = False
 
     def _get_driver_format(self):
         # Only before a guest has seen it may the disk itself be asked.
