@@ -1,0 +1,547 @@
+#!/usr/bin/python3
+#
+
+
+"""A real small OpenStack on the lab's hosts.
+
+MariaDB, RabbitMQ, keystone, placement, glance, neutron, and Nova's API,
+conductor and scheduler run in the machine's own namespaces, bound to the
+lab's bridge address; one nova-compute runs in each lab host, as the
+unprivileged user nova, with sudo and nova-rootwrap for what needs root.
+
+    cloud.py up [--stock] [--eventlet] [--ssh]
+    cloud.py restart-computes [--stock] [--eventlet]
+    cloud.py env        # what the openstack command needs, for eval
+    cloud.py down
+"""
+
+import argparse
+import base64
+from collections.abc import Iterator
+import concurrent.futures
+import contextlib
+import hashlib
+import os
+from pathlib import Path
+import shutil
+import subprocess
+import sys
+import time
+from typing import Any, TYPE_CHECKING
+
+import cloud_config as config
+import cloud_venv as venv
+import daemons
+
+if TYPE_CHECKING:
+    import lab as lab_module
+    import openstack.connection
+
+# What an operator writes into nova.conf to use this project.
+STREAMS: config.Options = {
+    'DEFAULT': {'compute_driver': 'libvirt.storage_migrate.LibvirtDriver'},
+    'libvirt': {'use_storage_pools': True, 'vol_upload_migration': True},
+}
+API_MODULES = {'keystone': 'keystone.wsgi.api',
+               'placement': 'placement.wsgi.api',
+               'glance': 'glance.wsgi.api',
+               'neutron': 'neutron.wsgi.api',
+               'nova': 'nova.wsgi.osapi_compute'}
+CATALOGUE = {'placement': ('placement', ''),
+             'glance': ('image', ''),
+             'neutron': ('network', ''),
+             'nova': ('compute', '/v2.1')}
+IMAGES = {'guest': 'raw', 'guest-qcow2': 'qcow2'}
+# name -> root disk and ephemeral disk, GiB
+FLAVORS = {'small': (1, 0), 'large': (2, 0),
+           'small-ephemeral': (1, 1), 'large-ephemeral': (2, 2)}
+MEMORY_MIB = 256
+# The first that lets an administrator name the host of a new server.
+MICROVERSION = '2.96'
+# Nova's services wait for threads that do not end when asked to stop: for so
+# many seconds we let them.
+PATIENCE = 5
+
+
+class Cloud:
+    """The cloud of one lab.
+
+    :param lab: the hosts, which have to be up before the cloud.
+    :param eventlet: run nova-compute under eventlet, not in native threads.
+    :param options: added to the nova.conf of every compute host.
+    """
+
+    def __init__(self, lab: 'lab_module.Lab', eventlet: bool = False,
+                 options: config.Options | None = None):
+        self.lab = lab
+        self.eventlet = eventlet
+        self.options = options or {}
+        self.directory = Path(lab.directory) / 'cloud'
+        self.site = config.Site(lab.address, self.directory)
+        self._started = time.monotonic()
+
+    # ---- life cycle
+
+    def up(self) -> None:
+        """Bring everything up; what runs already is left as it is."""
+        self._started = time.monotonic()
+        venv.ensure()
+        venv.install_project()
+        self.write_configuration()
+        self.say('MariaDB, RabbitMQ')
+        self.start_rabbitmq()
+        self.start_mariadb()
+        self.say('API services')
+        self.start_apis()
+        self.register_services()
+        self.say('conductor, scheduler, computes')
+        self.start_control()
+        self.start_computes()
+        self.say('flavors, images')
+        self.make_flavors()
+        self.make_images()
+        self.say('the cloud is up')
+
+    def down(self) -> None:
+        """End every daemon that up() started, and remove their state."""
+        self.stop_computes()
+        daemons.stop([self.daemon(name) for name in (
+            'nova-scheduler', 'nova-conductor', *API_MODULES)], PATIENCE)
+        for name in ('rabbitmq', 'epmd', 'mariadb'):
+            self.daemon(name).stop()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def restart_computes(self, options: config.Options | None = None,
+                         eventlet: bool | None = None,
+                         reinstall: bool = False) -> None:
+        """Start every nova-compute anew, with other options where given.
+
+        :param reinstall: take the repository's code as it is now.
+        """
+        if options is not None:
+            self.options = options
+        if eventlet is not None:
+            self.eventlet = eventlet
+        self.stop_computes()
+        if reinstall:
+            venv.install_project()
+        self.start_computes()
+
+    def daemon(self, name: str) -> daemons.Daemon:
+        """One of the cloud's daemons, by name."""
+        return daemons.Daemon(name, self.directory / 'run')
+
+    def log(self, host: str) -> Path:
+        """The log of a host's nova-compute."""
+        return self.daemon(f'nova-compute-{host}').log
+
+    def say(self, what: str) -> None:
+        """A line of progress."""
+        print(f'[{time.monotonic() - self._started:6.1f} s] {what}',
+              file=sys.stderr, flush=True)
+
+    # ---- configuration
+
+    def write_configuration(self) -> None:
+        """Write the configuration of the control plane."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.directory.chmod(0o711)
+        files = {'keystone/keystone.conf': config.keystone(self.site),
+                 'glance/glance-api.conf': config.glance(self.site),
+                 'placement/placement.conf': config.placement(self.site),
+                 'neutron/neutron.conf': config.neutron(self.site),
+                 'nova/nova.conf': config.nova_control(self.site)}
+        for name, options in files.items():
+            path = self.directory / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(config.render(options))
+        for name in ('images', 'tasks', 'staging'):
+            (self.directory / 'glance' / name).mkdir(exist_ok=True)
+        shutil.copy(venv.ROOT / 'etc/nova/api-paste.ini',
+                    self.directory / 'nova')
+
+    def program(self, name: str, *arguments: str) -> list[str]:
+        """The command line of a service's program, with its configuration."""
+        service = name.partition('-')[0]
+        stem = 'glance-api' if service == 'glance' else service
+        path = self.directory / service / f'{stem}.conf'
+        return [venv.program(name), '--config-file', str(path), *arguments]
+
+    def run(self, argv: list[str], **kwargs: Any) -> None:
+        """Run a command; what it says goes to a log, and into the error."""
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, text=True,
+                              env=daemons.base_environment(),
+                              stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, **kwargs)
+        with (self.directory / 'run/commands.log').open('a') as log:
+            log.write(f'$ {" ".join(argv)}\n{done.stdout}')
+        if done.returncode:
+            raise daemons.Failed(f'{argv}: status {done.returncode}\n'
+                                 f'{done.stdout[-3000:]}')
+
+    # ---- message queue and databases
+
+    def start_rabbitmq(self) -> None:
+        """Start RabbitMQ with an epmd of its own, and do not wait for it."""
+        home = self.directory / 'rabbitmq'
+        home.mkdir(exist_ok=True)
+        (home / 'rabbitmq.conf').write_text(config.rabbitmq(self.site))
+        (home / 'plugins').write_text('[].\n')
+        erlang = {'HOME': str(home), 'ERL_EPMD_ADDRESS': '127.0.0.1',
+                  'ERL_EPMD_PORT': '24369'}
+        epmd = self.daemon('epmd')
+        epmd.start(['/usr/bin/epmd'], env=erlang)
+        epmd.wait('epmd', lambda: daemons.listening('127.0.0.1', 24369))
+        self.daemon('rabbitmq').start(
+            ['/usr/lib/rabbitmq/bin/rabbitmq-server'], cwd=str(home),
+            env={**erlang,
+                 'RABBITMQ_NODENAME': 'lab@localhost',
+                 'RABBITMQ_CONFIG_FILE': str(home / 'rabbitmq.conf'),
+                 'RABBITMQ_CONF_ENV_FILE': '/dev/null',
+                 'RABBITMQ_ENABLED_PLUGINS_FILE': str(home / 'plugins'),
+                 'RABBITMQ_MNESIA_BASE': str(home / 'mnesia'),
+                 'RABBITMQ_LOG_BASE': str(home / 'log'),
+                 'RABBITMQ_DIST_PORT': '25673',
+                 # Lets the start script become the Erlang VM, so that the
+                 # recorded pid is the one to end.
+                 'RUNNING_UNDER_SYSTEMD': 'true',
+                 'RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS':
+                     '-kernel inet_dist_use_interface {127,0,0,1} '
+                     '+sbwt none +sbwtdcpu none +sbwtdio none'})
+
+    def wait_rabbitmq(self) -> None:
+        """Wait until RabbitMQ takes connections."""
+        self.daemon('rabbitmq').wait(
+            'RabbitMQ', lambda: daemons.listening(
+                self.site.address, config.PORTS['rabbitmq']))
+
+    def start_mariadb(self) -> None:
+        """Start MariaDB with every service's schema.
+
+        A data directory with fresh schemas is kept beside the environment,
+        as making them takes a minute, and used while it fits.
+        """
+        data = self.directory / 'mariadb'
+        kept = venv.ROOT / 'databases' / self.schema_key()
+        if not data.exists() and kept.is_dir():
+            self.copy_databases(kept, self.directory)
+        if data.exists():
+            self.run_mariadb()
+            return
+        self.say('database schemas (kept for the next time)')
+        self.make_mariadb(data)
+        self.run_mariadb()
+        self.make_schemas()
+        self.daemon('mariadb').stop()
+        shutil.rmtree(kept.parent, ignore_errors=True)
+        kept.mkdir(parents=True, mode=0o700)
+        self.copy_databases(self.directory, kept)
+        self.run_mariadb()
+
+    def schema_key(self) -> str:
+        """Changes whenever kept databases would not fit."""
+        text = venv.fingerprint() + self.site.address + str(self.directory)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def copy_databases(self, source: Path, target: Path) -> None:
+        """Copy a stopped MariaDB's data and keystone's keys."""
+        for name in ('mariadb', 'keystone/fernet-keys'):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            self.run(['cp', '-a', '--sparse=always', str(source / name),
+                      str(target / name)])
+
+    def make_mariadb(self, data: Path) -> None:
+        """Make an empty data directory."""
+        self.run(['mysql_install_db', '--no-defaults', '--user=mysql',
+                  '--auth-root-authentication-method=normal',
+                  '--skip-test-db', '--skip-name-resolve',
+                  f'--datadir={data}'])
+
+    def run_mariadb(self) -> None:
+        """Start MariaDB on its data directory."""
+        daemon = self.daemon('mariadb')
+        daemon.start(['/usr/sbin/mariadbd', *config.mariadb(self.site)])
+        daemon.wait('MariaDB', lambda: daemons.listening(
+            self.site.address, config.PORTS['mariadb']))
+
+    def make_schemas(self) -> None:
+        """Make the databases, and what has to be in them."""
+        statements = [f"CREATE USER lab@'%' IDENTIFIED BY "
+                      f"'{config.PASSWORD}';"]
+        for name in config.DATABASES:
+            statements += [f'CREATE DATABASE {name};',
+                           f"GRANT ALL ON {name}.* TO lab@'%';"]
+        socket = self.directory / 'mariadb/sock'
+        self.run(['mariadb', '--no-defaults', f'--socket={socket}', '-uroot',
+                  '-e', ' '.join(statements)])
+        self.make_keystone_keys()
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            for future in [pool.submit(step) for step in (
+                    self.make_nova_schema, self.make_keystone_schema,
+                    lambda: self.run(self.program(
+                        'neutron-db-manage', 'upgrade', 'heads')),
+                    lambda: self.run(self.program('glance-manage', 'db_sync')),
+                    lambda: self.run(self.program(
+                        'placement-manage', 'db', 'sync')))]:
+                future.result()
+
+    def make_keystone_keys(self) -> None:
+        """The two keys that Fernet tokens need."""
+        keys = self.directory / 'keystone/fernet-keys'
+        keys.mkdir(mode=0o700)
+        for name in ('0', '1'):
+            (keys / name).write_bytes(base64.urlsafe_b64encode(os.urandom(32)))
+
+    def make_keystone_schema(self) -> None:
+        """keystone's schema, administrator and own catalogue entry."""
+        url = self.site.url('keystone', '/v3')
+        self.run(self.program('keystone-manage', 'db_sync'))
+        self.run(self.program(
+            'keystone-manage', 'bootstrap',
+            '--bootstrap-password', config.PASSWORD,
+            '--bootstrap-region-id', config.REGION,
+            '--bootstrap-admin-url', url, '--bootstrap-internal-url', url,
+            '--bootstrap-public-url', url))
+
+    def make_nova_schema(self) -> None:
+        """Nova's three schemas and its one cell."""
+        cell0 = self.site.database('nova_cell0')
+        for arguments in (
+                ('api_db', 'sync'),
+                ('cell_v2', 'map_cell0', '--database_connection', cell0),
+                ('db', 'sync'),
+                ('cell_v2', 'create_cell', '--name', 'cell1')):
+            self.run(self.program('nova-manage', *arguments))
+
+    # ---- the control plane
+
+    def start_apis(self) -> None:
+        """Start the five API services and wait until each answers."""
+        for name in API_MODULES:
+            self.daemon(name).start(
+                self.uwsgi(name), cwd=str(self.directory / name),
+                env={f'OS_{name.upper()}_CONFIG_DIR':
+                     str(self.directory / name),
+                     'OS_NEUTRON_CONFIG_FILES': 'neutron.conf'})
+        self.wait_rabbitmq()
+        for name in API_MODULES:
+            self.daemon(name).wait(
+                f'{name} to listen', lambda name=name: daemons.listening(
+                    self.site.address, config.PORTS[name]))
+
+    def uwsgi(self, name: str) -> list[str]:
+        """The command line of an API service."""
+        return [venv.program('uwsgi'),
+                '--http-socket', f'{self.site.address}:{config.PORTS[name]}',
+                '--module', f'{API_MODULES[name]}:application',
+                '--virtualenv', str(venv.ROOT),
+                '--master', '--processes', '1', '--enable-threads',
+                '--threads', '6', '--lazy-apps', '--need-app',
+                '--die-on-term', '--buffer-size', '65535',
+                '--http-chunked-input', '--disable-logging',
+                '--add-header', 'Connection: close']
+
+    def connection(self) -> 'openstack.connection.Connection':
+        """openstacksdk's connection, as the administrator."""
+        import openstack
+        return openstack.connect(
+            auth_url=self.site.url('keystone', '/v3'), username='admin',
+            password=config.PASSWORD, project_name='admin',
+            user_domain_name='Default', project_domain_name='Default',
+            region_name=config.REGION, load_yaml_config=False,
+            load_envvars=False, app_name='nova-lab',
+            compute_default_microversion=MICROVERSION)
+
+    def environment(self) -> dict[str, str]:
+        """What the openstack command needs in its environment."""
+        return {'OS_AUTH_URL': self.site.url('keystone', '/v3'),
+                'OS_USERNAME': 'admin', 'OS_PASSWORD': config.PASSWORD,
+                'OS_PROJECT_NAME': 'admin', 'OS_USER_DOMAIN_NAME': 'Default',
+                'OS_PROJECT_DOMAIN_NAME': 'Default',
+                'OS_IDENTITY_API_VERSION': '3',
+                'OS_COMPUTE_API_VERSION': MICROVERSION}
+
+    def register_services(self) -> None:
+        """Make the service users and the catalogue, where missing."""
+        identity = self.connection().identity
+        domain = 'default'
+        if identity.find_project('service') is None:
+            identity.create_project(name='service', domain_id=domain)
+        project = identity.find_project('service')
+        roles = {role.name: role for role in identity.roles()}
+        if 'service' not in roles:
+            roles['service'] = identity.create_role(name='service')
+        known = {service.name for service in identity.services()}
+        for name, (kind, path) in CATALOGUE.items():
+            if name in known:
+                continue
+            user = identity.create_user(
+                name=name, password=config.PASSWORD, domain_id=domain,
+                default_project_id=project.id)
+            for role in ('admin', 'service'):
+                identity.assign_project_role_to_user(
+                    project, user, roles[role])
+            service = identity.create_service(name=name, type=kind)
+            for interface in ('public', 'internal', 'admin'):
+                identity.create_endpoint(
+                    service_id=service.id, interface=interface,
+                    region_id=config.REGION, url=self.site.url(name, path))
+
+    def start_control(self) -> None:
+        """Start the conductor and the scheduler.
+
+        They end at once where placement does not know them, so this is only
+        for after register_services().
+        """
+        for name in ('nova-conductor', 'nova-scheduler'):
+            self.daemon(name).start(self.program(name))
+
+    # ---- compute hosts
+
+    def start_computes(self) -> None:
+        """Start every host's nova-compute and wait until the cloud sees it."""
+        compute = self.connection().compute
+        before = service_reports(compute)
+        for host in self.lab.hosts:
+            self.configure_host(host)
+            self.start_compute(host)
+        for host in self.lab.hosts:
+            self.daemon(f'nova-compute-{host.name}').wait(
+                'a report to the cloud', lambda host=host: service_reports(
+                    compute).get(host.name) != before.get(host.name), 120)
+        if not all(host.name in before for host in self.lab.hosts):
+            self.run(self.program('nova-manage', 'cell_v2', 'discover_hosts'))
+
+    def stop_computes(self) -> None:
+        """End every host's nova-compute."""
+        daemons.stop([self.daemon(f'nova-compute-{host.name}')
+                      for host in self.lab.hosts], PATIENCE)
+
+    def start_compute(self, host: 'lab_module.Host') -> None:
+        """Start one nova-compute as user nova."""
+        argv = [venv.program('nova-compute'),
+                '--config-file', '/etc/nova/nova.conf']
+        path = f'{venv.ROOT}/bin:/usr/sbin:/usr/bin:/sbin:/bin'
+        self.daemon(f'nova-compute-{host.name}').start(
+            host.command(argv, 'nova'),
+            env=host.environment('nova', {'PATH': path}))
+
+    def configure_host(self, host: 'lab_module.Host') -> None:
+        """Give a host its /etc/nova, as an installed package would."""
+        etc = host.path('/etc/nova')
+        if not etc.is_dir():
+            shutil.copytree(venv.ROOT / 'etc/nova', etc)
+            (etc / 'rootwrap.conf').write_text(
+                config.render(config.rootwrap()))
+            host.set_sudoers(config.sudoers())
+            self.hide_kvm(host)
+        options = config.merge(
+            config.nova_compute(self.site, host.name, host.address),
+            {'DEFAULT': {'concurrency_backend':
+                         'eventlet' if self.eventlet else 'threading'}},
+            self.options)
+        conf = etc / 'nova.conf'
+        conf.write_text(config.render(options))
+        os.chown(conf, 0, host.nova_gid)
+        conf.chmod(0o640)
+
+    def hide_kvm(self, host: 'lab_module.Host') -> None:
+        """Take /dev/kvm, which virt_type qemu does not need, from a host.
+
+        Where root can open it and QEMU's user cannot, libvirt takes what it
+        keeps of QEMU's capabilities for outdated at every call, and asks
+        QEMU again: four seconds each, dozens of times per nova-compute.
+        """
+        if os.path.exists('/dev/kvm'):
+            nothing = host.directory / 'kvm'
+            nothing.touch(mode=0o600)
+            host.run(['mount', '--bind', str(nothing), '/dev/kvm'])
+
+    # ---- what servers are made of
+
+    def make_flavors(self) -> None:
+        """Make the flavors, where missing."""
+        compute = self.connection().compute
+        known = {flavor.name for flavor in compute.flavors()}
+        for name, (root, ephemeral) in FLAVORS.items():
+            if name not in known:
+                compute.create_flavor(name=name, ram=MEMORY_MIB, vcpus=1,
+                                      disk=root, ephemeral=ephemeral)
+
+    def make_images(self) -> None:
+        """Build the guest and upload it, raw and as qcow2, where missing."""
+        import guest
+        image = self.connection().image
+        known = {each.name for each in image.images()}
+        raw = self.directory / 'guest.raw'
+        if not raw.exists():
+            guest.build(raw)
+        for name, form in IMAGES.items():
+            if name in known:
+                continue
+            path = raw.with_suffix(f'.{form}')
+            if form != 'raw':
+                self.run(['qemu-img', 'convert', '-O', form, str(raw),
+                          str(path)])
+            image.create_image(name=name, filename=str(path), wait=True,
+                               disk_format=form, container_format='bare')
+
+
+def service_reports(compute: Any) -> dict[str, str]:
+    """When each nova-compute last reported, by host."""
+    return {service.host: service.updated_at
+            for service in compute.services(binary='nova-compute')
+            if service.updated_at}
+
+
+@contextlib.contextmanager
+def running(lab: 'lab_module.Lab', **kwargs: Any) -> Iterator[Cloud]:
+    """A cloud that is up in the body and gone afterwards."""
+    cloud = Cloud(lab, **kwargs)
+    try:
+        cloud.up()
+        yield cloud
+    finally:
+        cloud.down()
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument('action',
+                        choices=('up', 'down', 'restart-computes', 'env'))
+    parser.add_argument('--eventlet', action='store_true',
+                        help='run nova-compute under eventlet')
+    parser.add_argument('--stock', action='store_true',
+                        help="use Nova's own driver, not this project's")
+    parser.add_argument('--ssh', action='store_true',
+                        help='run an ssh daemon in each host')
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> None:
+    """The command line."""
+    args = parse(arguments)
+    import lab as lab_module
+    lab = lab_module.Lab()
+    cloud = Cloud(lab, args.eventlet, {} if args.stock else STREAMS)
+    if args.action == 'up':
+        lab.up()
+        if args.ssh:
+            lab.ssh(True)
+        cloud.up()
+    elif args.action == 'restart-computes':
+        cloud.restart_computes(reinstall=True)
+    elif args.action == 'env':
+        for name, value in cloud.environment().items():
+            print(f'export {name}={value}')
+    else:
+        cloud.down()
+        lab.down()
+
+
+if __name__ == '__main__':
+    venv.ensure()
+    venv.reexec()
+    main(sys.argv[1:])

@@ -1,0 +1,95 @@
+#!/usr/bin/python3
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""The virtual environment of the small cloud: made once, then reused.
+
+It lies outside any home directory, and is made with Debian's own Python,
+because nova-compute runs in it as the unprivileged user nova.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+import shutil
+import subprocess
+import sys
+import tempfile
+
+PYTHON = '/usr/bin/python3'
+ROOT = Path(os.environ.get('NOVA_LAB_VENV', '/var/lib/nova-lab-venv'))
+TOOLS = Path(__file__).resolve().parent
+REPOSITORY = TOOLS.parent
+REQUIREMENTS = TOOLS / 'cloud-requirements.txt'
+
+
+def program(name: str) -> str:
+    """The full path of a program of the environment."""
+    return str(ROOT / 'bin' / name)
+
+
+def fingerprint() -> str:
+    """What the environment has to be made anew for when it changes."""
+    return hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()
+
+
+def ensure() -> bool:
+    """Make the environment where it is missing or of other requirements.
+
+    :returns: True where something was installed.
+    """
+    stamp = ROOT / 'requirements.sha256'
+    if stamp.is_file() and stamp.read_text() == fingerprint():
+        return False
+    if not os.access(program('python'), os.X_OK):
+        subprocess.run([PYTHON, '-m', 'venv', str(ROOT)], check=True)
+    pip('install', '--upgrade', 'pip', 'setuptools', 'wheel')
+    pip('install', '--requirement', str(REQUIREMENTS))
+    stamp.write_text(fingerprint())
+    return True
+
+
+def install_project() -> None:
+    """Install this repository, as it is now, beside the environment's Nova.
+
+    It is built from a copy: setuptools leaves its traces where it builds, and
+    takes what an earlier build left there.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        copy = Path(directory) / 'copy'
+        shutil.copytree(REPOSITORY, copy, ignore=shutil.ignore_patterns(
+            '.*', 'build', '*.egg-info', '__pycache__'))
+        pip('install', '--no-deps', '--no-build-isolation',
+            '--force-reinstall', str(copy))
+
+
+def pip(*arguments: str) -> None:
+    """Run pip in the environment; its output is shown only where it fails."""
+    argv = [program('python'), '-m', 'pip', '--quiet',
+            '--disable-pip-version-check', '--no-input', *arguments]
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode:
+        sys.stderr.write(done.stdout)
+        raise RuntimeError(f'{" ".join(argv)}: status {done.returncode}')
+
+
+def reexec() -> None:
+    """Go on in the environment's Python, where that is not the case yet."""
+    if Path(sys.prefix) != ROOT:
+        os.execv(program('python'), [program('python'), *sys.argv])
+
+
+if __name__ == '__main__':
+    ensure()
+    install_project()
