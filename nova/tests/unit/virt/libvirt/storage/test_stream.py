@@ -1,0 +1,792 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+import array
+import dataclasses
+import threading
+import time
+import typing as ty
+from unittest import mock
+
+import ddt
+import fixtures
+import libvirt
+from oslo_utils import units
+
+from nova import test
+from nova.tests.fixtures import libvirt_storage
+from nova import utils
+from nova.virt.libvirt.storage import stream
+
+Content = libvirt_storage.Content
+
+# Small enough that the tests may cross it often.
+UNIT = 64 * units.Ki
+WINDOW = 8 * UNIT
+QUEUE = 4 * UNIT
+
+SOURCE_ERROR = (libvirt.VIR_ERR_SYSTEM_ERROR, libvirt.VIR_FROM_STREAMS,
+                'Unable to read: Input/output error')
+DEST_ERROR = (libvirt.VIR_ERR_SYSTEM_ERROR, libvirt.VIR_FROM_STREAMS,
+              'cannot write to stream: No space left on device')
+
+
+def patterned(size: int) -> bytes:
+    """Data of which no two places nearby look the same."""
+    return array.array('I', range(size // 4 + 1)).tobytes()[:size]
+
+
+@dataclasses.dataclass
+class Outcome:
+    """How a copy ended."""
+    result: stream.Result | None = None
+    error: BaseException | None = None
+    done: bool = False
+
+    def wait(self, timeout: float) -> bool:
+        return libvirt_storage.wait_for(lambda: self.done, timeout)
+
+
+class _CopyTestCase(test.NoDBTestCase):
+    """A source and a destination host with a volume 'disk' on each."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.hosts = self.useFixture(
+            libvirt_storage.LibvirtStorageFixture())
+        self.source = self.hosts['source']
+        self.dest = self.hosts['dest']
+        self.source.add_pool()
+        self.dest.add_pool()
+        self.progress: list[tuple[int, int]] = []
+        self.threads_before = set(self._threads())
+        self.addCleanup(self.assert_nothing_left)
+
+    def set_sizes(self, window: int = WINDOW, queue: int = QUEUE) -> None:
+        for name, value in (('WINDOW_BYTES', window), ('QUEUE_BYTES', queue)):
+            self.useFixture(fixtures.MonkeyPatch(
+                'nova.virt.libvirt.storage.stream.' + name, value))
+
+    @staticmethod
+    def _threads() -> list[ty.Any]:
+        # eventlet keeps the threads of its pool; those are not ours.
+        return [thread
+                for thread in libvirt_storage.native_threading().enumerate()
+                if thread.name == 'volume-download']
+
+    def assert_nothing_left(self) -> None:
+        """No thread and no stream outlives a copy."""
+        self.assertEqual(self.threads_before, set(self._threads()))
+        self.assertEqual([], self.source.open_streams)
+        self.assertEqual([], self.dest.open_streams)
+
+    def volumes(self, content: Content, size: int | None = None) -> tuple:
+        """The two volumes; that of the destination is all a hole.
+
+        :param size: of the destination, if it is not that of the source
+        """
+        self.source.add_volume('disks', 'disk', content)
+        self.dest.add_volume(
+            'disks', 'disk', Content(content.size if size is None else size))
+        return tuple(
+            host.connect().storagePoolLookupByName(
+                'disks').storageVolLookupByName('disk')
+            for host in (self.source, self.dest))
+
+    def copy(self, content: Content, length: int | None = None,
+             **kwargs: ty.Any) -> stream.Result:
+        """Copy in the way that the driver does, and wait for it."""
+        source, dest = self.volumes(content)
+        return utils.tpool_wrap(stream.copy)(
+            source, dest, content.size if length is None else length,
+            progress=self.record_progress, **kwargs)
+
+    def record_progress(self, done: int, wire: int) -> None:
+        self.progress.append((done, wire))
+
+    def start_copy(self, content: Content, **kwargs: ty.Any) -> Outcome:
+        """Copy in the background."""
+        source, dest = self.volumes(content)
+        outcome = Outcome()
+
+        def run() -> None:
+            try:
+                outcome.result = stream.copy(
+                    source, dest, content.size,
+                    progress=self.record_progress, **kwargs)
+            except BaseException as error:
+                outcome.error = error
+            outcome.done = True
+
+        libvirt_storage.native_threading().Thread(
+            target=run, daemon=True).start()
+        return outcome
+
+    def copied(self) -> Content:
+        return self.dest.volume('disks', 'disk').content
+
+    def uploads(self) -> list[libvirt_storage.FakeStream]:
+        return [s for s in self.dest.streams if s.way == 'upload']
+
+    def sent(self) -> list[tuple[str, int, int]]:
+        """What the only upload was sent, data in a row taken together."""
+        upload, = self.uploads()
+        merged = libvirt_storage.merge_events(upload.events)
+        holes = [event for event in upload.events if event[0] == 'hole']
+        self.assertEqual(
+            [event for event in merged if event[0] == 'hole'], holes,
+            'holes in a row have to be sent as one')
+        return merged
+
+
+@ddt.ddt
+class CopyContentTestCase(_CopyTestCase):
+    """What arrives is what was there, and holes stay holes."""
+
+    # Pictures of 64 KiB a character: '-' is a hole, '0' are zeroes that are
+    # data. A window is eight of them.
+    @ddt.data(
+        ('A', [('data', 0, 1)]),
+        ('-', [('hole', 0, 1)]),
+        ('0', [('data', 0, 1)]),
+        ('-A', [('hole', 0, 1), ('data', 1, 1)]),
+        ('A-', [('data', 0, 1), ('hole', 1, 1)]),
+        ('A0-B', [('data', 0, 2), ('hole', 2, 1), ('data', 3, 1)]),
+        ('A-B-C-', [('data', 0, 1), ('hole', 1, 1), ('data', 2, 1),
+                    ('hole', 3, 1), ('data', 4, 1), ('hole', 5, 1)]),
+        # a hole before, over and after the border of the first window
+        ('AAAAAAA-|AAA', [('data', 0, 7), ('hole', 7, 1), ('data', 8, 3)]),
+        ('AAAAAA--|--A', [('data', 0, 6), ('hole', 6, 4), ('data', 10, 1)]),
+        ('AAAAAAAA|--A', [('data', 0, 8), ('hole', 8, 2), ('data', 10, 1)]),
+        # windows that are all a hole
+        ('A-------|--------|-------B',
+         [('data', 0, 1), ('hole', 1, 22), ('data', 23, 1)]),
+        ('--------|--------', [('hole', 0, 16)]),
+        ('--------|-----A--|--------',
+         [('hole', 0, 13), ('data', 13, 1), ('hole', 14, 10)]),
+        # data over a border
+        ('--AAAAAA|BBBBBBBB|CC--',
+         [('hole', 0, 2), ('data', 2, 16), ('hole', 18, 2)]),
+    )
+    @ddt.unpack
+    def test_holes_are_merged_and_sent_as_holes(self, picture, expected):
+        self.set_sizes()
+        content = Content.draw(picture.replace('|', ''), UNIT)
+
+        result = self.copy(content)
+
+        self.assertEqual(
+            [(kind, start * UNIT, count * UNIT)
+             for kind, start, count in expected], self.sent())
+        self.assertEqual(content, self.copied())
+        self.assertEqual(content.size, result.length)
+        self.assertEqual(content.allocated, result.wire)
+
+    @ddt.data(1, 511, 512, 4097, 262119, 262120, 262121,
+              WINDOW - 1, WINDOW, WINDOW + 1, 5 * WINDOW + 4097)
+    def test_every_size_arrives(self, size):
+        self.set_sizes()
+        content = Content.of(patterned(size))
+
+        result = self.copy(content)
+
+        self.assertEqual(content, self.copied())
+        self.assertEqual([('data', 0, size)], self.sent())
+        self.assertEqual((size, size), (result.length, result.wire))
+
+    @ddt.data(1, 4097, WINDOW - 1, WINDOW, WINDOW + 1)
+    def test_every_size_of_a_hole_arrives(self, size):
+        self.set_sizes()
+
+        result = self.copy(Content(size))
+
+        self.assertEqual([('hole', 0, size)], self.sent())
+        self.assertEqual((size, 0), (result.length, result.wire))
+
+    def test_volume_without_bytes_is_not_uploaded(self):
+        result = self.copy(Content())
+
+        # An upload of length 0 would be one without a limit.
+        self.assertEqual([], self.uploads())
+        self.assertEqual((0, 0), (result.length, result.wire))
+
+    def test_big_hole_costs_one_message(self):
+        size = 3 * units.Gi + 1
+
+        result = self.copy(Content(size))
+
+        self.assertEqual([('hole', 0, size)], self.sent())
+        self.assertEqual((size, 0), (result.length, result.wire))
+        self.assertEqual(size, self.copied().size)
+
+    def test_last_byte_behind_a_big_hole_arrives(self):
+        size = 3 * units.Gi + 1
+        content = Content(size, [(size - 1, b'x')])
+
+        self.copy(content)
+
+        self.assertEqual([('hole', 0, size - 1), ('data', size - 1, 1)],
+                         self.sent())
+        self.assertEqual(content, self.copied())
+
+    def test_many_small_extents(self):
+        self.set_sizes()
+        content = Content.draw('A-' * 1000, 512)
+
+        result = self.copy(content)
+
+        self.assertEqual(2000, len(self.sent()))
+        self.assertEqual(content, self.copied())
+        self.assertEqual(512000, result.wire)
+
+    @ddt.data(1000, 65536, 262119)
+    def test_short_sends_lose_nothing(self, limit):
+        self.set_sizes()
+        self.dest.send_limit = limit
+        content = Content.of(patterned(2 * WINDOW + 13))
+        content.truncate(3 * WINDOW)
+
+        self.copy(content)
+
+        self.assertEqual(content, self.copied())
+
+    def test_short_receives_lose_nothing(self):
+        self.set_sizes()
+        self.source.recv_limit = 4093
+        content = Content.draw('AB--C0-D', UNIT)
+
+        self.copy(content)
+
+        self.assertEqual(content, self.copied())
+
+    def test_destination_is_uploaded_to_once(self):
+        """A second sparse upload would cut the volume off."""
+        self.set_sizes()
+
+        self.copy(Content.draw('A-B-' * 10, UNIT))
+
+        upload, = self.uploads()
+        self.assertTrue(upload.sparse)
+        self.assertEqual((0, 40 * UNIT), (upload.offset, upload.length))
+
+    def test_source_is_read_in_windows_one_after_the_other(self):
+        self.set_sizes()
+        self.source.call('stream.finish', lambda: None, times=None)
+
+        self.copy(Content.of(patterned(2 * WINDOW + 1)))
+
+        windows = [(s.offset, s.length) for s in self.source.streams]
+        self.assertEqual(
+            [(0, WINDOW), (WINDOW, WINDOW), (2 * WINDOW, 1)], windows)
+        for download in self.source.streams:
+            self.assertTrue(download.sparse)
+            self.assertTrue(download.exhausted)
+        self.assertEqual(
+            ['vol.download', 'stream.finish'] * 3,
+            [where for where, _name in self.source.calls
+             if where in ('vol.download', 'stream.finish')])
+
+    def test_window_is_never_0_long(self):
+        """A download of length 0 would be one of all that is left."""
+        self.set_sizes()
+
+        self.copy(Content.of(patterned(2 * WINDOW)))
+
+        self.assertEqual(2, len(self.source.streams))
+
+    def test_both_ends_are_finished(self):
+        self.set_sizes()
+
+        self.copy(Content.draw('A-B-' * 10, UNIT))
+
+        self.assertEqual(
+            {'finished'},
+            {s.outcome for s in self.source.streams + self.dest.streams})
+
+    def test_length_may_be_less_than_the_volume(self):
+        content = Content.of(patterned(4 * UNIT))
+
+        result = self.copy(content, length=3 * UNIT)
+
+        self.assertEqual(3 * UNIT, result.length)
+        self.assertEqual([('data', 0, 3 * UNIT)], self.sent())
+
+    def test_seconds_are_measured(self):
+        self.dest.slow('stream.finish', 0.2)
+
+        result = self.copy(Content.draw('A', UNIT))
+
+        self.assertGreaterEqual(result.seconds, 0.2)
+        self.assertLess(result.seconds, 5)
+
+    def test_source_is_only_read(self):
+        self.copy(Content.draw('A-B', UNIT))
+
+        self.assertEqual([], self.source.changes)
+
+
+@ddt.ddt
+class CopyProgressTestCase(_CopyTestCase):
+
+    @ddt.data('AAAAAAAAAAAAAAAAAAAA', 'A-B-C-------------------', '--------',
+              '----------A', 'A')
+    def test_progress_grows_and_ends_at_the_total(self, picture):
+        self.set_sizes()
+        content = Content.draw(picture, UNIT)
+
+        self.copy(content)
+
+        self.assertEqual(sorted(self.progress), self.progress)
+        self.assertEqual((content.size, content.allocated),
+                         self.progress[-1])
+
+    def test_progress_is_told_while_the_copy_runs(self):
+        self.set_sizes()
+        blocked = self.dest.block('stream.send', after=10 * UNIT)
+        outcome = self.start_copy(Content.of(patterned(20 * UNIT)))
+        self.assertTrue(blocked.wait_reached())
+
+        self.assertGreater(self.progress[-1][0], 0)
+        self.assertLessEqual(self.progress[-1][0], 10 * UNIT)
+
+        blocked.release()
+        self.assertTrue(outcome.wait(10))
+
+    def test_failing_progress_fails_the_copy(self):
+        self.set_sizes()
+        source, dest = self.volumes(Content.of(patterned(20 * UNIT)))
+
+        self.assertRaises(
+            test.TestingException, utils.tpool_wrap(stream.copy),
+            source, dest, 20 * UNIT,
+            progress=mock.Mock(side_effect=test.TestingException()))
+
+        self.assertEqual(['aborted'], [s.outcome for s in self.uploads()])
+
+
+@ddt.ddt
+class CopyFailureTestCase(_CopyTestCase):
+    """The first error is the one raised, and both ends are closed."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.set_sizes()
+        self.content = Content.of(patterned(5 * WINDOW))
+
+    def assert_fails(self, end: str, text: str,
+                     content: Content | None = None) -> stream.CopyError:
+        error = self.assertRaises(
+            stream.CopyError, self.copy, content or self.content)
+        self.assertEqual(end, error.end)
+        self.assertEqual('/var/lib/nova/disks/disk', error.path)
+        self.assertIn(text, str(error))
+        return error
+
+    def assert_upload_aborted(self) -> None:
+        self.assertEqual(['aborted'], [s.outcome for s in self.uploads()])
+
+    @ddt.data('stream.recv', 'stream.finish', 'vol.download',
+              'conn.newStream')
+    def test_source_fails_on_its_second_window(self, where):
+        self.source.fail(where, nth=12 if where == 'stream.recv' else 2,
+                         error=SOURCE_ERROR)
+
+        error = self.assert_fails('source', 'Unable to read')
+
+        self.assertGreaterEqual(error.done, WINDOW)
+        self.assertLessEqual(error.done, 5 * WINDOW)
+        self.assert_upload_aborted()
+
+    def test_source_fails_in_front_of_a_hole(self):
+        self.source.fail('stream.recvHole', error=SOURCE_ERROR)
+
+        self.assert_fails('source', 'Unable to read',
+                          Content.draw('AAAA----AA', UNIT))
+
+        self.assert_upload_aborted()
+
+    def test_source_fails_at_once(self):
+        self.source.fail('vol.download', error=SOURCE_ERROR)
+
+        error = self.assert_fails('source', 'Unable to read')
+
+        self.assertEqual(0, error.done)
+        self.assertNotIn('finished', [s.outcome for s in self.uploads()])
+
+    def test_failed_download_is_aborted(self):
+        self.source.fail('stream.recv', after=WINDOW, error=SOURCE_ERROR)
+
+        self.assert_fails('source', 'Unable to read')
+
+        self.assertEqual(['finished', 'aborted'],
+                         [s.outcome for s in self.source.streams])
+
+    @ddt.data('conn.newStream', 'vol.upload', 'stream.send')
+    def test_destination_fails_at_once(self, where):
+        self.dest.fail(where, error=DEST_ERROR)
+
+        error = self.assert_fails('destination', 'No space left')
+
+        self.assertEqual(0, error.done)
+        self.assertNotIn('finished', [s.outcome for s in self.uploads()])
+
+    def test_destination_fails_in_the_middle(self):
+        self.dest.fail('stream.send', after=3 * WINDOW, error=DEST_ERROR)
+
+        error = self.assert_fails('destination', 'No space left')
+
+        self.assertGreater(error.done, 2 * WINDOW)
+        self.assertLessEqual(error.done, 3 * WINDOW)
+        self.assert_upload_aborted()
+
+    def test_destination_fails_at_a_hole(self):
+        self.dest.fail('stream.sendHole', error=DEST_ERROR)
+
+        self.assert_fails('destination', 'No space left',
+                          Content.draw('AAAA----AA', UNIT))
+
+        self.assert_upload_aborted()
+
+    def test_destination_fails_late_at_finish(self):
+        self.dest.fail('stream.finish', error=DEST_ERROR)
+
+        error = self.assert_fails('destination', 'No space left')
+
+        self.assertEqual(self.content.size, error.done)
+        self.assert_upload_aborted()
+
+    def test_destination_that_fills_up_fails(self):
+        """It is reported late, if at the last message only by finish()."""
+        self.dest.used = self.dest.capacity - 5 * WINDOW + 1
+
+        self.assert_fails('destination', 'No space left')
+
+    def test_reader_stops_when_the_destination_fails(self):
+        self.dest.fail('stream.send', error=DEST_ERROR)
+
+        self.assert_fails('destination', 'No space left')
+
+        self.assertLess(self.hosts.meter.received, 3 * WINDOW)
+
+    def test_first_error_wins_if_the_source_fails_first(self):
+        self.source.fail('stream.recv', after=WINDOW, error=SOURCE_ERROR)
+        self.dest.fail('stream.abort', error=DEST_ERROR)
+
+        self.assert_fails('source', 'Unable to read')
+
+    def test_first_error_wins_if_the_destination_fails_first(self):
+        self.dest.fail('stream.send', after=WINDOW, error=DEST_ERROR)
+        self.source.fail('stream.abort', error=SOURCE_ERROR)
+
+        self.assert_fails('destination', 'No space left')
+
+    def test_source_error_wins_over_a_later_one_of_the_destination(self):
+        sending = self.dest.block('stream.send')
+        sending.error = DEST_ERROR
+        reading = self.source.block('stream.recv', after=UNIT)
+        reading.error = SOURCE_ERROR
+        outcome = self.start_copy(self.content)
+        self.assertTrue(sending.wait_reached())
+
+        reading.release()
+        self.assertTrue(libvirt_storage.wait_for(lambda: not self._threads()))
+        sending.release()
+
+        self.assertTrue(outcome.wait(5))
+        self.assertEqual('source', outcome.error.end)
+
+    def test_error_of_an_abort_does_not_hide_the_first(self):
+        self.dest.fail('stream.finish', error=DEST_ERROR)
+        self.dest.fail('stream.abort', error=libvirt_storage.LOST_ERROR)
+
+        error = self.assert_fails('destination', 'No space left')
+
+        self.assertNotIn('socket is closed', str(error))
+
+    @ddt.data(WINDOW, 2 * WINDOW + 7, 5 * WINDOW - 1)
+    def test_source_that_is_shorter_than_told_fails(self, size):
+        source, dest = self.volumes(Content.of(patterned(size)), 5 * WINDOW)
+
+        error = self.assertRaises(
+            stream.CopyError, utils.tpool_wrap(stream.copy),
+            source, dest, 5 * WINDOW)
+
+        self.assertEqual(('source', size), (error.end, error.done))
+        self.assert_upload_aborted()
+
+    def test_source_that_vanishes_fails(self):
+        self.source.call(
+            'vol.download',
+            lambda: self.source.remove_file('/var/lib/nova/disks/disk'),
+            nth=2)
+
+        self.assert_fails('source', 'no storage vol with matching path')
+
+        self.assert_upload_aborted()
+
+    def test_source_that_shrinks_fails(self):
+        self.source.call(
+            'vol.download',
+            lambda: self.source.volume('disks', 'disk').content.truncate(
+                WINDOW + 5), nth=2)
+
+        error = self.assert_fails('source', 'did the volume change its size?')
+
+        self.assertEqual(WINDOW + 5, error.done)
+
+    def test_lost_destination_fails(self):
+        self.dest.call('stream.send', self.dest.disconnect, after=WINDOW)
+
+        self.assert_fails('destination', 'socket is closed')
+        self.dest.reconnect()
+
+    def test_lost_source_fails(self):
+        self.source.call('stream.recv', self.source.disconnect, after=WINDOW)
+
+        self.assert_fails('source', 'socket is closed')
+
+        self.assert_upload_aborted()
+
+    def test_link_that_is_cut_while_a_send_blocks_ends_the_copy(self):
+        blocked = self.dest.block('stream.send', after=WINDOW)
+        outcome = self.start_copy(self.content)
+        self.assertTrue(blocked.wait_reached())
+
+        self.dest.disconnect()
+
+        self.assertTrue(outcome.wait(5))
+        self.assertEqual('destination', outcome.error.end)
+        self.assertIn('socket is closed', str(outcome.error))
+
+    def test_error_tells_libvirts_own(self):
+        self.dest.fail('stream.send', error=DEST_ERROR)
+
+        error = self.assert_fails('destination', DEST_ERROR[2])
+
+        self.assertIn('0 bytes', str(error))
+
+    def test_next_copy_works_after_a_failure(self):
+        self.dest.fail('stream.send', after=WINDOW, error=DEST_ERROR)
+        self.assert_fails('destination', 'No space left')
+
+        result = self.copy(self.content)
+
+        self.assertEqual(self.content.size, result.length)
+        self.assertEqual(self.content, self.copied())
+
+
+@ddt.ddt
+class CopyCancelTestCase(_CopyTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.set_sizes()
+        self.content = Content.of(patterned(20 * WINDOW))
+        self.cancel = threading.Event()
+
+    def assert_cancelled(self, outcome: Outcome) -> None:
+        started = time.monotonic()
+        self.assertTrue(outcome.wait(5))
+        self.assertLess(time.monotonic() - started, 1)
+        self.assertIsInstance(outcome.error, stream.Cancelled)
+
+    def assert_aborted(self) -> None:
+        self.assertEqual(['aborted'], [s.outcome for s in self.uploads()])
+        self.assertEqual('aborted', self.source.streams[-1].outcome)
+
+    def test_cancel_while_data_flows(self):
+        self.dest.slow('stream.send', 0.01)
+        outcome = self.start_copy(self.content, cancel=self.cancel)
+        self.assertTrue(libvirt_storage.wait_for(lambda: self.progress))
+
+        self.cancel.set()
+
+        self.assert_cancelled(outcome)
+        self.assert_aborted()
+        self.assertLess(self.progress[-1][0], self.content.size)
+
+    def test_cancel_while_the_source_is_slow(self):
+        self.source.slow('stream.recv', 0.1)
+        outcome = self.start_copy(self.content, cancel=self.cancel)
+        self.assertTrue(libvirt_storage.wait_for(
+            lambda: self.source.streams))
+
+        self.cancel.set()
+
+        self.assert_cancelled(outcome)
+        self.assert_aborted()
+
+    def test_cancel_before_the_start(self):
+        self.cancel.set()
+
+        outcome = self.start_copy(self.content, cancel=self.cancel)
+
+        self.assert_cancelled(outcome)
+        self.assertNotIn('finished', [s.outcome for s in self.uploads()])
+
+    def test_cancel_during_a_big_hole(self):
+        """Such a source is fast, and takes no room in the queue."""
+        self.source.slow('stream.recvHole', 0.01)
+        outcome = self.start_copy(Content(1000 * WINDOW), cancel=self.cancel)
+        self.assertTrue(libvirt_storage.wait_for(
+            lambda: len(self.source.streams) > 3))
+
+        self.cancel.set()
+
+        self.assert_cancelled(outcome)
+
+    def test_cancel_after_the_end_changes_nothing(self):
+        outcome = self.start_copy(self.content, cancel=self.cancel)
+        self.assertTrue(outcome.wait(10))
+
+        self.cancel.set()
+
+        self.assertEqual(self.content.size, outcome.result.length)
+
+    def test_error_wins_over_a_later_cancel(self):
+        blocked = self.source.block('stream.abort')
+        self.source.fail('stream.recv', after=WINDOW, error=SOURCE_ERROR)
+        outcome = self.start_copy(self.content, cancel=self.cancel)
+        self.assertTrue(blocked.wait_reached())
+        blocked.release()
+        self.assertTrue(outcome.wait(5))
+
+        self.cancel.set()
+
+        self.assertIsInstance(outcome.error, stream.CopyError)
+
+
+class CopyMemoryTestCase(_CopyTestCase):
+    """What was read and not yet written is bounded."""
+
+    # Beyond the queue: what the reader holds and cannot put, what the writer
+    # took and sends, and the message with which the queue is over its budget.
+    IN_HAND = 3 * libvirt_storage.MESSAGE_MAX
+
+    def test_stalled_destination_bounds_what_is_read(self):
+        self.set_sizes(window=4 * units.Mi, queue=1 * units.Mi)
+        blocked = self.dest.block('stream.send', after=2 * units.Mi)
+        outcome = self.start_copy(Content.of(patterned(24 * units.Mi)))
+        self.assertTrue(blocked.wait_reached())
+        self.wait_until_reader_waits()
+
+        self.assertLessEqual(self.hosts.meter.peak,
+                             units.Mi + self.IN_HAND)
+
+        blocked.release()
+        self.assertTrue(outcome.wait(30))
+        self.assertEqual(24 * units.Mi, outcome.result.length)
+        self.assertLessEqual(self.hosts.meter.peak,
+                             units.Mi + self.IN_HAND)
+
+    def wait_until_reader_waits(self) -> None:
+        """Wait until nothing was received for a while."""
+        received = -1
+        while received != self.hosts.meter.received:
+            received = self.hosts.meter.received
+            time.sleep(0.3)
+
+    def test_slow_destination_bounds_what_is_read(self):
+        self.set_sizes(window=4 * units.Mi, queue=1 * units.Mi)
+        self.dest.slow('stream.send', 0.005)
+
+        self.copy(Content.of(patterned(16 * units.Mi)))
+
+        self.assertLessEqual(self.hosts.meter.peak,
+                             units.Mi + self.IN_HAND)
+
+    def test_bounds_of_real_copies(self):
+        """The measured figures that the bounds stand for."""
+        self.assertEqual(32 * units.Mi, stream.WINDOW_BYTES)
+        self.assertLessEqual(stream.QUEUE_BYTES, stream.WINDOW_BYTES)
+        self.assertEqual(libvirt_storage.MESSAGE_MAX, stream.MESSAGE_BYTES)
+
+    def test_two_copies_side_by_side_do_not_mix(self):
+        contents = {'one': Content.of(patterned(40 * UNIT)),
+                    'two': Content.draw('AB-C' * 10, UNIT)}
+        self.set_sizes()
+        runs = []
+        for name, content in contents.items():
+            self.source.add_volume('disks', name, content)
+            self.dest.add_volume('disks', name, Content(content.size))
+            ends = [host.connect().storagePoolLookupByName(
+                'disks').storageVolLookupByName(name)
+                for host in (self.source, self.dest)]
+            thread = libvirt_storage.native_threading().Thread(
+                target=stream.copy, args=(*ends, content.size))
+            thread.start()
+            runs.append(thread)
+        self.assertTrue(libvirt_storage.wait_for(
+            lambda: not any(run.is_alive() for run in runs)))
+
+        for name, content in contents.items():
+            self.assertEqual(
+                content, self.dest.volume('disks', name).content)
+
+
+class CopyHubTestCase(_CopyTestCase):
+
+    def test_rest_of_the_process_runs_while_a_send_blocks(self):
+        """Neither eventlet's hub nor another thread is held up."""
+        self.set_sizes()
+        self.dest.slow('stream.send', 1.0, nth=3, times=1)
+        source, dest = self.volumes(Content.of(patterned(4 * WINDOW)))
+        ticks = [time.monotonic()]
+        stop = threading.Event()
+
+        def tick() -> None:
+            while not stop.is_set():
+                time.sleep(0.01)
+                ticks.append(time.monotonic())
+
+        ticker = threading.Thread(target=tick)
+        ticker.start()
+        try:
+            utils.tpool_wrap(stream.copy)(source, dest, 4 * WINDOW)
+        finally:
+            stop.set()
+            ticker.join()
+
+        latest = max(b - a for a, b in zip(ticks, ticks[1:]))
+        self.assertGreater(len(ticks), 20)
+        # A hub that is held up would be so for as long as the send.
+        self.assertLess(latest, 0.8)
+
+
+class WriteTestCase(_CopyTestCase):
+
+    def volume(self, size: int) -> ty.Any:
+        return self.volumes(Content(size))[1]
+
+    def test_write_sends_all(self):
+        data = patterned(3 * units.Mi + 5)
+        self.dest.send_limit = 70000
+
+        utils.tpool_wrap(stream.write)(self.volume(len(data)), data)
+
+        self.assertEqual(Content.of(data), self.copied())
+        self.assertEqual(['finished'], [s.outcome for s in self.uploads()])
+
+    def test_write_of_nothing(self):
+        utils.tpool_wrap(stream.write)(self.volume(0), b'')
+
+        self.assertEqual([], self.uploads())
+
+    def test_write_fails_late(self):
+        self.dest.fail('stream.finish', error=DEST_ERROR)
+
+        error = self.assertRaises(
+            stream.CopyError, utils.tpool_wrap(stream.write),
+            self.volume(5), b'hello')
+
+        self.assertEqual('destination', error.end)
+        self.assertEqual(['aborted'], [s.outcome for s in self.uploads()])
