@@ -94,6 +94,7 @@ class Cloud:
         self.say('API services')
         self.start_apis()
         self.register_services()
+        self.warm_neutron()
         self.say('conductor, scheduler, computes')
         self.start_control()
         self.start_computes()
@@ -386,6 +387,14 @@ class Cloud:
                 identity.create_endpoint(
                     service_id=service.id, interface=interface,
                     region_id=config.REGION, url=self.site.url(name, path))
+
+    def warm_neutron(self) -> None:
+        """Ask neutron for anything but ports.
+
+        SQLAlchemy completes neutron's models at the first query. A list of
+        ports uses them before it makes one, so as the first request it fails.
+        """
+        list(self.connection().network.networks())
 
     def start_control(self) -> None:
         """Start the conductor and the scheduler.

@@ -153,7 +153,7 @@ def nova_common(site: Site) -> Options:
         'DEFAULT': {'transport_url': site.transport,
                     'service_down_time': 30,
                     'report_interval': 5,
-                    # The guest has no init that heeds the power button.
+                    # A guest in software emulation takes long to end.
                     'shutdown_timeout': 0},
         'keystone_authtoken': site.token_check('nova'),
         'service_user': {**site.credentials('nova'),
@@ -187,7 +187,9 @@ def nova_compute(site: Site, name: str, address: str) -> Options:
         'DEFAULT': {'my_ip': address,
                     'host': name,
                     'state_path': '/var/lib/nova',
-                    'compute_driver': 'libvirt.LibvirtDriver'},
+                    'compute_driver': 'libvirt.LibvirtDriver',
+                    # The guest has no driver for the default, vfat.
+                    'default_ephemeral_format': 'ext4'},
         'oslo_concurrency': {'lock_path': '/var/lib/nova/lock'},
         'libvirt': {'virt_type': 'qemu', 'cpu_mode': 'none'},
     })
