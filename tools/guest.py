@@ -1,0 +1,283 @@
+#!/usr/bin/env python3
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""A guest that counts its boots on its own disk.
+
+The image is Debian's kernel and busybox in one ext4 partition, started by
+GRUB. At each boot the guest adds one to a counter on its root disk and says
+on its serial console::
+
+    BOOT-COUNTER 2
+    DISK vda 131072
+    DISK vdb 2097152
+    DISK-COUNTER vdb 2
+
+with the size of each virtio disk in sectors of 512 bytes, and a counter for
+each further disk that holds a file system. A server that prints the next
+numbers after a migration has brought its disks along. It powers off when
+ACPI tells it to.
+
+Nothing is mounted and nothing installed: the packages are only unpacked.
+"""
+
+import argparse
+import gzip
+import os
+import pathlib
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from typing import Sequence
+
+SIZE = 64 * 1024 ** 2
+SECTOR = 512
+BLOCK = 4096
+# GRUB's core image goes between the MBR and the first partition.
+PARTITION_START = 2048 * SECTOR
+LABEL = 'guest-root'
+
+PACKAGES = ('busybox-static', 'grub-common', 'grub-pc-bin')
+KERNEL = 'linux-image-cloud-amd64'
+
+# ext4, the serial port and evdev's core are built into the kernel.
+MODULES = ('virtio_ring', 'virtio', 'virtio_pci_modern_dev',
+           'virtio_pci_legacy_dev', 'virtio_pci', 'virtio_blk', 'evdev',
+           'button')
+
+GRUB_CFG = """\
+set root=(hd0,msdos1)
+linux /boot/vmlinuz {parameters}
+initrd /boot/initrd
+boot
+"""
+
+# What costs time where the processor is emulated is left out.
+KERNEL_PARAMETERS = (
+    'console=ttyS0,115200 quiet loglevel=1 panic=5 net.ifnames=0 mitigations=off '
+    'cryptomgr.notests tsc=reliable no_timer_check nokaslr '
+    'audit=0 selinux=0 apparmor=0 8250.nr_uarts=1 i8042.noaux')
+
+INITRAMFS_INIT = """\
+#!/bin/busybox sh
+/bin/busybox --install -s /bin
+mount -t devtmpfs dev /dev
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+for module in {modules}; do
+    insmod /modules/$module.ko
+done
+root=
+for try in 0 1 2 3 4 5 6 7 8 9; do
+    root=$(findfs LABEL={label}) && break
+    sleep 0.2
+done
+mount -t ext4 "$root" /root || exec sh
+mount -o move /dev /root/dev
+mount -o move /proc /root/proc
+mount -o move /sys /root/sys
+exec switch_root /root /sbin/init
+"""
+
+INIT = """\
+#!/bin/sh
+count() {
+    n=$(($(cat "$1" 2>/dev/null || echo 0) + 1))
+    echo $n > "$1"
+    sync
+}
+
+power_off() {
+    sync
+    umount /mnt/* 2>/dev/null
+    mount -o remount,ro /
+    poweroff -f
+}
+
+count /boot-counter
+echo "BOOT-COUNTER $n"
+for disk in /sys/block/vd*; do
+    dev=${disk##*/}
+    echo "DISK $dev $(cat $disk/size)"
+    mkdir -p /mnt/$dev
+    [ -e $disk/${dev}1 ] && continue
+    if mount -t ext4 /dev/$dev /mnt/$dev 2>/dev/null; then
+        count /mnt/$dev/boot-counter
+        echo "DISK-COUNTER $dev $n"
+    fi
+done
+echo "GUEST-READY"
+
+for name in /sys/class/input/event*/device/name; do
+    if [ "$(cat $name)" = "Power Button" ]; then
+        event=${name%/device/name}
+        dd if=/dev/input/${event##*/} bs=24 count=1 >/dev/null 2>&1 &&
+            power_off &
+    fi
+done
+while :; do
+    sleep 3600
+done
+"""
+
+
+class GuestError(Exception):
+    """The image could not be built."""
+
+
+def execute(*argv: str | os.PathLike, cwd: os.PathLike | None = None,
+            data: bytes | None = None) -> bytes:
+    """Run a command and return its output; its complaint is in the error."""
+    done = subprocess.run([os.fspath(arg) for arg in argv], cwd=cwd,
+                          input=data, capture_output=True)
+    if done.returncode:
+        raise GuestError('%s: exit status %d: %s' % (
+            ' '.join(map(str, argv)), done.returncode,
+            done.stderr.decode(errors='replace').strip()))
+    return done.stdout
+
+
+def build(path: str | os.PathLike, size: int = SIZE) -> None:
+    """Build the image as a sparse raw file of size bytes."""
+    path = pathlib.Path(path).absolute()
+    with tempfile.TemporaryDirectory(prefix='guest-') as name:
+        work = pathlib.Path(name)
+        system = unpack(work)
+        core = make_core(work, system)
+        tree = make_tree(work, system)
+        partial = path.with_name(path.name + '.partial')
+        try:
+            write_image(partial, size, system, core, tree)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def unpack(work: pathlib.Path) -> pathlib.Path:
+    """Fetch the Debian packages and unpack them in one directory."""
+    kernel = kernel_package()
+    # As root: apt's own user cannot enter a temporary directory.
+    execute('apt-get', 'download', '-q', '-o', 'APT::Sandbox::User=root',
+            kernel, *PACKAGES, cwd=work)
+    system = work / 'system'
+    for package in work.glob('*.deb'):
+        execute('dpkg-deb', '-x', package, system)
+    return system
+
+
+def kernel_package() -> str:
+    """The package that the meta package for the newest kernel stands for."""
+    said = execute('apt-cache', 'depends', '--important', KERNEL).decode()
+    for line in said.splitlines():
+        kind, _, package = line.strip().partition(': ')
+        if kind == 'Depends' and package.startswith('linux-image-'):
+            return package
+    raise GuestError('apt knows no %s: run apt-get update' % KERNEL)
+
+
+def make_core(work: pathlib.Path, system: pathlib.Path) -> bytes:
+    """GRUB with its configuration inside: it asks nothing and waits not."""
+    config = work / 'grub.cfg'
+    config.write_text(GRUB_CFG.format(parameters=KERNEL_PARAMETERS))
+    core = work / 'core.img'
+    execute(system / 'usr/bin/grub-mkimage', '-O', 'i386-pc',
+            '-d', system / 'usr/lib/grub/i386-pc', '-p', '/boot',
+            '-c', config, '-o', core,
+            'biosdisk', 'part_msdos', 'ext2', 'linux')
+    return core.read_bytes()
+
+
+def make_tree(work: pathlib.Path, system: pathlib.Path) -> pathlib.Path:
+    """What the root file system holds."""
+    tree = work / 'tree'
+    for name in ('bin', 'boot', 'dev', 'mnt', 'proc', 'sbin', 'sys'):
+        (tree / name).mkdir(parents=True)
+    busybox = system / 'bin/busybox'
+    shutil.copy(busybox, tree / 'bin/busybox')
+    for applet in execute(busybox, '--list').decode().split():
+        if applet != 'busybox':
+            (tree / 'bin' / applet).symlink_to('busybox')
+    write_script(tree / 'sbin/init', INIT)
+    kernel, = system.glob('boot/vmlinuz-*')
+    shutil.copy(kernel, tree / 'boot/vmlinuz')
+    (tree / 'boot/initrd').write_bytes(make_initramfs(work, system))
+    return tree
+
+
+def make_initramfs(work: pathlib.Path, system: pathlib.Path) -> bytes:
+    """What finds the root disk: busybox and the modules for it."""
+    tree = work / 'initramfs'
+    for name in ('bin', 'dev', 'modules', 'proc', 'root', 'sys'):
+        (tree / name).mkdir(parents=True)
+    shutil.copy(system / 'bin/busybox', tree / 'bin/busybox')
+    for module in MODULES:
+        found = list(system.glob('lib/modules/*/**/%s.ko' % module))
+        if not found:
+            raise GuestError('the kernel has no module %s' % module)
+        shutil.copy(found[0], tree / 'modules')
+    write_script(tree / 'init', INITRAMFS_INIT.format(
+        modules=' '.join(MODULES), label=LABEL))
+    names = sorted(str(p.relative_to(tree)) for p in tree.rglob('*'))
+    archive = execute(system / 'bin/busybox', 'cpio', '-o', '-H', 'newc',
+                      '-R', '0:0', cwd=tree, data='\n'.join(names).encode())
+    # Unpacking is cheap and reading through the BIOS is not.
+    return gzip.compress(archive, mtime=0)
+
+
+def write_script(path: pathlib.Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def write_image(path: pathlib.Path, size: int, system: pathlib.Path,
+                core: bytes, tree: pathlib.Path) -> None:
+    """Lay out MBR, GRUB and the file system in a sparse file."""
+    if SECTOR + len(core) > PARTITION_START:
+        raise GuestError('GRUB takes %d bytes: too many' % len(core))
+    boot = (system / 'usr/lib/grub/i386-pc/boot.img').read_bytes()
+    with open(path, 'wb') as image:
+        image.truncate(size)
+        image.write(master_boot_record(boot, size))
+        image.write(core)
+    # GRUB 2.06 cannot read what newer mke2fs turn on, and takes its time
+    # per block: 4 KiB halve what the kernel needs to load.
+    blocks = (size - PARTITION_START) // BLOCK
+    execute('mke2fs', '-q', '-F', '-t', 'ext4', '-L', LABEL, '-b', str(BLOCK),
+            '-O', '^metadata_csum,^metadata_csum_seed,^orphan_file,^64bit',
+            '-E', 'offset=%d,root_owner=0:0' % PARTITION_START,
+            '-d', tree, path, str(blocks))
+
+
+def master_boot_record(boot: bytes, size: int) -> bytes:
+    """GRUB's boot sector with one active Linux partition in its table."""
+    start = PARTITION_START // SECTOR
+    entry = struct.pack('<B3sB3sII', 0x80, b'\xfe\xff\xff', 0x83,
+                        b'\xfe\xff\xff', start, size // SECTOR - start)
+    return boot[:440] + bytes(6) + entry + bytes(48) + b'\x55\xaa'
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('path', help='the raw image to write')
+    args = parser.parse_args(argv)
+    try:
+        build(args.path)
+    except GuestError as error:
+        print('guest: %s' % error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
