@@ -83,8 +83,13 @@ class Cloud:
     # ---- life cycle
 
     def up(self) -> None:
-        """Bring everything up; what runs already is left as it is."""
+        """Bring everything up; of what runs, only the computes start anew.
+
+        They may have been of other code, or of other options.
+        """
         self._started = time.monotonic()
+        self.stop_computes()
+        self.say('Python environment')
         venv.ensure()
         venv.install_project()
         self.write_configuration()

@@ -32,9 +32,11 @@ class Failed(Exception):
     """A daemon did not come up, or ended by itself."""
 
 
-def wait_for(what: str, probe: Callable[[], T], seconds: float = 60) -> T:
+def wait_for(what: str, probe: Callable[[], T], seconds: float = 60,
+             poll: float = POLL_SECONDS) -> T:
     """Call until the answer is true, and return it.
 
+    :param poll: seconds from one call to the next
     :raises Failed: after so many seconds.
     """
     deadline = time.monotonic() + seconds
@@ -44,7 +46,7 @@ def wait_for(what: str, probe: Callable[[], T], seconds: float = 60) -> T:
             return answer
         if time.monotonic() > deadline:
             raise Failed(f'waited {seconds:.0f} s for {what}')
-        time.sleep(POLL_SECONDS)
+        time.sleep(poll)
 
 
 def listening(address: str, port: int) -> bool:
