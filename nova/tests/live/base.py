@@ -1,0 +1,175 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""What live tests share: two lab hosts, connections, pools and files."""
+
+import atexit
+import functools
+import hashlib
+import os
+import pathlib
+import random
+import shutil
+import sys
+import threading
+from typing import Sequence
+import uuid
+
+import libvirt
+import testtools
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+sys.path.insert(0, str(ROOT / 'tools'))
+
+import lab as nova_lab  # noqa: E402
+
+# Not the lab that an operator may have up, but one that a test may break.
+DIRECTORY = os.environ.get('NOVA_LAB_DIR', '/var/lib/nova-lab-test')
+SUBNET = int(os.environ.get('NOVA_LAB_SUBNET', '200'))
+
+POOL = """\
+<pool type='dir'>
+  <name>{name}</name>
+  <target>
+    <path>{path}</path>
+    <permissions>
+      <mode>0755</mode><owner>{uid}</owner><group>{gid}</group>
+    </permissions>
+  </target>
+</pool>
+"""
+
+
+@functools.cache
+def get_lab() -> nova_lab.Lab:
+    """The lab of this process: one that is up, or else one of its own."""
+    lab = nova_lab.Lab(DIRECTORY, subnet=SUBNET)
+    if not lab.is_up:
+        atexit.register(lab.down)
+    lab.up()
+    return lab
+
+
+@functools.cache
+def run_event_loop() -> None:
+    """Run libvirt's event loop, as nova-compute does.
+
+    Keepalive works only with one, and streams buffer differently.
+    """
+    libvirt.registerErrorHandler(lambda context, error: None, None)
+    libvirt.virEventRegisterDefaultImpl()
+
+    def loop() -> None:
+        while True:
+            libvirt.virEventRunDefaultImpl()
+
+    threading.Thread(target=loop, name='libvirt events', daemon=True).start()
+
+
+class LabMixin:
+    """For test cases that need real hosts.
+
+    :ivar lab: the lab, which is up
+    :ivar hosts: its hosts; source and destination are the first two
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        if os.geteuid():
+            self.skipTest('the lab needs root')
+        run_event_loop()
+        self.lab = get_lab()
+        self.hosts = self.lab.hosts
+        self.source, self.destination = self.hosts[:2]
+
+    def connect(self, host: nova_lab.Host,
+                pki: str | os.PathLike | None = None) -> libvirt.virConnect:
+        """Connect to a host from the machine over TLS."""
+        return self._open(self.lab.uri(host, pki))
+
+    def connect_local(self, host: nova_lab.Host) -> libvirt.virConnect:
+        """Connect as the host's own nova-compute does, by its socket."""
+        return self._open('qemu+unix:///system?socket=%s' % host.path(
+            '/run/libvirt/libvirt-sock'))
+
+    def _open(self, uri: str) -> libvirt.virConnect:
+        connection = libvirt.open(uri)
+        self.addCleanup(self._close, connection)
+        return connection
+
+    @staticmethod
+    def _close(connection: libvirt.virConnect) -> None:
+        try:
+            connection.close()
+        except libvirt.libvirtError:
+            pass  # a test may have cut it
+
+    def make_pool(self, host: nova_lab.Host,
+                  name: str = '') -> libvirt.virStoragePool:
+        """Define, build and start a dir pool of nova's on a host.
+
+        The pool goes away with the test, and what is in it.
+        """
+        name = name or 'test-%s' % uuid.uuid4()
+        path = '/var/lib/nova/%s' % name
+        connection = self.connect_local(host)
+        self.addCleanup(shutil.rmtree, host.path(path), ignore_errors=True)
+        pool = connection.storagePoolDefineXML(POOL.format(
+            name=name, path=path, uid=host.nova_uid, gid=host.nova_gid))
+        self.addCleanup(self._remove_pool, host, name)
+        pool.build()
+        pool.create()
+        return pool
+
+    def _remove_pool(self, host: nova_lab.Host, name: str) -> None:
+        # By name and over a new connection: a test may have ended libvirtd.
+        pool = self.connect_local(host).storagePoolLookupByName(name)
+        if pool.isActive():
+            pool.destroy()
+        pool.undefine()
+
+    def make_disk(self, host: nova_lab.Host, path: str, size: int,
+                  extents: Sequence[tuple[int, int]],
+                  seed: int = 0) -> pathlib.Path:
+        """Write a sparse file of nova's with random data in some extents.
+
+        :param path: as the host sees it
+        :param extents: (offset, length) of each
+        :returns: where the file is on the machine
+        """
+        file = host.path(path)
+        noise = random.Random(seed)
+        with open(file, 'wb') as disk:
+            disk.truncate(size)
+            for offset, length in extents:
+                disk.seek(offset)
+                while length:
+                    step = min(length, 1 << 20)
+                    disk.write(noise.randbytes(step))
+                    length -= step
+        self.addCleanup(file.unlink, missing_ok=True)
+        os.chown(file, host.nova_uid, host.nova_gid)
+        return file
+
+    @staticmethod
+    def sha256(path: str | os.PathLike) -> str:
+        """The hex digest of a file's bytes, holes read as zeroes."""
+        with open(path, 'rb') as file:
+            return hashlib.file_digest(file, 'sha256').hexdigest()
+
+    @staticmethod
+    def allocated(path: str | os.PathLike) -> int:
+        """The bytes that a file takes on disk."""
+        return os.stat(path).st_blocks * 512
+
+
+class LiveTestCase(LabMixin, testtools.TestCase):
+    """A test on real hosts that needs nothing of Nova's fixtures."""

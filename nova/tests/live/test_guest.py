@@ -1,0 +1,101 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+"""The guest image keeps what it promises to the tests that rely on it."""
+
+import os
+import time
+
+from nova.tests.live import base
+
+import guest  # noqa: I100  found by the path that base sets
+
+DOMAIN = """\
+<domain type='qemu'>
+  <name>counter</name>
+  <memory unit='MiB'>128</memory>
+  <os><type arch='x86_64'>hvm</type></os>
+  <features><acpi/></features>
+  <devices>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='raw'/>
+      <source file='{directory}/counter.raw'/>
+      <target dev='vda' bus='virtio'/>
+    </disk>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='raw'/>
+      <source file='{directory}/counter.ephemeral'/>
+      <target dev='vdb' bus='virtio'/>
+    </disk>
+    <serial type='file'><source path='{directory}/counter.log'/></serial>
+  </devices>
+</domain>
+"""
+DIRECTORY = '/var/lib/nova/instances'
+
+
+class TestGuest(base.LiveTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.disk = self.make_disk(
+            self.source, DIRECTORY + '/counter.raw', 0, [])
+        self.ephemeral = self.make_disk(
+            self.source, DIRECTORY + '/counter.ephemeral', 32 << 20, [])
+        self.log = self.make_disk(
+            self.source, DIRECTORY + '/counter.log', 0, [])
+        guest.build(self.disk)
+        guest.execute('mke2fs', '-q', '-t', 'ext4', self.ephemeral)
+
+    def boot(self):
+        """Boot to the end, press the power button, return the console."""
+        self.log.write_bytes(b'')
+        domain = self.connect_local(self.source).createXML(
+            DOMAIN.format(directory=DIRECTORY))
+        try:
+            self.wait_for(lambda: 'GUEST-READY' in self.console(), 120)
+            domain.shutdown()
+            self.wait_for(lambda: not domain.isActive(), 30)
+        finally:
+            if domain.isActive():
+                domain.destroy()
+        return self.console()
+
+    def console(self):
+        return self.log.read_text(errors='replace').splitlines()
+
+    def wait_for(self, condition, timeout):
+        deadline = time.monotonic() + timeout
+        while not condition():
+            if time.monotonic() > deadline:
+                self.fail('not in %d s: %s' % (timeout, self.console()))
+            time.sleep(0.1)
+
+    def test_counts_its_boots_on_each_disk_and_sees_a_disk_grow(self):
+        first = self.boot()
+        self.assertIn('BOOT-COUNTER 1', first)
+        self.assertIn('DISK vda %d' % (guest.SIZE // 512), first)
+        self.assertIn('DISK vdb 65536', first)
+        self.assertIn('DISK-COUNTER vdb 1', first)
+        os.truncate(self.disk, guest.SIZE + (1 << 20))
+        second = self.boot()
+        self.assertIn('BOOT-COUNTER 2', second)
+        self.assertIn('DISK vda %d' % (guest.SIZE // 512 + 2048), second)
+        self.assertIn('DISK-COUNTER vdb 2', second)
+
+    def test_image_has_one_partition_and_holes(self):
+        with open(self.disk, 'rb') as image:
+            image.seek(446)
+            table = image.read(66)
+        self.assertEqual(b'\x80', table[:1])
+        self.assertEqual(bytes(48), table[16:64])
+        self.assertEqual(b'\x55\xaa', table[64:])
+        self.assertLess(self.allocated(self.disk), guest.SIZE // 2)
