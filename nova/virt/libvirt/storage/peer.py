@@ -213,6 +213,10 @@ class Destination:
         assert self._directory is not None
         self._directory.detach()
 
+    def is_connected(self) -> bool:
+        """Whether the connection still stands, as far as is known."""
+        return self._connection is not None and self._connection.isAlive()
+
     def discard(self) -> None:
         """Delete all that the migration made on the host.
 

@@ -48,9 +48,9 @@ class TransferError(Exception):
     :ivar uri: libvirt URI of the destination
     """
 
-    def __init__(self, volume: str, host: str, uri: str, error: Exception):
+    def __init__(self, volume: str, host: str, uri: str, reason: str):
         super().__init__(
-            f'copying {volume} to host {host} ({uri}) failed: {error}')
+            f'copying {volume} to host {host} ({uri}) failed: {reason}')
         self.volume = volume
         self.host = host
         self.uri = uri
@@ -183,8 +183,12 @@ class Transfer:
             directory.detach()
 
     def _error(self, volume: str, error: Exception) -> TransferError:
+        # What libvirt says of a connection that its keepalive has closed is
+        # often no more than that a socket is closed.
+        reason = (str(error) if self.destination.is_connected() else
+                  f'the connection was lost: {error}')
         return TransferError(
-            volume, self.destination.host, self.destination.uri, error)
+            volume, self.destination.host, self.destination.uri, reason)
 
 
 def ensure_pool(uri: str, name: str, path: str) -> str:

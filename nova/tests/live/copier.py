@@ -1,0 +1,116 @@
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Move a disk as nova-compute would, in a process that can be measured.
+
+Reads its arguments as JSON from standard input, and prints what it saw as
+JSON: the copy's result, how much the process grew, and how late a (green)
+thread was that wanted to wake up every 10 ms. OS_NOVA_DISABLE_EVENTLET_PATCHING
+says in which concurrency mode.
+"""
+
+from nova import monkey_patch; monkey_patch.patch()  # noqa
+
+import dataclasses
+import sys
+import threading
+import time
+
+import libvirt
+from oslo_serialization import jsonutils
+
+from nova import utils
+from nova.virt.libvirt.storage import peer
+from nova.virt.libvirt.storage import stream
+from nova.virt.libvirt.storage import transfer
+
+INTERVAL = 0.01
+
+
+def main() -> None:
+    arguments = jsonutils.loads(sys.stdin.readline())
+    run_event_loop()
+    destination = peer.Destination(
+        'destination', arguments['destination_uri'], arguments['pool'],
+        arguments['uuid'], arguments['directory'])
+    move = transfer.Transfer(
+        arguments['source_uri'], destination, arguments['pool'],
+        arguments['directory'])
+    disk = transfer.Disk(arguments['uuid'] + '_disk', 'raw')
+    native(move.check, [disk])
+    native(destination.claim)
+    before = memory('VmRSS')
+    sleeper = Sleeper()
+    sleeper.start()
+    print('started', flush=True)
+    result = native(move.copy_disk, disk, stream.Never())
+    sleeper.stop()
+    native(move.close)
+    print(jsonutils.dumps({
+        'result': dataclasses.asdict(result),
+        'grown': memory('VmHWM') - before,
+        'late': sleeper.late,
+        'wakes': sleeper.wakes,
+    }), flush=True)
+
+
+def native(function, *args):
+    return utils.tpool_wrap(function)(*args)
+
+
+def run_event_loop() -> None:
+    """As nova.virt.libvirt.host does, in a native thread of its own."""
+    libvirt.registerErrorHandler(lambda context, error: None, None)
+    libvirt.virEventRegisterDefaultImpl()
+
+    def loop() -> None:
+        while True:
+            libvirt.virEventRunDefaultImpl()
+
+    stream.native_threading().Thread(target=loop, daemon=True).start()
+
+
+def memory(field: str) -> int:
+    """Bytes of this process, a field of /proc/self/status."""
+    with open('/proc/self/status') as status:
+        line = next(line for line in status if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+class Sleeper(threading.Thread):
+    """Wants to wake up every 10 ms; a green thread under eventlet.
+
+    :ivar late: the seconds that it was late at worst
+    """
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.late = 0.0
+        self.wakes = 0
+        self._running = True
+
+    def run(self) -> None:
+        while self._running:
+            start = time.monotonic()
+            time.sleep(INTERVAL)
+            self.wakes += 1
+            self.late = max(
+                self.late, time.monotonic() - start - INTERVAL)
+
+    def stop(self) -> None:
+        self._running = False
+        self.join()
+
+
+if __name__ == '__main__':
+    main()

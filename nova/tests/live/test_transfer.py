@@ -1,0 +1,336 @@
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import libvirt
+from oslo_serialization import jsonutils
+from oslo_utils import units
+from oslo_utils import uuidutils
+
+from nova.tests.live import base
+from nova.virt.libvirt.storage import peer
+from nova.virt.libvirt.storage import stream
+from nova.virt.libvirt.storage import transfer
+
+
+class TransferTestCase(base.LiveTestCase):
+    """Disks on their way from one real libvirt daemon to another's."""
+
+    def setUp(self):
+        super().setUp()
+        self.pool_name = 'test-' + uuidutils.generate_uuid()
+        self.pools = {host: self.make_pool(host, self.pool_name)
+                      for host in (self.source, self.destination)}
+        self.uuid = uuidutils.generate_uuid()
+        self.volume = self.uuid + '_disk'
+        self.disk = transfer.Disk(self.volume, 'raw')
+        self.directory = f'/var/lib/nova/instances/{self.uuid}'
+        self.addCleanup(
+            shutil.rmtree, self.destination.path(self.directory),
+            ignore_errors=True)
+
+    def _path(self, host, name=None):
+        return host.path(
+            f'/var/lib/nova/{self.pool_name}/{name or self.volume}')
+
+    def _make_disk(self, size, extents):
+        return self.make_disk(
+            self.source, f'/var/lib/nova/{self.pool_name}/{self.volume}',
+            size, extents)
+
+    def _uri(self, host):
+        return self.lab.uri(host)
+
+    def _transfer(self):
+        destination = peer.Destination(
+            self.destination.name, self._uri(self.destination),
+            self.pool_name, self.uuid, self.directory)
+        move = transfer.Transfer(
+            'qemu+unix:///system?socket=%s' % self.source.path(
+                '/run/libvirt/libvirt-sock'),
+            destination, self.pool_name, self.directory)
+        self.addCleanup(move.close)
+        return move
+
+    def _start(self):
+        move = self._transfer()
+        move.check([self.disk])
+        move.destination.claim()
+        return move
+
+    def _copy(self, cancel=None):
+        return self._start().copy_disk(self.disk, cancel or stream.Never())
+
+    def _assert_arrived(self):
+        self.assertEqual(self.sha256(self._path(self.source)),
+                         self.sha256(self._path(self.destination)))
+
+    def _assert_nothing_on_destination(self):
+        pool = self.connect(self.destination).storagePoolLookupByName(
+            self.pool_name)
+        pool.refresh()
+        self.assertEqual([], pool.listVolumes())
+        self.assertFalse(
+            os.path.exists(self.destination.path(self.directory)))
+
+
+class CopyTestCase(TransferTestCase):
+
+    def test_data_and_holes_arrive_as_such(self):
+        size = units.Gi
+        extents = [(start * 64 * units.Mi + start * 4096, 5 * units.Mi)
+                   for start in range(12)]
+        self._make_disk(size, extents)
+        result = self._copy()
+        self._assert_arrived()
+        data = 12 * 5 * units.Mi
+        self.assertEqual(size, result.length)
+        self.assertLessEqual(result.wire, data + 12 * 8192)
+        self.assertLessEqual(
+            self.allocated(self._path(self.destination)),
+            data + 12 * 8192 + units.Mi)
+
+    def test_sizes_that_are_no_multiple_of_anything(self):
+        for size, extents in (
+                (0, []), (1, [(0, 1)]), (511, [(0, 511)]),
+                (4097, [(4096, 1)]), (4097, []),
+                (3 * units.Gi + 1, []),
+                (3 * units.Gi + 1, [(3 * units.Gi, 1)]),
+                (stream.WINDOW_BYTES + 1, [(0, stream.WINDOW_BYTES + 1)]),
+                (40 * units.Mi, [(0, 4096)])):
+            with self.subTest(size=size, extents=extents):
+                self._make_disk(size, extents)
+                move = self._start()
+                self.assertEqual(
+                    size, move.copy_disk(self.disk, stream.Never()).length)
+                self._assert_arrived()
+                move.destination.discard()
+
+    def test_twenty_thousand_extents(self):
+        step = 16 * units.Ki
+        self._make_disk(20000 * step, [
+            (index * step, 4096) for index in range(20000)])
+        result = self._copy()
+        self._assert_arrived()
+        self.assertEqual(20000 * 4096, result.wire)
+
+    def test_files_belong_to_nova_of_the_destination(self):
+        self.assertNotEqual(self.source.nova_uid, self.destination.nova_uid)
+        self._make_disk(units.Mi, [(0, units.Mi)])
+        self._copy()
+        for path, mode in ((self._path(self.destination), 0o644),
+                           (self.destination.path(self.directory), 0o755)):
+            status = os.stat(path)
+            self.assertEqual(
+                (self.destination.nova_uid, self.destination.nova_gid, mode),
+                (status.st_uid, status.st_gid, status.st_mode & 0o7777))
+
+    def test_qcow2_with_a_backing_file_arrives_byte_by_byte(self):
+        # The backing file is not on the destination, nor looked for there.
+        base_file = self.make_disk(
+            self.source, '/var/lib/nova/base', 8 * units.Mi,
+            [(0, units.Mi)])
+        path = self._path(self.source)
+        self.addCleanup(path.unlink, missing_ok=True)
+        subprocess.run(
+            ['qemu-img', 'create', '-q', '-f', 'qcow2', '-F', 'raw', '-b',
+             base_file, path, '1G'], check=True)
+        subprocess.run(
+            ['qemu-io', '-f', 'qcow2', '-c', 'write -P 7 5M 3M', path],
+            check=True, stdout=subprocess.DEVNULL)
+        self._copy()
+        self._assert_arrived()
+
+    def test_raw_disk_with_a_hostile_header_arrives_byte_by_byte(self):
+        path = self._make_disk(8 * units.Mi, [(0, units.Mi)])
+        subprocess.run(
+            ['qemu-img', 'create', '-q', '-u', '-f', 'qcow2', '-F', 'raw',
+             '-b', '/etc/shadow', f'{path}.header', '8M'], check=True)
+        with open(f'{path}.header', 'rb') as header:
+            data = header.read()
+        os.unlink(f'{path}.header')
+        with open(path, 'r+b') as disk:
+            disk.write(data)
+        self._copy()
+        self._assert_arrived()
+        self.assertEqual(
+            8 * units.Mi, os.path.getsize(self._path(self.destination)))
+
+
+class FaultTestCase(TransferTestCase):
+
+    def _fail(self, break_it):
+        """Break something when the copy has begun; return the error."""
+        self._make_disk(256 * units.Mi, [(0, 256 * units.Mi)])
+        move = self._start()
+        # A cancel event is asked for every chunk, which makes it a place
+        # from which to do harm in the middle of a copy.
+        asked = []
+
+        class Saboteur:
+            def is_set(saboteur):
+                asked.append(1)
+                if len(asked) == 200:
+                    break_it()
+                return False
+
+        error = self.assertRaises(
+            transfer.TransferError, move.copy_disk, self.disk, Saboteur())
+        self.assertGreaterEqual(len(asked), 200)
+        return move, error
+
+    def test_destination_daemon_killed(self):
+        def kill():
+            self.destination.stop_libvirtd(signal.SIGKILL)
+
+        self.addCleanup(self._restart_libvirtd)
+        started = time.monotonic()
+        move, error = self._fail(kill)
+        self.assertLess(time.monotonic() - started, 30)
+        self.assertIn(self.volume, str(error))
+        self._restart_libvirtd()
+        move.destination.discard()
+        self._assert_nothing_on_destination()
+
+    def _restart_libvirtd(self):
+        if self.destination.libvirtd_pid is None:
+            self.destination.start_libvirtd()
+        pool = self.connect(self.destination).storagePoolLookupByName(
+            self.pool_name)
+        if not pool.isActive():
+            pool.create()
+
+    def test_next_attempt_clears_what_a_dead_source_left(self):
+        self._make_disk(units.Mi, [(0, units.Mi)])
+        self._copy()
+        self.assertTrue(self._path(self.destination).exists())
+        move = self._start()
+        self.assertEqual([self.uuid + '_incoming'],
+                         os.listdir(self._path(self.destination).parent))
+        move.destination.discard()
+        self._assert_nothing_on_destination()
+
+    def test_link_cut(self):
+        self.addCleanup(self.destination.link, True)
+        started = time.monotonic()
+        move, error = self._fail(lambda: self.destination.link(False))
+        seconds = time.monotonic() - started
+        self.assertIn('the connection was lost', str(error))
+        self.assertLess(
+            seconds,
+            peer.KEEPALIVE_INTERVAL * (peer.KEEPALIVE_COUNT + 3) + 5)
+        self.destination.link(True)
+        move.destination.discard()
+        self._assert_nothing_on_destination()
+
+    def test_volume_deleted_during_the_copy(self):
+        def delete():
+            self.connect(self.destination).storagePoolLookupByName(
+                self.pool_name).storageVolLookupByName(self.volume).delete()
+
+        move, error = self._fail(delete)
+        self.assertIsInstance(error.__cause__, libvirt.libvirtError)
+        move.destination.discard()
+        self._assert_nothing_on_destination()
+
+    def test_cancel_stops_the_copy_within_a_second(self):
+        self._make_disk(512 * units.Mi, [(0, 512 * units.Mi)])
+        move = self._start()
+        asked = []
+
+        class CancelLater:
+            def is_set(cancel):
+                asked.append(time.monotonic())
+                return len(asked) >= 200
+
+        self.assertRaises(
+            stream.Cancelled, move.copy_disk, self.disk, CancelLater())
+        self.assertLess(time.monotonic() - asked[199], 1)
+        move.destination.discard()
+        self._assert_nothing_on_destination()
+
+
+class SlowDestinationTestCase(TransferTestCase):
+    """4 GiB to a daemon that is stopped for 5 seconds on the way."""
+
+    SIZE = 4 * units.Gi
+
+    def _make_big_disk(self):
+        # Cheaper than random bytes, and as little a hole as they are.
+        block = os.urandom(units.Mi)
+        path = self._path(self.source)
+        self.addCleanup(path.unlink, missing_ok=True)
+        with open(path, 'wb') as disk:
+            for _index in range(self.SIZE // len(block)):
+                disk.write(block)
+
+    def _run(self, disable_eventlet):
+        self._make_big_disk()
+        environment = dict(
+            os.environ, OS_NOVA_DISABLE_EVENTLET_PATCHING=disable_eventlet)
+        process = subprocess.Popen(
+            [sys.executable, '-W', 'ignore', '-m', 'nova.tests.live.copier'],
+            env=environment, text=True, cwd='/', stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.addCleanup(process.kill)
+        process.stdin.write(jsonutils.dumps({
+            'source_uri': 'qemu+unix:///system?socket=%s' % self.source.path(
+                '/run/libvirt/libvirt-sock'),
+            'destination_uri': self._uri(self.destination),
+            'pool': self.pool_name, 'uuid': self.uuid,
+            'directory': self.directory}) + '\n')
+        process.stdin.flush()
+        self.assertEqual('started\n', process.stdout.readline())
+        stopped_at = self._stop_for_a_while()
+        out, err = process.communicate(timeout=300)
+        self.assertEqual(0, process.returncode, err)
+        self.assertLess(stopped_at, self.SIZE)
+        return jsonutils.loads(out)
+
+    def _stop_for_a_while(self):
+        """Stop the destination's daemon; return how far the copy was."""
+        time.sleep(3)
+        pid = self.destination.libvirtd_pid
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            time.sleep(1)
+            done = self.allocated(self._path(self.destination))
+            time.sleep(4)
+            self.assertEqual(
+                done, self.allocated(self._path(self.destination)))
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        return done
+
+    def _test(self, disable_eventlet):
+        seen = self._run(disable_eventlet)
+
+        print(jsonutils.dumps(seen), file=sys.stderr)
+        self.assertEqual(self.SIZE, seen['result']['wire'])
+        self.assertGreater(seen['result']['seconds'], 5)
+        self.assertLess(seen['grown'], 100 * units.Mi)
+        self.assertGreater(seen['wakes'], 100)
+        self.assertLess(seen['late'], 0.2)
+        self._assert_arrived()
+
+    def test_native_threads(self):
+        self._test('true')
+
+    def test_eventlet(self):
+        self._test('false')
