@@ -1,6 +1,15 @@
 #!/usr/bin/python3
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
 #
-
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
 
 """A real small OpenStack on the lab's hosts.
 
@@ -17,17 +26,17 @@ unprivileged user nova, with sudo and nova-rootwrap for what needs root.
 
 import argparse
 import base64
-from collections.abc import Iterator
+from collections.abc import Callable
 import concurrent.futures
-import contextlib
-import hashlib
+import functools
 import os
 from pathlib import Path
 import shutil
 import subprocess
 import sys
 import time
-from typing import Any, TYPE_CHECKING
+from typing import Any
+from typing import TYPE_CHECKING
 
 import cloud_config as config
 import cloud_venv as venv
@@ -35,7 +44,6 @@ import daemons
 
 if TYPE_CHECKING:
     import lab as lab_module
-    import openstack.connection
 
 # What an operator writes into nova.conf to use this project.
 STREAMS: config.Options = {
@@ -63,22 +71,36 @@ MICROVERSION = '2.96'
 PATIENCE = 5
 
 
+class Clock:
+    """Says what is done, with the seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+
+    def say(self, what: str) -> None:
+        """Print a line of progress."""
+        print(f'[{time.monotonic() - self._started:6.1f} s] {what}',
+              file=sys.stderr, flush=True)
+
+
 class Cloud:
     """The cloud of one lab.
 
     :param lab: the hosts, which have to be up before the cloud.
     :param eventlet: run nova-compute under eventlet, not in native threads.
     :param options: added to the nova.conf of every compute host.
+    :param say: takes a line of progress.
     """
 
     def __init__(self, lab: 'lab_module.Lab', eventlet: bool = False,
-                 options: config.Options | None = None):
+                 options: config.Options | None = None,
+                 say: Callable[[str], None] | None = None):
         self.lab = lab
         self.eventlet = eventlet
         self.options = options or {}
         self.directory = Path(lab.directory) / 'cloud'
         self.site = config.Site(lab.address, self.directory)
-        self._started = time.monotonic()
+        self.say = say or Clock().say
 
     # ---- life cycle
 
@@ -87,7 +109,6 @@ class Cloud:
 
         They may have been of other code, or of other options.
         """
-        self._started = time.monotonic()
         self.stop_computes()
         self.say('Python environment')
         venv.ensure()
@@ -140,11 +161,6 @@ class Cloud:
     def log(self, host: str) -> Path:
         """The log of a host's nova-compute."""
         return self.daemon(f'nova-compute-{host}').log
-
-    def say(self, what: str) -> None:
-        """A line of progress."""
-        print(f'[{time.monotonic() - self._started:6.1f} s] {what}',
-              file=sys.stderr, flush=True)
 
     # ---- configuration
 
@@ -215,11 +231,10 @@ class Cloud:
                      '-kernel inet_dist_use_interface {127,0,0,1} '
                      '+sbwt none +sbwtdcpu none +sbwtdio none'})
 
-    def wait_rabbitmq(self) -> None:
-        """Wait until RabbitMQ takes connections."""
-        self.daemon('rabbitmq').wait(
-            'RabbitMQ', lambda: daemons.listening(
-                self.site.address, config.PORTS['rabbitmq']))
+    def wait_port(self, name: str) -> None:
+        """Wait until a daemon takes connections."""
+        self.daemon(name).wait('its port', lambda: daemons.listening(
+            self.site.address, config.PORTS[name]))
 
     def start_mariadb(self) -> None:
         """Start MariaDB with every service's schema.
@@ -229,6 +244,7 @@ class Cloud:
         """
         data = self.directory / 'mariadb'
         kept = venv.ROOT / 'databases' / self.schema_key()
+        incomplete = kept.with_name(f'{kept.name}.new')
         if not data.exists() and kept.is_dir():
             self.copy_databases(kept, self.directory)
         if data.exists():
@@ -239,15 +255,18 @@ class Cloud:
         self.run_mariadb()
         self.make_schemas()
         self.daemon('mariadb').stop()
-        shutil.rmtree(kept.parent, ignore_errors=True)
-        kept.mkdir(parents=True, mode=0o700)
-        self.copy_databases(self.directory, kept)
+        shutil.rmtree(incomplete, ignore_errors=True)
+        incomplete.mkdir(parents=True, mode=0o700)
+        self.copy_databases(self.directory, incomplete)
+        incomplete.rename(kept)
         self.run_mariadb()
 
     def schema_key(self) -> str:
-        """Changes whenever kept databases would not fit."""
-        text = venv.fingerprint() + self.site.address + str(self.directory)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        """Names what kept databases fit.
+
+        The address is in Nova's cells and in keystone's catalogue.
+        """
+        return f'{venv.fingerprint()[:16]}-{self.site.address}'
 
     def copy_databases(self, source: Path, target: Path) -> None:
         """Copy a stopped MariaDB's data and keystone's keys."""
@@ -265,10 +284,9 @@ class Cloud:
 
     def run_mariadb(self) -> None:
         """Start MariaDB on its data directory."""
-        daemon = self.daemon('mariadb')
-        daemon.start(['/usr/sbin/mariadbd', *config.mariadb(self.site)])
-        daemon.wait('MariaDB', lambda: daemons.listening(
-            self.site.address, config.PORTS['mariadb']))
+        self.daemon('mariadb').start(
+            ['/usr/sbin/mariadbd', *config.mariadb(self.site)])
+        self.wait_port('mariadb')
 
     def make_schemas(self) -> None:
         """Make the databases, and what has to be in them."""
@@ -329,11 +347,9 @@ class Cloud:
                 env={f'OS_{name.upper()}_CONFIG_DIR':
                      str(self.directory / name),
                      'OS_NEUTRON_CONFIG_FILES': 'neutron.conf'})
-        self.wait_rabbitmq()
+        self.wait_port('rabbitmq')
         for name in API_MODULES:
-            self.daemon(name).wait(
-                f'{name} to listen', lambda name=name: daemons.listening(
-                    self.site.address, config.PORTS[name]))
+            self.wait_port(name)
 
     def uwsgi(self, name: str) -> list[str]:
         """The command line of an API service."""
@@ -347,7 +363,7 @@ class Cloud:
                 '--http-chunked-input', '--disable-logging',
                 '--add-header', 'Connection: close']
 
-    def connection(self) -> 'openstack.connection.Connection':
+    def connection(self) -> Any:
         """openstacksdk's connection, as the administrator."""
         import openstack
         return openstack.connect(
@@ -420,9 +436,10 @@ class Cloud:
             self.configure_host(host)
             self.start_compute(host)
         for host in self.lab.hosts:
-            self.daemon(f'nova-compute-{host.name}').wait(
-                'a report to the cloud', lambda host=host: service_reports(
-                    compute).get(host.name) != before.get(host.name), 120)
+            name = host.name
+            self.daemon(f'nova-compute-{name}').wait(
+                'a report to the cloud', functools.partial(
+                    has_reported, compute, name, before.get(name)), 120)
         if not all(host.name in before for host in self.lab.hosts):
             self.run(self.program('nova-manage', 'cell_v2', 'discover_hosts'))
 
@@ -508,15 +525,9 @@ def service_reports(compute: Any) -> dict[str, str]:
             if service.updated_at}
 
 
-@contextlib.contextmanager
-def running(lab: 'lab_module.Lab', **kwargs: Any) -> Iterator[Cloud]:
-    """A cloud that is up in the body and gone afterwards."""
-    cloud = Cloud(lab, **kwargs)
-    try:
-        cloud.up()
-        yield cloud
-    finally:
-        cloud.down()
+def has_reported(compute: Any, host: str, before: str | None) -> bool:
+    """Whether a nova-compute has reported once more than before."""
+    return service_reports(compute).get(host) != before
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -550,6 +561,7 @@ def main(arguments: list[str]) -> None:
     elif args.action == 'env':
         for name, value in cloud.environment().items():
             print(f'export {name}={value}')
+        print(f'PATH={venv.ROOT}/bin:$PATH')
     else:
         cloud.down()
         lab.down()

@@ -53,6 +53,7 @@ def ensure() -> bool:
         return False
     if not os.access(program('python'), os.X_OK):
         subprocess.run([PYTHON, '-m', 'venv', str(ROOT)], check=True)
+    shutil.rmtree(ROOT / 'databases', ignore_errors=True)
     pip('install', '--upgrade', 'pip', 'setuptools', 'wheel')
     pip('install', '--requirement', str(REQUIREMENTS))
     stamp.write_text(fingerprint())

@@ -12,7 +12,10 @@
 
 """Daemons without systemd: started, recorded by pid, waited for, ended."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
 import contextlib
 import os
 from pathlib import Path

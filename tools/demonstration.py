@@ -19,7 +19,8 @@ it.
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from collections.abc import Iterator
 import contextlib
 import dataclasses
 import os
@@ -30,9 +31,8 @@ import sys
 import time
 
 import cloud_venv as venv
-import debian
 
-# The clock goes on over the change to the environment's Python.
+# The clock starts before any Python is there.
 STARTED = 'NOVA_LAB_STARTED'
 SERVER = 'demo'
 GIB = 1024 ** 3
@@ -95,8 +95,7 @@ class Demonstration:
         import cloud
         import lab
         self.lab = lab.Lab()
-        self.cloud = cloud.Cloud(self.lab, eventlet, cloud.STREAMS)
-        self.cloud.say = say
+        self.cloud = cloud.Cloud(self.lab, eventlet, cloud.STREAMS, say)
         self.report = Report()
 
     def run(self) -> int:
@@ -282,10 +281,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def prepare() -> None:
     """Install what the rest needs, and go on in its Python."""
     if Path(sys.prefix) != venv.ROOT:
-        say('Debian packages')
-        installed = debian.install()
-        if installed:
-            say(f'installed {" ".join(installed)}')
         say('Python environment (a few minutes, the first time)')
         venv.ensure()
     venv.reexec()

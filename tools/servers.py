@@ -137,12 +137,8 @@ class Server:
     def delete(self) -> None:
         """Delete it and wait until it is gone."""
         self.compute.delete_server(self.id, ignore_missing=True)
-        self.compute.wait_for_delete(self.get_or_none() or self.id,
-                                     interval=0.3, wait=60)
-
-    def get_or_none(self) -> Any:
-        """The server as the API shows it, None where there is none."""
-        return self.compute.find_server(self.id, ignore_missing=True)
+        daemons.wait_for(f'the end of {self.id}', lambda: (
+            self.compute.find_server(self.id) is None), poll=0.3)
 
     # ---- what can be seen of it
 

@@ -1,0 +1,153 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+"""What cloud tests share: one small cloud per test process."""
+
+import atexit
+import functools
+import os
+
+from oslo_serialization import jsonutils
+import testtools
+from testtools import content
+from testtools import content_type
+
+from nova.tests.live import base as live
+
+# Found by the path that live sets.
+import cloud
+import servers
+import tripwire
+
+EVENTLET = os.environ.get('NOVA_LAB_EVENTLET', '') == '1'
+SOURCE = 'host1'
+DESTINATION = 'host2'
+
+
+@functools.cache
+def get_cloud() -> cloud.Cloud:
+    """The cloud of this process: on a lab that is up, or one of its own.
+
+    A lab that was up before is kept, and so is the cloud on it.
+    """
+    kept = live.nova_lab.Lab(live.DIRECTORY, subnet=live.SUBNET).is_up
+    made = cloud.Cloud(live.get_lab(), EVENTLET, cloud.STREAMS)
+    if not kept:
+        # Registered after the lab's own end, so that it comes before it.
+        atexit.register(made.down)
+    made.up()
+    return made
+
+
+class CloudTestCase(testtools.TestCase):
+    """A test on a real cloud, with no servers left in it afterwards.
+
+    :cvar options: of nova-compute, besides those that switch this on
+    :cvar ssh: whether the hosts have an ssh daemon and keys; where they have
+        not, no program of ssh may have been tried in the end
+    """
+
+    options: cloud.config.Options = {}
+    ssh = False
+
+    def setUp(self) -> None:
+        super().setUp()
+        if os.geteuid():
+            self.skipTest('a lab needs root')
+        self.cloud = get_cloud()
+        self.source = self.cloud.lab.host(SOURCE)
+        self.destination = self.cloud.lab.host(DESTINATION)
+        self.addDetail('nova-compute', self._logs())
+        self._set_options()
+        self._set_ssh()
+
+    def _set_options(self) -> None:
+        options = cloud.config.merge(cloud.STREAMS, self.options)
+        if self.cloud.options != options:
+            self.cloud.restart_computes(options)
+
+    def _set_ssh(self) -> None:
+        if self.ssh:
+            self.addCleanup(self.cloud.lab.ssh, False)
+            self.cloud.lab.ssh(True)
+            return
+        for host in self.cloud.lab.hosts:
+            wire = tripwire.Tripwire(host)
+            self.addCleanup(wire.lift)
+            wire.lay()
+            self.addCleanup(self._check_no_ssh, wire)
+
+    def _check_no_ssh(self, wire: tripwire.Tripwire) -> None:
+        self.assertEqual([], wire.calls())
+        self.assertEqual([], tripwire.ssh_traces(wire.host))
+
+    def _logs(self) -> content.Content:
+        sizes = {host.name: log_size(self.cloud, host.name)
+                 for host in self.cloud.lab.hosts}
+        return content.Content(
+            content_type.UTF8_TEXT,
+            lambda: [read_log(self.cloud, name, size).encode()
+                     for name, size in sizes.items()])
+
+    # ---- servers
+
+    def create(self, **kwargs) -> servers.Server:
+        """Boot a server on the source, to be deleted after the test."""
+        server = servers.Server.create(self.cloud, SOURCE, self.id(),
+                                       **kwargs)
+        self.addCleanup(server.delete)
+        return server
+
+    def create_booted(self, **kwargs) -> servers.Server:
+        """Boot a server whose guest has counted its first boot."""
+        server = self.create(**kwargs)
+        server.wait_boot()
+        return server
+
+    def assert_counts(self, server: servers.Server, **counters: int) -> None:
+        """Wait for the guest to boot, and check its counters by disk."""
+        server.wait_boot()
+        self.assertEqual(counters, server.counters())
+
+    def assert_no_disks(self, server: servers.Server, host: str) -> None:
+        """Check that nothing of a server is left on a host."""
+        self.assertEqual({}, server.disks(host))
+        where = self.cloud.lab.host(host).path(servers.INSTANCES)
+        self.assertEqual([], list(where.glob(f'{server.id}*')))
+
+    def assert_same_disks(self, server: servers.Server,
+                          names: set[str]) -> None:
+        """Check that a server that is off has the same disks on both hosts."""
+        source = server.checksums(SOURCE)
+        self.assertEqual(names, set(source))
+        self.assertEqual(source, server.checksums(DESTINATION))
+
+    def image_info(self, server: servers.Server, host: str,
+                   disk: str) -> dict:
+        """What qemu-img says of a volume, asked by nova as nova-compute is."""
+        said = self.cloud.lab.host(host).run(
+            ['qemu-img', 'info', '-U', '--output=json',
+             f'{servers.POOL}/{server.id}_{disk}'], user='nova').stdout
+        return jsonutils.loads(said)
+
+
+def log_size(of: cloud.Cloud, host: str) -> int:
+    """Where nova-compute's log ends now."""
+    path = of.log(host)
+    return path.stat().st_size if path.exists() else 0
+
+
+def read_log(of: cloud.Cloud, host: str, offset: int = 0) -> str:
+    """What nova-compute logged since."""
+    with of.log(host).open('rb') as log:
+        log.seek(offset)
+        return log.read().decode(errors='replace')

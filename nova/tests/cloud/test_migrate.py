@@ -1,0 +1,299 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Servers of a real cloud move from one compute host to the other."""
+
+import contextlib
+import os
+import signal
+from typing import Any
+
+from nova.tests.cloud import base
+from nova.tests.live import base as live
+
+import daemons
+import servers
+
+GIB = 1024 ** 3
+POOL = 'nova-disks'
+DISKS = {'disk', 'disk.eph0', 'disk.config'}
+
+
+class TestMigrate(base.CloudTestCase):
+    """openstack server migrate of a running server."""
+
+    def test_confirm_leaves_the_server_on_the_destination_alone(self):
+        server = self.create_booted(flavor='small-ephemeral')
+        server.migrate(base.DESTINATION)
+        self.assertEqual(base.DESTINATION, server.host)
+        self.assert_counts(server, vda=2, vdb=2)
+        self.assertNotEqual({}, server.disks(base.SOURCE))
+        server.confirm()
+        self.assert_no_disks(server, base.SOURCE)
+        self.assertEqual({'disk', 'disk.eph0'},
+                         set(server.disks(base.DESTINATION)))
+
+    def test_revert_leaves_the_server_on_the_source_alone(self):
+        server = self.create_booted(flavor='small-ephemeral')
+        server.migrate(base.DESTINATION)
+        self.assert_counts(server, vda=2, vdb=2)
+        server.revert()
+        self.assertEqual(base.SOURCE, server.host)
+        # The second boot was on the copy, and went with it.
+        self.assert_counts(server, vda=2, vdb=2)
+        self.assert_no_disks(server, base.DESTINATION)
+
+    def test_there_and_back_again(self):
+        server = self.create_booted()
+        server.migrate(base.DESTINATION)
+        server.confirm()
+        server.migrate(base.SOURCE)
+        server.confirm()
+        self.assertEqual(base.SOURCE, server.host)
+        server.wait_boot()
+        self.assert_no_disks(server, base.DESTINATION)
+
+    def test_delete_instead_of_confirm_leaves_nothing(self):
+        server = self.create()
+        server.migrate(base.DESTINATION)
+        server.delete()
+        for host in (base.SOURCE, base.DESTINATION):
+            self.assert_no_disks(server, host)
+
+
+class TestResize(base.CloudTestCase):
+    """openstack server resize to bigger disks, and what is refused."""
+
+    def test_confirm_gives_the_guest_a_bigger_disk(self):
+        server = self.create_booted(flavor='small')
+        server.resize('large')
+        self.assertEqual(base.DESTINATION, server.host)
+        self.assert_counts(server, vda=2)
+        self.assertEqual(2 * GIB, server.sizes()['vda'])
+        server.confirm()
+        self.assert_no_disks(server, base.SOURCE)
+
+    def test_revert_gives_the_old_disk_back(self):
+        server = self.create_booted(flavor='small')
+        server.resize('large')
+        self.assert_counts(server, vda=2)
+        server.revert()
+        self.assert_counts(server, vda=2)
+        self.assertEqual(GIB, server.sizes()['vda'])
+        self.assert_no_disks(server, base.DESTINATION)
+
+    def test_a_smaller_disk_is_refused(self):
+        server = self.create(flavor='large')
+        server.resize('small', status='ACTIVE')
+        self.assertEqual(base.SOURCE, server.host)
+        self.assertIn('resize disk down', last_error(server))
+        self.assert_no_disks(server, base.DESTINATION)
+
+
+class DisksMixin:
+    """Disks arrive as they are: compared while the server is off."""
+
+    def setUp(self):
+        super().setUp()
+        self.server = self.create_booted(flavor='small-ephemeral',
+                                         config_drive=True)
+        self.server.stop()
+        self.server.migrate(base.DESTINATION)
+
+    def test_every_disk_is_the_same_on_both_hosts(self):
+        self.assert_same_disks(self.server, DISKS)
+
+    def test_formats_are_the_same_on_both_hosts(self):
+        for host in (base.SOURCE, base.DESTINATION):
+            for disk in ('disk', 'disk.eph0'):
+                info = self.image_info(self.server, host, disk)
+                self.assertEqual(self.format, info['format'])
+                self.assertEqual(self.backing, 'backing-filename' in info)
+
+    def test_the_guest_starts_from_them(self):
+        self.server.confirm('SHUTOFF')
+        self.server.start()
+        self.assert_counts(self.server, vda=2, vdb=2)
+
+
+class TestQcow2Disks(DisksMixin, base.CloudTestCase):
+    """Overlays on the image cache, as by default."""
+
+    format = 'qcow2'
+    backing = True
+
+
+class TestRawDisks(DisksMixin, base.CloudTestCase):
+    """Disks on their own, with use_cow_images switched off."""
+
+    format = 'raw'
+    backing = False
+    options = {'DEFAULT': {'use_cow_images': False}}
+
+    def test_holes_stay_holes(self):
+        there = self.server.disks(base.SOURCE)
+        here = self.server.disks(base.DESTINATION)
+        for disk in ('disk', 'disk.eph0'):
+            self.assertLess(
+                live.LabMixin.allocated(here[disk]),
+                live.LabMixin.allocated(there[disk]) + 1024 ** 2)
+
+
+class TestLegacy(base.CloudTestCase):
+    """Servers that are not in a pool go Nova's own way, over ssh."""
+
+    ssh = True
+    options = {'libvirt': {'use_storage_pools': False}}
+
+    def test_without_pools(self):
+        self._move(self._create())
+
+    def test_made_before_pools_were_switched_on(self):
+        server = self._create()
+        self.cloud.restart_computes(base.cloud.STREAMS)
+        self._move(server)
+
+    def _create(self) -> servers.Server:
+        server = self.create_booted(flavor='small-ephemeral')
+        self.assert_in_instance_directory(server, base.SOURCE)
+        return server
+
+    def _move(self, server: servers.Server) -> None:
+        size = self.sshd_log_size()
+        server.migrate(base.DESTINATION)
+        self.assertGreater(self.sshd_log_size(), size)
+        self.assert_in_instance_directory(server, base.DESTINATION)
+        self.assert_counts(server, vda=2, vdb=2)
+        server.confirm()
+        self.assert_no_disks(server, base.SOURCE)
+
+    def assert_in_instance_directory(self, server: servers.Server,
+                                     host: str) -> None:
+        self.assertEqual({server.id}, {
+            path.parent.name for path in server.disks(host).values()})
+
+    def sshd_log_size(self) -> int:
+        return (self.destination.logs / 'sshd.log').stat().st_size
+
+
+class TestRefused(base.CloudTestCase):
+    """A destination that can not take the server leaves it running."""
+
+    def setUp(self):
+        super().setUp()
+        self.server = self.create()
+        self.domain = self._domain()
+
+    def _domain(self) -> str:
+        return self.source.run(['virsh', 'domid', self.server.id]).stdout
+
+    def assert_refused(self, reason: str) -> None:
+        """Try to migrate, and check that nothing came of it but a message."""
+        self.server.migrate(base.DESTINATION, status='ACTIVE')
+        self.assertEqual(base.SOURCE, self.server.host)
+        self.assertEqual(self.domain, self._domain())
+        message = last_error(self.server)
+        self.assertIn(self.destination.address, message)
+        self.assertIn(self.destination.uri, message)
+        self.assertIn(reason, message)
+        self.assertIn(message.splitlines()[0],
+                      base.read_log(self.cloud, base.SOURCE))
+
+    def undo(self, host: live.nova_lab.Host, *argv: str, **kwargs) -> None:
+        """Run a command in a host after the test."""
+        self.addCleanup(host.run, argv, **kwargs)
+
+    def test_libvirtd_is_down(self):
+        self.destination.stop_libvirtd()
+        self.addCleanup(self.destination.start_libvirtd)
+        self._enable_destination()
+        self.assert_refused('Connection refused')
+
+    def _enable_destination(self) -> None:
+        """Let the scheduler choose a host that says that its libvirt is gone.
+
+        It could have gone a moment later.
+        """
+        compute = self.server.compute
+        daemons.wait_for('the destination to be disabled', lambda: (
+            find_service(compute, base.DESTINATION).status == 'disabled'))
+        compute.enable_service(find_service(compute, base.DESTINATION))
+
+    def test_libvirtd_does_not_answer(self):
+        pid = self.destination.libvirtd_pid
+        os.kill(pid, signal.SIGSTOP)
+        self.addCleanup(os.kill, pid, signal.SIGCONT)
+        self.assert_refused('no answer')
+
+    def test_host_is_not_there(self):
+        route = ('unreachable', self.destination.address)
+        self.source.run(['ip', 'route', 'add', *route])
+        self.undo(self.source, 'ip', 'route', 'delete', *route)
+        self.assert_refused('No route to host')
+
+    def test_certificate_of_an_authority_that_is_not_ours(self):
+        ours = self.source.path('/etc/pki/CA/cacert.pem')
+        before = ours.read_bytes()
+        self.addCleanup(ours.write_bytes, before)
+        other = live.nova_lab.make_ca(self.source.directory / 'other-ca')
+        ours.write_bytes((other / 'cacert.pem').read_bytes())
+        self.assert_refused('ertificate')
+
+    def test_certificate_of_another_host(self):
+        address = [f'{self.destination.address}/32', 'dev', 'lo']
+        self.source.run(['ip', 'address', 'add', *address])
+        self.undo(self.source, 'ip', 'address', 'delete', *address)
+        self.assert_refused('ertificate')
+
+    def test_pool_is_not_there(self):
+        xml = self._virsh('pool-dumpxml', POOL)
+        self._virsh('pool-destroy', POOL)
+        self.undo(self.destination, 'virsh', 'pool-start', POOL)
+        self._virsh('pool-undefine', POOL)
+        self.undo(self.destination, 'virsh', 'pool-define', '/dev/stdin',
+                  input=xml)
+        self.assert_refused(f'no storage pool {POOL}')
+
+    def test_pool_is_not_active(self):
+        self._virsh('pool-destroy', POOL)
+        self.undo(self.destination, 'virsh', 'pool-start', POOL)
+        self.assert_refused(f'{POOL} is not active')
+
+    def test_pool_has_no_room(self):
+        self.destination.run(['mount', '-t', 'tmpfs', '-o', 'size=64k',
+                              'tmpfs', servers.POOL])
+        self.undo(self.destination, 'virsh', 'pool-refresh', POOL)
+        self.undo(self.destination, 'umount', servers.POOL)
+        self.assert_refused('bytes available')
+
+    def test_another_volume_is_in_the_way(self):
+        other = self.destination.path(
+            f'{servers.POOL}/{self.server.id}_disk')
+        other.write_bytes(b'of somebody else')
+        self.addCleanup(other.unlink)
+        self.assert_refused('is in the way')
+        self.assertEqual(b'of somebody else', other.read_bytes())
+
+    def _virsh(self, *argv: str) -> str:
+        return self.destination.run(['virsh', *argv]).stdout
+
+
+def find_service(compute: Any, host: str) -> Any:
+    """The nova-compute of a host, as the API shows it."""
+    return next(compute.services(binary='nova-compute', host=host))
+
+
+def last_error(server: servers.Server) -> str:
+    """What `openstack server event show` says of the last failure."""
+    with contextlib.suppress(StopIteration):
+        return next(details for event, details in server.events() if details)
+    return ''
