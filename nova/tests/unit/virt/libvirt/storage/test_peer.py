@@ -490,6 +490,8 @@ class TransferTestCase(_PeerTestCase):
 
         self.assert_nothing_left()
         self.assertEqual([URI, URI], self.hosts.opened)
+        self.assertEqual([True, False],
+                         [c.closed for c in self.dest.connections])
 
     def test_discard_of_what_was_never_copied(self):
         self.peer.discard()
