@@ -82,6 +82,7 @@ HIDDEN = ('/dev/kvm', '/root/.ssh')
 # Marks the process that keeps a host's namespaces alive.
 HOLDER = 'NOVA_LAB_HOLDER'
 MARKER = 'lab.json'
+MOUNT_MARKER = '.made-by-nova-lab'
 
 START_TIMEOUT = 30
 STOP_TIMEOUT = 20
@@ -223,6 +224,38 @@ def _pids() -> Iterator[int]:
     for entry in os.listdir('/proc'):
         if entry.isdigit() and _mount_namespace(entry):
             yield int(entry)
+
+
+def make_mount_points() -> None:
+    """Make the directories that the machine lacks to mount a host's on."""
+    for path in map(pathlib.Path, MOUNTS):
+        if not path.is_dir():
+            path.mkdir(parents=True)
+            (path / MOUNT_MARKER).touch()
+
+
+def remove_mount_points() -> None:
+    """Remove those again, if no other lab has its hosts' mounted there.
+
+    Removing a directory would take the mounts off it in every namespace.
+    """
+    busy = _mounted_anywhere()
+    for path in map(pathlib.Path, MOUNTS):
+        marker = path / MOUNT_MARKER
+        if str(path) not in busy and marker.exists():
+            marker.unlink()
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def _mounted_anywhere() -> set[str]:
+    namespaces = {_mount_namespace(pid): pid for pid in _pids()}
+    found = set()
+    for pid in namespaces.values():
+        with contextlib.suppress(OSError):
+            table = pathlib.Path('/proc/%d/mountinfo' % pid).read_text()
+            found.update(line.split()[4] for line in table.splitlines())
+    return found
 
 
 def _same_file(first: str, second: str | os.PathLike) -> bool:
@@ -645,8 +678,6 @@ class Settings:
 
     subnet: int
     uids: list[int]
-    # Directories that the machine lacked and that a host's are mounted on.
-    mount_points: list[str]
 
 
 class Lab:
@@ -667,8 +698,7 @@ class Lab:
         self.directory = pathlib.Path(directory).absolute()
         self._settings = self._load() or Settings(
             SUBNET if subnet is None else subnet,
-            list(uids or range(FIRST_UID, FIRST_UID + (hosts or 2))),
-            [top for top in MOUNTS if not os.path.isdir(top)])
+            list(uids or range(FIRST_UID, FIRST_UID + (hosts or 2))))
         known = len(self._settings.uids)
         if hosts not in (None, known):
             raise LabError('%s is for %d hosts, not %d' % (
@@ -685,7 +715,8 @@ class Lab:
     def _load(self) -> Settings | None:
         with contextlib.suppress(FileNotFoundError):
             text = self.directory.joinpath(MARKER).read_text()
-            return Settings(**json.loads(text))  # noqa: N324
+            known = json.loads(text)  # noqa: N324
+            return Settings(known['subnet'], known['uids'])
         return None
 
     def host(self, name: str) -> Host:
@@ -736,9 +767,7 @@ class Lab:
                 return
             execute('ip', 'link', 'delete', self.bridge, check=False)
             shutil.rmtree(self.directory)
-            for path in self._settings.mount_points:
-                with contextlib.suppress(OSError):
-                    os.rmdir(path)
+            remove_mount_points()
 
     def ssh(self, enable: bool) -> None:
         """Give all hosts an sshd and a common key of nova's, or take them."""
@@ -764,8 +793,7 @@ class Lab:
                                self.directory)
             settings = dataclasses.asdict(self._settings)
             marker.write_text(json.dumps(settings))  # noqa: N324
-        for path in self._settings.mount_points:
-            pathlib.Path(path).mkdir(parents=True, exist_ok=True)
+        make_mount_points()
 
     def _make_bridge(self) -> None:
         if not os.path.exists('/sys/class/net/' + self.bridge):

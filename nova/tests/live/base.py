@@ -21,9 +21,9 @@ import shutil
 import sys
 import threading
 from typing import Sequence
-import uuid
 
 import libvirt
+from oslo_utils import uuidutils
 import testtools
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -118,7 +118,7 @@ class LabMixin:
 
         The pool goes away with the test, and what is in it.
         """
-        name = name or 'test-%s' % uuid.uuid4()
+        name = name or 'test-%s' % uuidutils.generate_uuid()
         path = '/var/lib/nova/%s' % name
         connection = self.connect_local(host)
         self.addCleanup(shutil.rmtree, host.path(path), ignore_errors=True)

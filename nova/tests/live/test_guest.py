@@ -58,14 +58,14 @@ class TestGuest(base.LiveTestCase):
     def boot(self):
         """Boot to the end, press the power button, return the console."""
         self.log.write_bytes(b'')
-        domain = self.connect_local(self.source).createXML(
-            DOMAIN.format(directory=DIRECTORY))
+        connection = self.connect_local(self.source)
+        domain = connection.createXML(DOMAIN.format(directory=DIRECTORY))
         try:
             self.wait_for(lambda: 'GUEST-READY' in self.console(), 120)
             domain.shutdown()
-            self.wait_for(lambda: not domain.isActive(), 30)
+            self.wait_for(lambda: not connection.listAllDomains(), 30)
         finally:
-            if domain.isActive():
+            for domain in connection.listAllDomains():
                 domain.destroy()
         return self.console()
 

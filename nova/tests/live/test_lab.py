@@ -276,6 +276,14 @@ class TestUpAndDown(base.LiveTestCase):
         lab.Lab(self.directory).down()
         self.assertNothingLeft(pids)
 
+    def test_down_leaves_the_other_lab_alone(self):
+        self.second.down()
+        for top in lab.MOUNTS:
+            self.assertTrue(os.path.samefile(
+                '/proc/%d/root%s' % (self.source.pid, top),
+                self.source.path(top)))
+        self.assertTrue(self.lab.is_up)
+
     def test_up_repairs_what_died(self):
         first, second = self.second.hosts
         other = second.pid
