@@ -250,7 +250,7 @@ def remove_mount_points() -> None:
 
 def _mounted_anywhere() -> set[str]:
     namespaces = {_mount_namespace(pid): pid for pid in _pids()}
-    found = set()
+    found: set[str] = set()
     for pid in namespaces.values():
         with contextlib.suppress(OSError):
             table = pathlib.Path('/proc/%d/mountinfo' % pid).read_text()
