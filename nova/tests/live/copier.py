@@ -15,8 +15,8 @@
 
 Reads its arguments as JSON from standard input, and prints what it saw as
 JSON: the copy's result, how much the process grew, and how late a (green)
-thread was that wanted to wake up every 10 ms. OS_NOVA_DISABLE_EVENTLET_PATCHING
-says in which concurrency mode.
+thread was that wanted to wake up every 10 ms. The concurrency mode is that of
+OS_NOVA_DISABLE_EVENTLET_PATCHING.
 """
 
 from nova import monkey_patch; monkey_patch.patch()  # noqa
@@ -53,7 +53,7 @@ def main() -> None:
     sleeper = Sleeper()
     sleeper.start()
     print('started', flush=True)
-    result = native(move.copy_disk, disk, stream.Never())
+    result = native(move.copy_disk, disk, None)
     sleeper.stop()
     native(move.close)
     print(jsonutils.dumps({

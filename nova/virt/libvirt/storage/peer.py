@@ -18,7 +18,10 @@ what bounds the wait. In eventlet mode call it through
 ``nova.utils.tpool_wrap``.
 """
 
+import contextlib
 import typing as ty
+
+from oslo_utils import uuidutils
 
 from nova.virt.libvirt.storage import pool as storage_pool
 from nova.virt.libvirt.storage import stream
@@ -106,6 +109,7 @@ class Destination:
         self._uuid = uuid
         self._prefix = f'{uuid}_'
         self._directory_path = directory
+        self._directory_pool = f'nova-{uuid}'
         self._connection: 'libvirt.virConnect | None' = None
         self._directory: storage_pool.Pool | None = None
         self.pool: storage_pool.Pool
@@ -116,12 +120,13 @@ class Destination:
         :raises: Unsuitable
         """
         self._connection = self._open()
-        version = self._connection.getLibVersion()
-        if version < MIN_LIBVIRT_VERSION:
-            raise self._unsuitable(
-                f'its libvirt is version {version}',
-                f'At least {MIN_LIBVIRT_VERSION} is needed.')
-        self.pool = self._find_pool()
+        with self._explained():
+            version = self._connection.getLibVersion()
+            if version < MIN_LIBVIRT_VERSION:
+                raise self._unsuitable(
+                    f'its libvirt is version {version}',
+                    f'At least {MIN_LIBVIRT_VERSION} is needed.')
+            self.pool = self._find_pool()
 
     def check(self, needed: int, source_pool: storage_pool.Pool) -> None:
         """Check that the host can take the server; change nothing there.
@@ -130,45 +135,77 @@ class Destination:
         :param source_pool: the disks pool of this host
         :raises: Unsuitable
         """
+        with self._explained():
+            self.pool.refresh()
+            self._check_room(needed)
+            self._check_names(source_pool)
+
+    def _check_names(self, source_pool: storage_pool.Pool) -> None:
+        """Check that nothing there has the names of what is to come."""
         if self._has_domain():
             raise self._unsuitable(
                 f'a domain with uuid {self._uuid} is there already',
                 'Find out where it comes from, and undefine it if it is '
                 'not needed.')
-        self.pool.refresh()
         volumes = self.pool.volumes(self._prefix)
         if volumes and self._shares(source_pool):
             raise self._unsuitable(
                 f'storage pool {self.pool.name} is on storage that both '
                 f'hosts share', 'Migrating with shared pools is not '
                 'supported. Give each host a pool of its own.')
-        if volumes and not self._is_claimed(volumes):
+        if not self._is_claimed(volumes):
+            if volumes:
+                raise self._unsuitable(
+                    f'volume {volumes[0].path} is in the way',
+                    'Find out whose it is, and delete it if it is not '
+                    'needed.')
+            self._check_directory()
+
+    def _check_directory(self) -> None:
+        directory = self._find_directory()
+        if directory is None:
+            return
+        files = directory.volumes()
+        directory.detach()
+        if files:
             raise self._unsuitable(
-                f'volume {volumes[0].path} is in the way',
-                'Find out whose it is, and delete it if it is not needed.')
-        if self.pool.available < needed:
+                f'instance directory {self._directory_path} is not empty',
+                'If both hosts share it, give each a directory of its own. '
+                'If not, find out whose files these are, and delete them if '
+                'they are not needed.')
+
+    def _check_room(self, needed: int) -> None:
+        # What a dead attempt left there will go.
+        room = self.pool.available + sum(
+            volume.allocation for volume in self.pool.volumes(self._prefix))
+        if room < needed:
             raise self._unsuitable(
-                f'storage pool {self.pool.name} has '
-                f'{self.pool.available} bytes available, and the disks of '
-                f'the server take up {needed}',
+                f'storage pool {self.pool.name} has {room} bytes available, '
+                f'and the disks of the server take up {needed}',
                 'Free some space, or choose another host.')
 
     def claim(self) -> None:
         """Take possession of the volume names and the instance directory.
 
-        Clears what an attempt left there whose source host died.
+        Clears what an attempt left there whose source host died. The claim
+        is made when nothing of anybody else's is there, and before anything
+        of ours: all that is found under it later is ours.
 
-        :raises: Unsuitable if there are files in the way
+        :raises: Unsuitable
         """
-        if self.pool.volumes(self._prefix):
-            self._clear()
-        claim = self.pool.create_volume(
-            self._prefix + CLAIM, 0, self._permissions(FILE_MODE))
-        try:
-            self._directory = self._claim_directory()
-        except Exception:
-            claim.delete()
-            raise
+        with self._explained():
+            if self.pool.volumes(self._prefix):
+                self._clear()
+            claim = self.pool.create_volume(
+                self._prefix + CLAIM, 0, self._permissions(FILE_MODE))
+            try:
+                self._directory = self._make_directory()
+            except libvirt.libvirtError as error:
+                try:
+                    claim.delete()
+                except libvirt.libvirtError as second:
+                    error.add_note(f'Deleting the claim failed: {second}')
+                raise
 
     def create_disk(self, name: str, length: int) -> storage_pool.Volume:
         """Create a volume in the disks pool.
@@ -274,7 +311,7 @@ class Destination:
         Only asked when the other has volumes of the server, without which
         the two can not be the same.
         """
-        name = f'{self._prefix}shared'
+        name = self._prefix + uuidutils.generate_uuid()
         marker = source_pool.create_volume(
             name, 0, source_pool.permissions)
         try:
@@ -284,25 +321,12 @@ class Destination:
         finally:
             marker.delete()
 
-    def _claim_directory(self) -> storage_pool.Pool:
-        directory = self._attach_directory()
-        directory.refresh()
-        if directory.volumes():
-            directory.detach()
-            raise self._unsuitable(
-                f'instance directory {self._directory_path} is not empty',
-                'If both hosts share it, give each a directory of its own. '
-                'If not, find out whose files these are, and delete them if '
-                'they are not needed.')
-        return directory
-
     def _clear(self) -> None:
         """Delete all that was made under a claim, the claim itself last.
 
         The next attempt then goes on with what this one may have to leave.
         """
-        directory = self._attach_directory()
-        directory.refresh()
+        directory = self._make_directory()
         for file in directory.volumes():
             file.delete()
         directory.remove()
@@ -311,17 +335,41 @@ class Destination:
                              key=lambda volume: volume.name.endswith(CLAIM)):
             volume.delete()
 
-    def _attach_directory(self) -> storage_pool.Pool:
-        return storage_pool.Pool.attach(
-            self._connection, f'nova-{self._uuid}', self._directory_path,
+    def _make_directory(self) -> storage_pool.Pool:
+        """A pool on the instance directory, which is made if need be."""
+        directory = storage_pool.Pool.attach(
+            self._connection, self._directory_pool, self._directory_path,
             self._permissions(DIRECTORY_MODE))
+        directory.refresh()
+        return directory
+
+    def _find_directory(self) -> storage_pool.Pool | None:
+        """A pool on the instance directory if there is one."""
+        try:
+            directory = storage_pool.Pool.attach(
+                self._connection, self._directory_pool, self._directory_path)
+        except libvirt.libvirtError as error:
+            if 'No such file or directory' not in str(error):
+                raise
+            return None
+        directory.refresh()
+        return directory
+
+    @contextlib.contextmanager
+    def _explained(self) -> ty.Iterator[None]:
+        """Say of an error of libvirt's which host it is about."""
+        try:
+            yield
+        except libvirt.libvirtError as error:
+            raise self._unsuitable(
+                error, "Look into libvirt's log on both hosts.") from error
 
     def _permissions(self, mode: int) -> storage_pool.Permissions:
         """For files of the host's nova-compute, which owns the pool there."""
         owner = self.pool.permissions
         return storage_pool.Permissions(owner.owner, owner.group, mode)
 
-    def _unsuitable(self, reason: str, remedy: str) -> Unsuitable:
+    def _unsuitable(self, reason: ty.Any, remedy: str) -> Unsuitable:
         return Unsuitable(self.host, self.uri, reason, remedy)
 
 

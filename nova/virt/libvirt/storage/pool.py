@@ -19,6 +19,7 @@ connection that is wrapped so already, as that of nova.virt.libvirt.host is.
 """
 
 import dataclasses
+import os
 
 from lxml import builder
 from lxml import etree
@@ -150,7 +151,7 @@ class Pool:
         path: str,
         permissions: Permissions,
     ) -> 'Pool':
-        """Find a pool; define, build and start it as far as that is needed.
+        """Find this host's pool; define, build and start it where needed.
 
         It will start with the host's libvirt daemon. What an operator made
         under this name is used as it is.
@@ -159,13 +160,17 @@ class Pool:
         :param permissions: of that directory
         """
         pool = _lookup(connection, name)
+        flags = 0
         if pool is None:
             pool = connection.storagePoolDefineXML(
                 _pool_xml(name, path, permissions), 0)
-            pool.build(0)
             pool.setAutostart(1)
+            flags = libvirt.VIR_STORAGE_POOL_CREATE_WITH_BUILD
+        elif not os.path.isdir(path):
+            # An attempt to build it may have failed.
+            flags = libvirt.VIR_STORAGE_POOL_CREATE_WITH_BUILD
         if not pool.isActive():
-            pool.create(0)
+            pool.create(flags)
         return cls(pool)
 
     @classmethod
@@ -183,6 +188,10 @@ class Pool:
             does not exist; without them it has to exist
         """
         pool = _lookup(connection, name)
+        if pool is not None and not pool.isActive():
+            # Whoever removed it was interrupted.
+            pool.undefine()
+            pool = None
         if pool is None:
             flags = 0
             if permissions:

@@ -12,12 +12,13 @@
 
 """Copy a storage volume from one libvirt connection to another.
 
-A reader thread downloads (virStorageVolDownload) into a bounded queue, and
-the thread that called :func:`copy` uploads (virStorageVolUpload) from it.
-Both are native threads: a send() to a peer that stopped reading blocks its
-thread even on a stream made with VIR_STREAM_NONBLOCK, so none of this may run
-on the eventlet hub. In eventlet mode call :func:`copy` through
-``nova.utils.tpool_wrap``, once for a whole volume.
+A reader thread downloads (virStorageVolDownload) into a bounded queue, a
+writer thread uploads (virStorageVolUpload) from it, and the thread that
+called :func:`copy` watches both. All are native threads: a send() to a peer
+that stopped reading blocks its thread even on a stream made with
+VIR_STREAM_NONBLOCK, so none of this may run on the eventlet hub. In eventlet
+mode call :func:`copy` through ``nova.utils.tpool_wrap``, once for a whole
+volume.
 
 Nothing here logs: oslo.log may not be used in a native thread under eventlet.
 """
@@ -49,8 +50,18 @@ WINDOW_BYTES = 32 * 1024 * 1024
 # What may wait between the reader and the writer.
 QUEUE_BYTES = 8 * 1024 * 1024
 
-# How often a thread that waits on the queue looks whether to give up, seconds.
+# How long a copy may stand still, in seconds. The keepalive of a connection
+# ends one whose daemon is gone; this is for a daemon that lives, and hangs on
+# its disk.
+STALL_SECONDS = 60
+
+# How often a copy is looked at, in seconds.
 POLL_SECONDS = 0.2
+
+# How long the threads of a copy that failed may take to end, in seconds. One
+# that hangs in libvirt can not be ended. It is left behind, and ends when
+# libvirt returns.
+END_SECONDS = 0.5
 
 # What virStreamRecvFlags() returns in front of a hole.
 _AT_HOLE = -3
@@ -83,13 +94,6 @@ class CancelEvent(ty.Protocol):
         ...
 
 
-class Never:
-    """A CancelEvent that is never set."""
-
-    def is_set(self) -> bool:
-        return False
-
-
 @dataclasses.dataclass(frozen=True)
 class Result:
     """What a copy did.
@@ -114,13 +118,13 @@ def copy(
     length: int,
     progress: Progress | None = None,
     cancel: CancelEvent | None = None,
+    stall_seconds: float = STALL_SECONDS,
 ) -> Result:
     """Copy the first bytes of a volume into a fresh volume on another host.
 
     Holes stay holes. When this returns, every byte was read and counted and
     both streams were finished; the data need not be on stable storage yet.
-    Blocks the calling native thread for as long as the copy takes; what
-    bounds the wait for a peer that died is the keepalive of the connections.
+    Blocks the calling native thread for as long as the copy takes.
 
     :param source: volume to read
     :param destination: volume to write, at least ``length`` bytes long, all
@@ -128,23 +132,38 @@ def copy(
     :param length: bytes to copy
     :param progress: told how far the copy is
     :param cancel: stops the copy when set
+    :param stall_seconds: how long the copy may stand still
     :raises: CopyError if either end fails; the first error is the one raised
     :raises: Cancelled if ``cancel`` was set
     """
     started = time.monotonic()
-    queue = _Queue(QUEUE_BYTES, cancel or Never())
-    reader = native_threading().Thread(
-        target=_read, args=(source, length, queue), name='volume-download',
-        daemon=True)
-    reader.start()
-    try:
-        wire = _write(destination, length, queue, progress)
-    except BaseException as error:
-        # Of the two ends the first to fail says what went wrong.
-        raise queue.fail(error) from None
-    finally:
-        reader.join()
-    return Result(length, wire, time.monotonic() - started)
+    if cancel is not None and cancel.is_set():
+        raise Cancelled()
+    queue = _Queue(QUEUE_BYTES)
+    sent: list[int] = []
+
+    def download() -> None:
+        _read(source, length, queue)
+
+    def upload() -> None:
+        sent.append(_write(destination, length, queue, progress))
+
+    workers = [_start(download, queue), _start(upload, queue)]
+    last_move, moved = started, 0
+    while queue.error is None and any(
+            worker.is_alive() for worker in workers):
+        workers[-1].join(POLL_SECONDS)
+        now = time.monotonic()
+        if queue.moved != moved:
+            last_move, moved = now, queue.moved
+        if cancel is not None and cancel.is_set():
+            queue.fail(Cancelled())
+        elif now - last_move > stall_seconds:
+            queue.fail(_stalled(source, destination, queue, stall_seconds))
+    if queue.error is not None:
+        _join(workers, END_SECONDS)
+        raise queue.error
+    return Result(length, sent[0], time.monotonic() - started)
 
 
 def write(destination: 'libvirt.virStorageVol', data: bytes) -> None:
@@ -152,7 +171,7 @@ def write(destination: 'libvirt.virStorageVol', data: bytes) -> None:
 
     :raises: CopyError if the destination fails
     """
-    queue = _Queue(len(data) + 1, Never())
+    queue = _Queue(len(data) + 1)
     queue.put(data)
     queue.close()
     _write(destination, len(data), queue, None)
@@ -165,40 +184,90 @@ def native_threading() -> ty.Any:
     return utils.get_eventlet().patcher.original('threading')
 
 
+def _start(function: ty.Callable[[], None], queue: '_Queue') -> ty.Any:
+    """Run a function in a native thread; what it raises fails the queue."""
+    def run() -> None:
+        try:
+            function()
+        except Exception as error:
+            queue.fail(error)
+
+    thread = native_threading().Thread(
+        target=run, name='volume-' + function.__name__, daemon=True)
+    thread.start()
+    return thread
+
+
+def _join(threads: list[ty.Any], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    for thread in threads:
+        thread.join(max(0, deadline - time.monotonic()))
+
+
+def _stalled(
+    source: 'libvirt.virStorageVol',
+    destination: 'libvirt.virStorageVol',
+    queue: '_Queue',
+    seconds: float,
+) -> CopyError:
+    """The error of the end that the other one waits for."""
+    reason = f'nothing moved for {seconds} seconds'
+    if queue.full:
+        return CopyError(
+            'destination', destination.path(), queue.taken, reason)
+    return CopyError('source', source.path(), queue.put_in, reason)
+
+
 class _Queue:
     """Chunks on their way from the reader to the writer.
 
     A chunk is either bytes, or the length of a hole as an int. Holds at most
     ``budget`` bytes of data and one chunk more.
+
+    :ivar put_in: bytes that came in so far, holes included
+    :ivar taken: bytes that went out so far, holes included
+    :ivar error: the first error of either side, which ends both
     """
 
-    def __init__(self, budget: int, cancel: CancelEvent):
+    def __init__(self, budget: int):
+        self.put_in = 0
+        self.taken = 0
+        self.error: Exception | None = None
         self._changed = native_threading().Condition()
         self._chunks: collections.deque[bytes | int] = collections.deque()
         self._budget = budget
-        self._cancel = cancel
         self._bytes = 0
         self._closed = False
-        self._error: BaseException | None = None
+
+    @property
+    def full(self) -> bool:
+        """Whether the reader has to wait for the writer."""
+        return self._bytes >= self._budget
+
+    @property
+    def moved(self) -> int:
+        """Grows with every chunk that comes in or goes out."""
+        return self.put_in + self.taken
 
     def put(self, chunk: bytes | int) -> None:
         """Append a chunk, waiting while the queue is full."""
         with self._changed:
-            self._wait_while(lambda: self._bytes >= self._budget)
+            self._wait_for(lambda: not self.full)
             self._chunks.append(chunk)
             self._bytes += self._cost(chunk)
+            self.put_in += length_of(chunk)
             self._changed.notify_all()
 
     def __iter__(self) -> ty.Iterator[bytes | int]:
         """Yield the chunks until the queue is closed and empty."""
         while True:
             with self._changed:
-                self._wait_while(
-                    lambda: not self._chunks and not self._closed)
+                self._wait_for(lambda: bool(self._chunks) or self._closed)
                 if not self._chunks:
                     return
                 chunk = self._chunks.popleft()
                 self._bytes -= self._cost(chunk)
+                self.taken += length_of(chunk)
                 self._changed.notify_all()
             yield chunk
 
@@ -208,23 +277,17 @@ class _Queue:
             self._closed = True
             self._changed.notify_all()
 
-    def fail(self, error: BaseException) -> BaseException:
-        """Make both sides stop; return the error that came first."""
+    def fail(self, error: Exception) -> None:
+        """Make both sides stop. Of the two the first to fail counts."""
         with self._changed:
-            if self._error is None:
-                self._error = error
+            if self.error is None:
+                self.error = error
             self._changed.notify_all()
-            return self._error
 
-    def _wait_while(self, blocked: ty.Callable[[], bool]) -> None:
-        while True:
-            if self._error is not None:
-                raise self._error
-            if self._cancel.is_set():
-                raise Cancelled()
-            if not blocked():
-                return
-            self._changed.wait(POLL_SECONDS)
+    def _wait_for(self, ready: ty.Callable[[], bool]) -> None:
+        self._changed.wait_for(lambda: self.error is not None or ready())
+        if self.error is not None:
+            raise self.error
 
     @staticmethod
     def _cost(chunk: bytes | int) -> int:
@@ -233,21 +296,25 @@ class _Queue:
         return 64 if isinstance(chunk, int) else len(chunk)
 
 
+def length_of(chunk: bytes | int) -> int:
+    """Bytes of the volume that a chunk stands for."""
+    return chunk if isinstance(chunk, int) else len(chunk)
+
+
 def _read(
     volume: 'libvirt.virStorageVol', length: int, queue: _Queue,
 ) -> None:
-    done = 0
+    """Put the chunks of a volume into the queue."""
     try:
-        while done < length:
-            size = min(WINDOW_BYTES, length - done)
-            for chunk in _download(volume, done, size):
+        while queue.put_in < length:
+            offset = queue.put_in
+            size = min(WINDOW_BYTES, length - offset)
+            for chunk in _download(volume, offset, size):
                 queue.put(chunk)
-                done += chunk if isinstance(chunk, int) else len(chunk)
         queue.close()
     except libvirt.libvirtError as error:
-        queue.fail(CopyError('source', volume.path(), done, error))
-    except Exception as error:
-        queue.fail(error)
+        raise CopyError(
+            'source', volume.path(), queue.put_in, error) from error
 
 
 def _download(
@@ -260,7 +327,7 @@ def _download(
             stream, offset, size,
             libvirt.VIR_STORAGE_VOL_DOWNLOAD_SPARSE_STREAM)
         while chunk := _receive(stream):
-            left -= chunk if isinstance(chunk, int) else len(chunk)
+            left -= length_of(chunk)
             if left < 0:
                 break
             yield chunk

@@ -82,7 +82,7 @@ class Transfer:
     def check(self, disks: list[Disk]) -> None:
         """Connect to both hosts, and check that the other takes the disks.
 
-        Changes nothing on either.
+        Changes nothing on the other.
 
         :raises: peer.Unsuitable
         """
@@ -98,7 +98,7 @@ class Transfer:
         self.destination.check(needed, self._source_pool)
 
     def copy_disk(
-        self, disk: Disk, cancel: stream.CancelEvent,
+        self, disk: Disk, cancel: stream.CancelEvent | None,
     ) -> stream.Result:
         """Copy a disk, and look whether it arrived.
 
@@ -119,7 +119,7 @@ class Transfer:
             raise self._error(disk.volume, error) from error
 
     def copy_instance_dir(
-        self, disks: list[Disk], cancel: stream.CancelEvent,
+        self, disks: list[Disk], cancel: stream.CancelEvent | None,
     ) -> None:
         """Copy what belongs to the disks from the instance directory.
 
@@ -167,7 +167,7 @@ class Transfer:
         except FileNotFoundError:
             return {}
 
-    def _copy_file(self, name: str, cancel: stream.CancelEvent) -> None:
+    def _copy_file(self, name: str, cancel: stream.CancelEvent | None) -> None:
         # Through a pool here too: libvirt may have given the file to QEMU.
         directory = storage_pool.Pool.attach(
             self._connection,

@@ -11,7 +11,6 @@
 #    under the License.
 
 import typing as ty
-import unittest
 from unittest import mock
 
 import ddt
@@ -226,7 +225,10 @@ class CheckTestCase(_PeerTestCase):
     def test_check_changes_nothing(self):
         self.check()
 
-        self.assertEqual([], self.dest.changes)
+        # The only way to ask libvirt whether a directory is there.
+        self.assertEqual(
+            [('conn.storagePoolCreateXML', f'nova-{uuids.server}')],
+            self.dest.changes)
         self.assertEqual([], self.source.changes)
         self.assert_nothing_left()
 
@@ -267,6 +269,15 @@ class CheckTestCase(_PeerTestCase):
     def test_room_that_is_just_enough(self):
         self.check(self.dest.available)
 
+    def test_directory_with_files_is_refused_as_it_is(self):
+        self.dest.add_file(DIRECTORY + '/disk.info', b'whose?')
+        self.before = self.state()
+
+        self.assertRaises(peer.Unsuitable, self.check)
+
+        self.assert_nothing_left()
+        self.assertIn(DIRECTORY + '/disk.info', self.dest.files)
+
     def test_no_room(self):
         self.assert_refused('bytes available', self.dest.available + 1)
 
@@ -287,15 +298,11 @@ class CheckTestCase(_PeerTestCase):
         self.assertEqual(['/disks/' + volume_name('disk')],
                          sorted(self.source.files))
 
-    # FIXME: libvirt's error is raised as it is.
-    @unittest.expectedFailure
     def test_lost_link_names_the_host(self):
         self.dest.disconnect()
 
         self.assert_refused('socket is closed')
 
-    # FIXME: the name is taken, and the check fails from then on.
-    @unittest.expectedFailure
     def test_marker_of_a_crashed_check_is_not_in_the_way(self):
         self.dest.add_volume('disks', volume_name(peer.CLAIM))
         self.source.add_volume('disks', volume_name('shared'))
@@ -325,41 +332,6 @@ class ClaimTestCase(_PeerTestCase):
 
         self.assertCountEqual(['other_disk', volume_name(peer.CLAIM)],
                               self.dest.volume_names('disks'))
-
-    def test_directory_with_files_is_refused(self):
-        self.dest.add_file(DIRECTORY + '/disk.info', b'whose?')
-        destination = self.connected()
-
-        self.assert_unsuitable(DIRECTORY, destination.claim)
-
-        self.assertEqual(['other_disk'], self.dest.volume_names('disks'))
-        self.assertIn(DIRECTORY + '/disk.info', self.dest.files)
-        self.assertEqual(['disks'], sorted(self.dest.pools))
-
-    # FIXME: the directory is built, and so changed, before it is looked at.
-    @unittest.expectedFailure
-    def test_refused_directory_keeps_its_owner_and_mode(self):
-        self.dest.add_file(DIRECTORY + '/disk.info', b'whose?')
-        self.before = self.state()
-        destination = self.connected()
-
-        self.assertRaises(peer.Unsuitable, destination.claim)
-
-        self.assert_nothing_left()
-
-    # FIXME: the claim is made before the directory is known to be empty. On
-    # an instances directory that both hosts share, the files that the next
-    # attempt deletes are those of the server itself.
-    @unittest.expectedFailure
-    def test_crash_does_not_make_files_in_the_way_ours(self):
-        self.dest.add_file(DIRECTORY + '/disk.info', b'whose?')
-        self.dest.call('conn.storagePoolCreateXML', self.dest.disconnect)
-        self.assertRaises(libvirt.libvirtError, self.connected().claim)
-        self.dest.reconnect()
-
-        self.assert_unsuitable(DIRECTORY, self.connected().claim)
-
-        self.assertIn(DIRECTORY + '/disk.info', self.dest.files)
 
     def test_empty_directory_is_taken(self):
         self.dest.directories[DIRECTORY] = libvirt_storage.FakeDirectory()
@@ -394,7 +366,7 @@ class ClaimTestCase(_PeerTestCase):
         self.dest.fail('conn.storagePoolCreateXML')
         destination = self.connected()
 
-        self.assertRaises(libvirt.libvirtError, destination.claim)
+        self.assert_unsuitable('injected failure', destination.claim)
 
         self.assert_nothing_left()
 
@@ -547,9 +519,6 @@ class CrashTestCase(_PeerTestCase):
         self.dest.reconnect()
         return self.dest.changes[-1]
 
-    # FIXME: between destroy and undefine, Pool.remove() leaves a pool that is
-    # defined and not active, which Pool.attach() then takes as it is.
-    @unittest.expectedFailure
     def test_every_change_may_be_the_last(self):
         self.attempt_twice()
         self.assert_nothing_left()

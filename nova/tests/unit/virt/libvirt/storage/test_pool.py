@@ -10,7 +10,6 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
-import unittest
 
 import ddt
 import libvirt
@@ -131,10 +130,8 @@ class EnsureTestCase(_PoolTestCase):
 
         self.assertEqual(before, self.host.changes)
 
-    # FIXME: the directory is built only right after the pool was defined.
-    @unittest.expectedFailure
     def test_pool_whose_directory_was_never_built_is_built(self):
-        self.host.fail('pool.build', error=OTHER_ERROR)
+        self.host.fail('pool.create', error=OTHER_ERROR)
         self.assertRaises(libvirt.libvirtError, self.ensure)
 
         self.assertEqual(NOVA, self.ensure().permissions)

@@ -77,11 +77,11 @@ class _CopyTestCase(test.NoDBTestCase):
                 'nova.virt.libvirt.storage.stream.' + name, value))
 
     @staticmethod
-    def _threads() -> list[ty.Any]:
+    def _threads(name: str = 'volume-') -> list[ty.Any]:
         # eventlet keeps the threads of its pool; those are not ours.
         return [thread
                 for thread in libvirt_storage.native_threading().enumerate()
-                if thread.name == 'volume-download']
+                if thread.name.startswith(name)]
 
     def assert_nothing_left(self) -> None:
         """No thread and no stream outlives a copy."""
@@ -498,11 +498,58 @@ class CopyFailureTestCase(_CopyTestCase):
         self.assertTrue(sending.wait_reached())
 
         reading.release()
-        self.assertTrue(libvirt_storage.wait_for(lambda: not self._threads()))
+        self.assertTrue(libvirt_storage.wait_for(
+            lambda: not self._threads('volume-download')))
         sending.release()
 
         self.assertTrue(outcome.wait(5))
         self.assertEqual('source', outcome.error.end)
+
+    @ddt.data(('source', 'stream.recv'), ('destination', 'stream.send'))
+    @ddt.unpack
+    def test_end_that_stands_still_is_named_and_left_behind(self, end, where):
+        host = self.source if end == 'source' else self.dest
+        fault = host.block(where, after=WINDOW)
+        source, dest = self.volumes(self.content)
+
+        started = time.monotonic()
+        error = self.assertRaises(
+            stream.CopyError, utils.tpool_wrap(stream.copy), source, dest,
+            self.content.size, None, None, 0.3)
+
+        self.assertEqual(end, error.end)
+        self.assertIn('nothing moved for 0.3 seconds', str(error))
+        self.assertGreaterEqual(time.monotonic() - started, 0.3)
+        self.assertLess(time.monotonic() - started, 5)
+        self.assertTrue(fault.reached.is_set())
+        fault.release()
+        self.assertTrue(libvirt_storage.wait_for(
+            lambda: set(self._threads()) == self.threads_before))
+
+    def test_pause_that_is_shorter_than_the_limit_is_no_stall(self):
+        self.dest.slow('stream.send', 0.3, times=2)
+        source, dest = self.volumes(self.content)
+
+        result = utils.tpool_wrap(stream.copy)(
+            source, dest, self.content.size, None, None, 0.6)
+
+        self.assertEqual(self.content.size, result.length)
+
+    def test_cancel_does_not_wait_for_an_end_that_hangs(self):
+        cancel = threading.Event()
+        self.dest.call('stream.send', cancel.set, after=WINDOW)
+        fault = self.dest.block('stream.send', after=WINDOW)
+        source, dest = self.volumes(self.content)
+
+        started = time.monotonic()
+        self.assertRaises(
+            stream.Cancelled, utils.tpool_wrap(stream.copy), source, dest,
+            self.content.size, None, cancel)
+
+        self.assertLess(time.monotonic() - started, 2)
+        fault.release()
+        self.assertTrue(libvirt_storage.wait_for(
+            lambda: set(self._threads()) == self.threads_before))
 
     def test_error_of_an_abort_does_not_hide_the_first(self):
         self.dest.fail('stream.finish', error=DEST_ERROR)
