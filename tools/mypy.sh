@@ -5,7 +5,9 @@
 set -eu
 cd "$(dirname "$0")/.."
 root=$PWD
-nova=$(python -c 'import nova; print(nova.__path__[0])')
+# tox has an environment of its own first in the path.
+PATH=$root/.tox/nova/bin:$PATH
+nova=$(cd / && python -c 'import nova; print(nova.__path__[0])')
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 ln -s "$nova" "$work/nova"
