@@ -465,7 +465,6 @@ class Cloud:
             (etc / 'rootwrap.conf').write_text(
                 config.render(config.rootwrap()))
             host.set_sudoers(config.sudoers())
-            self.hide_kvm(host)
         options = config.merge(
             config.nova_compute(self.site, host.name, host.address),
             {'DEFAULT': {'concurrency_backend':
@@ -475,18 +474,6 @@ class Cloud:
         conf.write_text(config.render(options))
         os.chown(conf, 0, host.nova_gid)
         conf.chmod(0o640)
-
-    def hide_kvm(self, host: 'lab_module.Host') -> None:
-        """Take /dev/kvm, which virt_type qemu does not need, from a host.
-
-        Where root can open it and QEMU's user cannot, libvirt takes what it
-        keeps of QEMU's capabilities for outdated at every call, and asks
-        QEMU again: four seconds each, dozens of times per nova-compute.
-        """
-        if os.path.exists('/dev/kvm'):
-            nothing = host.directory / 'kvm'
-            nothing.touch(mode=0o600)
-            host.run(['mount', '--bind', str(nothing), '/dev/kvm'])
 
     # ---- what servers are made of
 

@@ -1,0 +1,143 @@
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+import os
+import signal
+
+from oslo_utils import units
+
+from nova.tests.cloud import base
+
+# Found by the path that base sets.
+import daemons
+import servers
+
+# Written beyond the guest's only partition: long enough to copy for a fault
+# to happen meanwhile.
+NOISE_AT = 256 * units.Mi
+NOISE_BYTES = 512 * units.Mi
+
+
+class FailureTestCase(base.CloudTestCase):
+    """What breaks when a copy is under way leaves the server as it was."""
+
+    options = {'DEFAULT': {'use_cow_images': 'False'}}
+
+    def setUp(self):
+        super().setUp()
+        self.server = self.create_booted()
+        self.counter = self.server.counters()['vda']
+        self.disk = f'{servers.POOL}/{self.server.id}_disk'
+        with open(self.source.path(self.disk), 'r+b') as disk:
+            disk.seek(NOISE_AT)
+            for _index in range(NOISE_BYTES // units.Mi):
+                disk.write(os.urandom(units.Mi))
+
+    def fail_when_copying(self, break_it) -> str:
+        """Migrate, break something on the way; return what is told of it."""
+        self.server.compute.migrate_server(
+            self.server.id, host=base.DESTINATION)
+        copy = self.destination.path(self.disk)
+        daemons.wait_for('the copy to begin', lambda: (
+            copy.exists() and copy.stat().st_blocks * 512 > 32 * units.Mi),
+            poll=0.05)
+        break_it()
+        size = copy.stat().st_blocks * 512 if copy.exists() else 0
+        self.assertLess(size, NOISE_BYTES)
+        self.server.wait('ACTIVE')
+        return last_details(self.server)
+
+    def assert_as_before(self) -> None:
+        """The server runs on the source, from the disk that it had."""
+        self.assertEqual(base.SOURCE, self.server.host)
+        self.server.wait_boot()
+        self.assertEqual({'vda': self.counter + 1}, self.server.counters())
+        migration, = self.server.compute.migrations(
+            instance_uuid=self.server.id)
+        self.assertEqual('error', migration.status)
+
+    def assert_next_attempt_works(self) -> None:
+        self.server.migrate(base.DESTINATION)
+        self.assertEqual(base.DESTINATION, self.server.host)
+        self.server.confirm()
+        self.assert_no_disks(self.server, base.SOURCE)
+        self.server.wait_boot()
+        self.assertEqual({'vda': self.counter + 2}, self.server.counters())
+
+    def test_daemon_of_the_destination_is_killed(self):
+        def kill():
+            self.destination.stop_libvirtd(signal.SIGKILL)
+            self.destination.start_libvirtd()
+
+        message = self.fail_when_copying(kill)
+        self.assertIn(
+            f'{self.disk.rpartition("/")[2]} to host '
+            f'{self.destination.address} ({self.destination.uri})', message)
+        self.assert_as_before()
+        self.assert_no_disks(self.server, base.DESTINATION)
+        self.assert_next_attempt_works()
+
+    def test_link_is_cut(self):
+        self.addCleanup(self.destination.link, True)
+        message = self.fail_when_copying(
+            lambda: self.destination.link(False))
+        self.assertIn('the connection was lost', message)
+        self.destination.link(True)
+        self.assert_as_before()
+        self.assert_next_attempt_works()
+
+    def test_disk_of_the_destination_fills_up(self):
+        pool = servers.POOL
+        self.destination.run(['mount', '-t', 'tmpfs', '-o', 'size=700m,'
+                              f'uid={self.destination.nova_uid}', 'tmpfs',
+                              pool])
+        self.addCleanup(self.destination.run, ['virsh', 'pool-refresh',
+                                               'nova-disks'])
+        self.addCleanup(self.destination.run, ['umount', pool])
+        # From inside the host, which alone sees the mount.
+        copy = f'/proc/{self.destination.pid}/root{self.disk}'
+        filler = f'/proc/{self.destination.pid}/root{pool}/filler'
+
+        def begun():
+            return (os.path.exists(copy) and
+                    os.stat(copy).st_blocks * 512 > 32 * units.Mi)
+
+        self.server.compute.migrate_server(
+            self.server.id, host=base.DESTINATION)
+        daemons.wait_for('the copy to begin', begun, poll=0.05)
+        with open(filler, 'wb') as file:
+            os.posix_fallocate(file.fileno(), 0, 400 * units.Mi)
+        self.server.wait('ACTIVE')
+        self.assertIn('No space left on device', last_details(self.server))
+        self.assert_as_before()
+        self.assertEqual(['filler'], os.listdir(os.path.dirname(filler)))
+
+    def test_server_is_deleted(self):
+        self.server.compute.migrate_server(
+            self.server.id, host=base.DESTINATION)
+        copy = self.destination.path(self.disk)
+        daemons.wait_for('the copy to begin', copy.exists, poll=0.05)
+        self.server.delete()
+        for host in (base.SOURCE, base.DESTINATION):
+            daemons.wait_for(f'{host} to be clean', lambda: (
+                not self.server.disks(host)), seconds=10, poll=0.2)
+            self.assert_no_disks(self.server, host)
+            domains = self.cloud.lab.host(host).run(
+                ['virsh', 'list', '--all', '--uuid']).stdout
+            self.assertNotIn(self.server.id, domains)
+
+
+def last_details(server: servers.Server) -> str:
+    """What `openstack server event show` says of the last failure."""
+    return next((details for event, details in server.events() if details),
+                '')
