@@ -180,7 +180,7 @@ class Server:
         found = {path.name.partition('_')[2]: path
                  for path in where(POOL).glob(f'{self.id}_*')}
         for directory in (self.id, f'{self.id}_resize'):
-            for path in where(INSTANCES).joinpath(directory).glob('disk*'):
+            for path in where(INSTANCES).joinpath(directory).glob('*disk*'):
                 found.setdefault(path.name, path)
         found.pop('disk.info', None)
         return found
