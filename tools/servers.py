@@ -153,7 +153,7 @@ class Server:
             r'DISK-COUNTER (\w+) (\d+)', said)}
         found.update({'vda': int(count) for count in re.findall(
             r'BOOT-COUNTER (\d+)', said)})
-        return found
+        return dict(sorted(found.items()))
 
     def sizes(self) -> dict[str, int]:
         """The sizes of the guest's disks in bytes, as it sees them."""
