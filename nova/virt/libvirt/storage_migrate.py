@@ -70,6 +70,9 @@ HOOKS = {
     'confirm_migration': (
         'context', 'migration', 'instance', 'network_info'),
     'delete_instance_files': ('instance',),
+    '_create_images_and_backing': (
+        'context', 'instance', 'instance_dir', 'disk_info',
+        'fallback_from_host'),
     'power_on': (
         'context', 'instance', 'network_info', 'block_device_info'),
     'power_off': ('instance', 'timeout', 'retry_interval'),
@@ -192,6 +195,22 @@ class LibvirtDriver(driver.LibvirtDriver):
                           instance=instance)
             return False
         return deleted
+
+    def _create_images_and_backing(
+        self, context, instance, instance_dir, disk_info,
+        fallback_from_host=None,
+    ):
+        # Nova looks for all disks of a server that starts in the directory
+        # it is told, and makes those that are not there.
+        in_pool = [info for info in disk_info or []
+                   if image.is_in_pool(info['path'])]
+        if in_pool:
+            super()._create_images_and_backing(
+                context, instance, CONF.libvirt.disks_pool_path, in_pool,
+                fallback_from_host)
+            disk_info = [info for info in disk_info if info not in in_pool]
+        super()._create_images_and_backing(
+            context, instance, instance_dir, disk_info, fallback_from_host)
 
     def _init_disks_pool(self) -> None:
         if CONF.libvirt.images_type not in image.IMAGE_TYPES:
