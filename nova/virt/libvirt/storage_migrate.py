@@ -69,6 +69,8 @@ HOOKS = {
         'power_on', 'share_info'),
     'confirm_migration': (
         'context', 'migration', 'instance', 'network_info'),
+    'check_can_live_migrate_source': (
+        'context', 'instance', 'dest_check_data', 'block_device_info'),
     'delete_instance_files': ('instance',),
     '_create_images_and_backing': (
         'context', 'instance', 'instance_dir', 'disk_info',
@@ -195,6 +197,25 @@ class LibvirtDriver(driver.LibvirtDriver):
                           instance=instance)
             return False
         return deleted
+
+    def check_can_live_migrate_source(
+        self, context, instance, dest_check_data, block_device_info=None,
+    ):
+        """Refuse to live migrate disks that are volumes of a pool.
+
+        The other host would make empty disks for them in the instance
+        directory, where the server does not look for them.
+
+        :raises: MigrationPreCheckError
+        """
+        if image.has_volumes(instance):
+            raise exception.MigrationPreCheckError(reason=_(
+                'The disks of the server are in storage pool %s, and can not '
+                'be live migrated. Migrate it cold instead: openstack server '
+                'migrate, without --live-migration.') %
+                CONF.libvirt.disks_pool)
+        return super().check_can_live_migrate_source(
+            context, instance, dest_check_data, block_device_info)
 
     def _create_images_and_backing(
         self, context, instance, instance_dir, disk_info,
