@@ -19,6 +19,7 @@ With both options off, as they are by default, it has to pass them all.
 # First of all, for it chooses the concurrency mode.
 import nova.tests.unit  # noqa: F401
 
+from nova.virt import libvirt
 from nova.virt.libvirt import driver
 from nova.virt.libvirt import storage_migrate
 
@@ -35,8 +36,11 @@ for name, attribute in vars(driver.LibvirtDriver).items():
     if isinstance(attribute, staticmethod):
         setattr(LibvirtDriver, name, attribute)
 
-# The tests name the class, and patch it, as an attribute of Nova's module.
+# The tests name the class, and patch it, as an attribute of Nova's module, and
+# of its package. It has to be one class: what patches a method that is
+# inherited leaves a copy of it behind, which hides a patch of the other class.
 driver.LibvirtDriver = LibvirtDriver
+libvirt.LibvirtDriver = LibvirtDriver
 
 
 def load_tests(loader, tests, pattern):

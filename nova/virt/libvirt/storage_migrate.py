@@ -69,7 +69,12 @@ HOOKS = {
         'power_on', 'share_info'),
     'confirm_migration': (
         'context', 'migration', 'instance', 'network_info'),
+    'check_can_live_migrate_source': (
+        'context', 'instance', 'dest_check_data', 'block_device_info'),
     'delete_instance_files': ('instance',),
+    '_create_images_and_backing': (
+        'context', 'instance', 'instance_dir', 'disk_info',
+        'fallback_from_host'),
     'power_on': (
         'context', 'instance', 'network_info', 'block_device_info'),
     'power_off': ('instance', 'timeout', 'retry_interval'),
@@ -192,6 +197,41 @@ class LibvirtDriver(driver.LibvirtDriver):
                           instance=instance)
             return False
         return deleted
+
+    def check_can_live_migrate_source(
+        self, context, instance, dest_check_data, block_device_info=None,
+    ):
+        """Refuse to live migrate disks that are volumes of a pool.
+
+        The other host would make empty disks for them in the instance
+        directory, where the server does not look for them.
+
+        :raises: MigrationPreCheckError
+        """
+        if image.has_volumes(instance):
+            raise exception.MigrationPreCheckError(reason=_(
+                'The disks of the server are in storage pool %s, and can not '
+                'be live migrated. Migrate it cold instead: openstack server '
+                'migrate, without --live-migration.') %
+                CONF.libvirt.disks_pool)
+        return super().check_can_live_migrate_source(
+            context, instance, dest_check_data, block_device_info)
+
+    def _create_images_and_backing(
+        self, context, instance, instance_dir, disk_info,
+        fallback_from_host=None,
+    ):
+        # Nova looks for all disks of a server that starts in the directory
+        # it is told, and makes those that are not there.
+        in_pool = [info for info in disk_info or []
+                   if image.is_in_pool(info['path'])]
+        if in_pool:
+            super()._create_images_and_backing(
+                context, instance, CONF.libvirt.disks_pool_path, in_pool,
+                fallback_from_host)
+            disk_info = [info for info in disk_info if info not in in_pool]
+        super()._create_images_and_backing(
+            context, instance, instance_dir, disk_info, fallback_from_host)
 
     def _init_disks_pool(self) -> None:
         if CONF.libvirt.images_type not in image.IMAGE_TYPES:

@@ -161,6 +161,9 @@ class Backend(imagebackend.Backend):
 
     def by_name(self, instance, name, image_type=None,
                 disk_info_mapping=None):
+        if is_in_pool(name):
+            # Nova names a disk by its path when it starts a server.
+            name = disk_name(instance, name)
         if not self._belongs_in_pool(instance, name):
             return super().by_name(
                 instance, name, image_type, disk_info_mapping)

@@ -460,6 +460,75 @@ class DeleteTestCase(DriverTestCase):
         self.assertTrue(self.driver.delete_instance_files(self.instance))
 
 
+class LiveMigrationTestCase(DriverTestCase):
+
+    def _check(self):
+        return self.driver.check_can_live_migrate_source(
+            self.context, self.instance, mock.sentinel.dest_check_data,
+            mock.sentinel.block_device_info)
+
+    def test_server_with_volumes_is_refused_with_what_to_do(self):
+        self._add_disk()
+        error = self.assertRaises(
+            exception.MigrationPreCheckError, self._check)
+        self.assertIn('nova-disks', str(error))
+        self.assertIn('Migrate it cold instead', str(error))
+
+    @mock.patch.object(driver.LibvirtDriver, 'check_can_live_migrate_source')
+    def test_server_with_files_is_nova_s(self, nova):
+        self.assertEqual(nova.return_value, self._check())
+        nova.assert_called_once_with(
+            self.context, self.instance, mock.sentinel.dest_check_data,
+            mock.sentinel.block_device_info)
+
+
+class HardRebootTestCase(DriverTestCase):
+    """Nova makes disks that are missing when it starts a server."""
+
+    def setUp(self):
+        super().setUp()
+        self.instance.update({'kernel_id': '', 'trusted_certs': None,
+                              'vm_state': 'active', 'os_type': None,
+                              'migration_context': None})
+
+    def _make_missing(self, *disk_info):
+        self.driver._create_images_and_backing(
+            self.context, self.instance, self.directory, list(disk_info))
+
+    def _info(self, path, backing_file=''):
+        return {'path': path, 'type': 'raw', 'virt_disk_size': SIZE,
+                'backing_file': backing_file}
+
+    @mock.patch('nova.virt.libvirt.utils.create_image')
+    def test_volume_that_is_there_is_left_alone(self, create):
+        path = os.path.join(self.pool_path, self._add_disk())
+        self._make_missing(self._info(path))
+        create.assert_not_called()
+
+    @mock.patch('nova.virt.libvirt.utils.create_image')
+    def test_missing_disks_are_made_where_they_belong(self, create):
+        volume = image.volume_path(self.instance, 'disk.swap')
+        file = os.path.join(self.directory, 'disk.config')
+        self._make_missing(self._info(volume), self._info(file))
+        self.assertEqual([mock.call(volume, 'raw', SIZE),
+                          mock.call(file, 'raw', SIZE)], create.mock_calls)
+
+    def test_missing_base_image_is_fetched_for_the_volume(self):
+        path = os.path.join(self.pool_path, self._add_disk())
+        with mock.patch.object(
+                self.driver, '_try_fetch_image_cache') as fetch:
+            self._make_missing(self._info(path, backing_file='/base/abc'))
+        disk, _, _, base = fetch.call_args.args[:4]
+        self.assertEqual((path, 'abc'), (disk.path, base))
+
+    @mock.patch.object(driver.LibvirtDriver, '_create_images_and_backing')
+    def test_server_with_files_is_nova_s(self, nova):
+        info = self._info(os.path.join(self.directory, 'disk'))
+        self._make_missing(info)
+        nova.assert_called_once_with(
+            self.context, self.instance, self.directory, [info], None)
+
+
 @ddt.ddt
 class StartTestCase(DriverTestCase):
 

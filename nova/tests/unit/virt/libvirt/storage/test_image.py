@@ -138,6 +138,12 @@ class BackendTestCase(test.NoDBTestCase):
         self.assertEqual(
             image.disk_info_path(self.instance), disk.disk_info_path)
 
+    def test_disk_is_found_by_its_path_in_place_of_its_name(self):
+        path = self._volume()
+        disk = self._by_name(path)
+        self.assertIsInstance(disk, image.Qcow2Volume)
+        self.assertEqual(path, disk.path)
+
     def test_legacy_disk_is_found_by_its_path(self):
         path = os.path.join(self.directory, 'disk')
         disk = self._backend().by_libvirt_path(self.instance, path, 'qcow2')
