@@ -71,12 +71,12 @@ class TestMigrate(base.CloudTestCase):
 class TestResize(base.CloudTestCase):
     """openstack server resize to bigger disks, and what is refused."""
 
-    def test_confirm_gives_the_guest_a_bigger_disk(self):
-        server = self.create_booted(flavor='small')
-        server.resize('large')
+    def test_confirm_gives_the_guest_bigger_disks(self):
+        server = self.create_booted(flavor='small-ephemeral')
+        server.resize('large-ephemeral')
         self.assertEqual(base.DESTINATION, server.host)
-        self.assert_counts(server, vda=2)
-        self.assertEqual(2 * GIB, server.sizes()['vda'])
+        self.assert_counts(server, vda=2, vdb=2)
+        self.assertEqual({'vda': 2 * GIB, 'vdb': 2 * GIB}, server.sizes())
         server.confirm()
         self.assert_no_disks(server, base.SOURCE)
 
@@ -96,6 +96,12 @@ class TestResize(base.CloudTestCase):
         self.assertEqual(base.SOURCE, server.host)
         self.assertIn('resize disk down', last_error(server))
         self.assert_no_disks(server, base.DESTINATION)
+
+
+class TestResizeRaw(TestResize):
+    """The same with disks that are no overlays."""
+
+    options = {'DEFAULT': {'use_cow_images': 'False'}}
 
 
 class DisksMixin:

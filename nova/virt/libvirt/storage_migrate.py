@@ -164,6 +164,8 @@ class LibvirtDriver(driver.LibvirtDriver):
             _native(transfer.adopt_volumes, self._uri(),
                     CONF.libvirt.disks_pool, image.volume_prefix(instance),
                     volumes)
+            if resize_instance:
+                _grow_ephemeral(instance, block_device_info)
         # What Nova would do with the disks is to make qcow2 of raw ones where
         # use_cow_images is set. One in a pool stays raw instead.
         others = [info for info in disks if not image.is_in_pool(info['path'])]
@@ -286,8 +288,9 @@ class LibvirtDriver(driver.LibvirtDriver):
             not self._is_booted_from_volume(block_device_info))
         ephemerals = virt_driver.block_device_info_get_ephemerals(
             block_device_info)
-        ephemeral_gb = (block_device.get_bdm_ephemeral_disk_size(ephemerals) or
-                        instance.flavor.ephemeral_gb)
+        ephemeral_gb = max(
+            block_device.get_bdm_ephemeral_disk_size(ephemerals),
+            instance.flavor.ephemeral_gb)
         if root_shrinks or flavor.ephemeral_gb < ephemeral_gb:
             raise exception.ResizeError(
                 reason=_('Unable to resize disk down.'))
@@ -423,6 +426,19 @@ def _rollback(
                     instance=instance)
         raise exception.InstanceFaultRollback(
             error_class(reason=str(error))) from error
+
+
+def _grow_ephemeral(instance, block_device_info) -> None:
+    """Let a server's only ephemeral disk be as big as its new flavor says.
+
+    Nova takes the size from the block device mapping, which has that of the
+    old flavor. Of several disks nobody knows which is to grow.
+    """
+    ephemerals = virt_driver.block_device_info_get_ephemerals(
+        block_device_info)
+    if len(ephemerals) == 1:
+        ephemerals[0]['size'] = max(
+            ephemerals[0]['size'], instance.flavor.ephemeral_gb)
 
 
 def _without_swap(

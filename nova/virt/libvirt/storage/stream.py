@@ -76,8 +76,8 @@ class CopyError(Exception):
     """
 
     def __init__(self, end: str, path: str, done: int, reason: ty.Any):
-        super().__init__(
-            f'{end} volume {path} failed after {done} bytes: {reason}')
+        # Short, for Nova shows users 255 characters of all that is to say.
+        super().__init__(f'{end} failed after {done} bytes: {reason}')
         self.end = end
         self.path = path
         self.done = done

@@ -49,8 +49,7 @@ class TransferError(Exception):
     """
 
     def __init__(self, volume: str, host: str, uri: str, reason: str):
-        super().__init__(
-            f'copying {volume} to host {host} ({uri}) failed: {reason}')
+        super().__init__(f'{volume} to host {host} ({uri}): {reason}')
         self.volume = volume
         self.host = host
         self.uri = uri

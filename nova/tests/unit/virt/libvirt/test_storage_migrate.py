@@ -382,13 +382,14 @@ class FailureTestCase(DriverTestCase):
 
 class FinishTestCase(DriverTestCase):
 
-    def _finish(self, disk_info):
+    def _finish(self, disk_info, resize=False, ephemerals=()):
         with mock.patch.object(
                 driver.LibvirtDriver, 'finish_migration') as nova:
             self.driver.finish_migration(
                 self.context, mock.sentinel.migration, self.instance,
                 jsonutils.dumps(disk_info), mock.sentinel.network_info,
-                mock.sentinel.image_meta, False, {})
+                mock.sentinel.image_meta, resize, {},
+                {'ephemerals': list(ephemerals), 'block_device_mapping': []})
         return jsonutils.loads(nova.call_args.args[3])
 
     def test_volumes_are_flushed_and_the_claim_ends(self):
@@ -415,6 +416,20 @@ class FinishTestCase(DriverTestCase):
                 {'path': os.path.join(self.pool_path, volume),
                  'type': 'raw'}, file])
         self.assertEqual([file], rest)
+
+    def test_only_ephemeral_disk_grows_with_a_resize(self):
+        self.instance.flavor = self._flavor(ephemeral_gb=2)
+        one = {'size': 1}
+        self._finish([], resize=True, ephemerals=[one])
+        self.assertEqual({'size': 1}, one, 'a server of Nova is left alone')
+        self._add_disk()
+        self._finish([], resize=False, ephemerals=[one])
+        self.assertEqual({'size': 1}, one)
+        self._finish([], resize=True, ephemerals=[one])
+        self.assertEqual({'size': 2}, one)
+        two = [{'size': 1}, {'size': 1}]
+        self._finish([], resize=True, ephemerals=two)
+        self.assertEqual([{'size': 1}, {'size': 1}], two)
 
     def test_server_with_files_is_nova_s(self):
         file = {'path': os.path.join(self.directory, 'disk'), 'type': 'raw'}
