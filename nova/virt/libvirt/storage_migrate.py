@@ -34,9 +34,11 @@ import typing as ty
 from oslo_log import log as logging
 from oslo_serialization import jsonutils
 from oslo_utils import netutils
+from oslo_utils import units
 
 from nova import block_device
 from nova.compute import power_state
+from nova.compute import task_states
 import nova.conf
 from nova import exception
 from nova.i18n import _
@@ -44,6 +46,7 @@ from nova import utils
 from nova import version
 from nova.virt import driver as virt_driver
 from nova.virt import hardware
+from nova.virt.libvirt import blockinfo
 from nova.virt.libvirt import driver
 from nova.virt.libvirt.storage import image
 from nova.virt.libvirt.storage import peer
@@ -72,6 +75,7 @@ HOOKS = {
     'check_can_live_migrate_source': (
         'context', 'instance', 'dest_check_data', 'block_device_info'),
     'delete_instance_files': ('instance',),
+    '_create_image': ('context', 'instance', 'block_device_info'),
     '_create_images_and_backing': (
         'context', 'instance', 'instance_dir', 'disk_info',
         'fallback_from_host'),
@@ -164,8 +168,6 @@ class LibvirtDriver(driver.LibvirtDriver):
             _native(transfer.adopt_volumes, self._uri(),
                     CONF.libvirt.disks_pool, image.volume_prefix(instance),
                     volumes)
-            if resize_instance:
-                _grow_ephemeral(instance, block_device_info)
         # What Nova would do with the disks is to make qcow2 of raw ones where
         # use_cow_images is set. One in a pool stays raw instead.
         others = [info for info in disks if not image.is_in_pool(info['path'])]
@@ -234,6 +236,26 @@ class LibvirtDriver(driver.LibvirtDriver):
             disk_info = [info for info in disk_info if info not in in_pool]
         super()._create_images_and_backing(
             context, instance, instance_dir, disk_info, fallback_from_host)
+
+    def _create_image(self, context, instance, *args, **kwargs):
+        created = super()._create_image(context, instance, *args, **kwargs)
+        if instance.task_state == task_states.RESIZE_FINISH:
+            self._grow_ephemeral(
+                instance, kwargs.get('block_device_info'))
+        return created
+
+    def _grow_ephemeral(self, instance, block_device_info) -> None:
+        """Let a server's only ephemeral disk be as big as its flavor says.
+
+        Nova takes the size from the block device mapping, which a resize
+        does not change. Of several disks nobody knows which is to grow.
+        """
+        ephemerals = virt_driver.block_device_info_get_ephemerals(
+            block_device_info)
+        name = blockinfo.get_eph_disk(0)
+        if len(ephemerals) == 1 and image.has_volume(instance, name):
+            self.image_backend.by_name(instance, name).resize_image(
+                instance.flavor.ephemeral_gb * units.Gi)
 
     def _init_disks_pool(self) -> None:
         if CONF.libvirt.images_type not in image.IMAGE_TYPES:
@@ -426,19 +448,6 @@ def _rollback(
                     instance=instance)
         raise exception.InstanceFaultRollback(
             error_class(reason=str(error))) from error
-
-
-def _grow_ephemeral(instance, block_device_info) -> None:
-    """Let a server's only ephemeral disk be as big as its new flavor says.
-
-    Nova takes the size from the block device mapping, which has that of the
-    old flavor. Of several disks nobody knows which is to grow.
-    """
-    ephemerals = virt_driver.block_device_info_get_ephemerals(
-        block_device_info)
-    if len(ephemerals) == 1:
-        ephemerals[0]['size'] = max(
-            ephemerals[0]['size'], instance.flavor.ephemeral_gb)
 
 
 def _without_swap(

@@ -68,6 +68,11 @@ def has_volumes(instance) -> bool:
     return bool(glob.glob(glob.escape(volume_path(instance, '')) + '*'))
 
 
+def has_volume(instance, disk_name: str) -> bool:
+    """Whether a server has a disk that is a volume in this host's pool."""
+    return os.path.isfile(volume_path(instance, disk_name))
+
+
 def has_files(instance) -> bool:
     """Whether a server has disks in the instance directory."""
     directory = libvirt_utils.get_instance_path(instance)
@@ -189,7 +194,7 @@ class Backend(imagebackend.Backend):
         """
         if name in _NEVER_IN_POOL or name.endswith('.rescue'):
             return False
-        if os.path.isfile(volume_path(instance, name)):
+        if has_volume(instance, name):
             return True
         if not CONF.libvirt.use_storage_pools:
             return False

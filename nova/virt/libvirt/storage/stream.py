@@ -76,7 +76,9 @@ class CopyError(Exception):
     """
 
     def __init__(self, end: str, path: str, done: int, reason: ty.Any):
-        # Short, for Nova shows users 255 characters of all that is to say.
+        # Nova shows users 255 characters of all that there is to say, and
+        # who is told of the copy of a volume knows its path.
+        reason = str(reason).replace(path, 'the volume')
         super().__init__(f'{end} failed after {done} bytes: {reason}')
         self.end = end
         self.path = path

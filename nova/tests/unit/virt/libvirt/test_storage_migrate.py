@@ -22,6 +22,7 @@ from oslo_utils.fixture import uuidsentinel as uuids
 from oslo_utils import units
 
 from nova.compute import power_state
+from nova.compute import task_states
 from nova.conf import storage_migrate as storage_migrate_conf
 from nova import context as nova_context
 from nova import exception
@@ -382,14 +383,13 @@ class FailureTestCase(DriverTestCase):
 
 class FinishTestCase(DriverTestCase):
 
-    def _finish(self, disk_info, resize=False, ephemerals=()):
+    def _finish(self, disk_info):
         with mock.patch.object(
                 driver.LibvirtDriver, 'finish_migration') as nova:
             self.driver.finish_migration(
                 self.context, mock.sentinel.migration, self.instance,
                 jsonutils.dumps(disk_info), mock.sentinel.network_info,
-                mock.sentinel.image_meta, resize, {},
-                {'ephemerals': list(ephemerals), 'block_device_mapping': []})
+                mock.sentinel.image_meta, False, {})
         return jsonutils.loads(nova.call_args.args[3])
 
     def test_volumes_are_flushed_and_the_claim_ends(self):
@@ -417,19 +417,32 @@ class FinishTestCase(DriverTestCase):
                  'type': 'raw'}, file])
         self.assertEqual([file], rest)
 
+    @mock.patch.object(driver.LibvirtDriver, '_create_image')
+    @mock.patch('nova.virt.disk.api.extend')
+    def _grow(self, count, extend, nova):
+        self.driver._create_image(
+            self.context, self.instance, {}, block_device_info={
+                'ephemerals': [{'size': 1}] * count})
+        nova.assert_called_once()
+        return [(call.args[0].path, call.args[1])
+                for call in extend.call_args_list]
+
     def test_only_ephemeral_disk_grows_with_a_resize(self):
-        self.instance.flavor = self._flavor(ephemeral_gb=2)
-        one = {'size': 1}
-        self._finish([], resize=True, ephemerals=[one])
-        self.assertEqual({'size': 1}, one, 'a server of Nova is left alone')
         self._add_disk()
-        self._finish([], resize=False, ephemerals=[one])
-        self.assertEqual({'size': 1}, one)
-        self._finish([], resize=True, ephemerals=[one])
-        self.assertEqual({'size': 2}, one)
-        two = [{'size': 1}, {'size': 1}]
-        self._finish([], resize=True, ephemerals=two)
-        self.assertEqual([{'size': 1}, {'size': 1}], two)
+        self._add_disk('disk.eph0')
+        self.instance.flavor = self._flavor(ephemeral_gb=2)
+        self.instance.task_state = None
+        self.assertEqual([], self._grow(1))
+        self.instance.task_state = task_states.RESIZE_FINISH
+        self.assertEqual(
+            [(image.volume_path(self.instance, 'disk.eph0'), 2 * units.Gi)],
+            self._grow(1))
+        self.assertEqual([], self._grow(2))
+
+    def test_ephemeral_file_is_left_to_nova(self):
+        self.instance.flavor = self._flavor(ephemeral_gb=2)
+        self.instance.task_state = task_states.RESIZE_FINISH
+        self.assertEqual([], self._grow(1))
 
     def test_server_with_files_is_nova_s(self):
         file = {'path': os.path.join(self.directory, 'disk'), 'type': 'raw'}
