@@ -34,18 +34,21 @@ import typing as ty
 from oslo_log import log as logging
 from oslo_serialization import jsonutils
 from oslo_utils import netutils
+from oslo_utils import units
 
 from nova import block_device
 from nova.compute import power_state
 import nova.conf
 from nova import exception
 from nova.i18n import _
+import nova.privsep.utils
 from nova import utils
 from nova import version
 from nova.virt import driver as virt_driver
 from nova.virt import hardware
 from nova.virt.libvirt import driver
 from nova.virt.libvirt.storage import image
+from nova.virt.libvirt.storage import imagecache
 from nova.virt.libvirt.storage import peer
 from nova.virt.libvirt.storage import transfer
 from nova.virt.libvirt import utils as libvirt_utils
@@ -79,6 +82,8 @@ HOOKS = {
         'context', 'instance', 'network_info', 'block_device_info'),
     'power_off': ('instance', 'timeout', 'retry_interval'),
     'unplug_vifs': ('instance', 'network_info'),
+    'disk_cachemode': (),
+    '_get_local_gb_info': (),
     '_disconnect_volume': ('context', 'connection_info', 'instance'),
     '_get_instance_disk_info': ('instance', 'block_device_info'),
     '_cleanup_failed_instance_base': ('inst_base',),
@@ -98,6 +103,7 @@ class LibvirtDriver(driver.LibvirtDriver):
     def __init__(self, virtapi, read_only=False):
         super().__init__(virtapi, read_only)
         self.image_backend = image.Backend(CONF.use_cow_images)
+        self.image_cache_manager = imagecache.ImageCacheManager()
         self._cancel_events: dict[str, threading.Event] = {}
 
     def init_host(self, host):
@@ -197,6 +203,25 @@ class LibvirtDriver(driver.LibvirtDriver):
                           instance=instance)
             return False
         return deleted
+
+    @property
+    def disk_cachemode(self):
+        """How QEMU caches disks; without O_DIRECT it can not be 'none'."""
+        unknown = self._disk_cachemode is None
+        mode = super().disk_cachemode
+        if unknown and mode == 'none' and CONF.libvirt.use_storage_pools:
+            if not nova.privsep.utils.supports_direct_io(
+                    CONF.libvirt.disks_pool_path):
+                mode = self._disk_cachemode = 'writeback'
+        return mode
+
+    @staticmethod
+    def _get_local_gb_info():
+        """Size and use of the file system that servers' disks are on, GiB."""
+        if not CONF.libvirt.use_storage_pools:
+            return super(LibvirtDriver, LibvirtDriver)._get_local_gb_info()
+        info = libvirt_utils.get_fs_info(CONF.libvirt.disks_pool_path)
+        return {name: size / units.Gi for name, size in info.items()}
 
     def check_can_live_migrate_source(
         self, context, instance, dest_check_data, block_device_info=None,
@@ -394,7 +419,7 @@ def check_hooks(nova_driver: type) -> None:
     """
     for name, parameters in HOOKS.items():
         hook = getattr(nova_driver, name, None)
-        found = inspect.signature(hook).parameters if hook else {}
+        found = inspect.signature(hook).parameters if callable(hook) else {}
         if hook is None or not set(parameters) <= set(found):
             raise exception.InternalError(_(
                 'nova.virt.libvirt.storage_migrate needs Nova %(wanted)s. '

@@ -92,17 +92,38 @@ def recorded_format(instance, path: str) -> str | None:
 
     :raises: InvalidDiskInfo if the record can not be read
     """
+    return _recorded_formats(disk_info_path(instance)).get(path)
+
+
+def list_overlays() -> list[str]:
+    """Paths of the volumes here that were recorded as qcow2 images.
+
+    Those included that are kept for the revert of a migration.
+    """
+    records = glob.glob(os.path.join(
+        glob.escape(CONF.instances_path), '*', 'disk.info'))
+    return [path for record in records
+            for path, disk_format in _recorded_formats(record).items()
+            if disk_format == 'qcow2' and is_in_pool(path) and
+            os.path.isfile(path)]
+
+
+def _recorded_formats(record_path: str) -> dict[str, str]:
     try:
-        with open(disk_info_path(instance)) as record:
-            return jsonutils.loads(record.read()).get(path)
+        with open(record_path) as record:
+            return jsonutils.loads(record.read())
     except FileNotFoundError:
-        return None
+        return {}
     except ValueError as error:
         raise exception.InvalidDiskInfo(reason=str(error))
 
 
 class _PoolVolume(imagebackend.Image):
     """What the two formats of disks in a pool have in common."""
+
+    # Nova finds out once per class whether the file system of its disks can
+    # preallocate. The pool may be on another one.
+    can_fallocate = None
 
     def __init__(self, instance=None, disk_name=None, path=None,
                  disk_info_mapping=None):

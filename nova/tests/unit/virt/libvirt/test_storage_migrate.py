@@ -32,6 +32,7 @@ from nova.tests.fixtures import libvirt_storage
 from nova.virt import fake
 from nova.virt.libvirt import driver
 from nova.virt.libvirt.storage import image
+from nova.virt.libvirt.storage import imagecache
 from nova.virt.libvirt.storage import peer
 from nova.virt.libvirt import storage_migrate
 
@@ -527,6 +528,41 @@ class HardRebootTestCase(DriverTestCase):
         self._make_missing(info)
         nova.assert_called_once_with(
             self.context, self.instance, self.directory, [info], None)
+
+
+class DiskSpaceTestCase(DriverTestCase):
+
+    def _flag_off(self):
+        self.flags(use_storage_pools=False, group='libvirt')
+
+    def test_local_disk_is_that_of_the_pool(self):
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.utils.get_fs_info', lambda path: {
+                'total': (6 if path == self.pool_path else 3) * units.Gi}))
+        self.assertEqual({'total': 6}, self.driver._get_local_gb_info())
+        self._flag_off()
+        self.assertEqual({'total': 3}, self.driver._get_local_gb_info())
+
+    @mock.patch('nova.privsep.utils.supports_direct_io')
+    def test_disks_are_cached_if_the_pool_needs_it(self, supports):
+        supports.side_effect = lambda path: path != self.pool_path
+        self.assertEqual('writeback', self.driver.disk_cachemode)
+        self.assertEqual('writeback', self.driver.disk_cachemode)
+        self.assertEqual(2, supports.call_count)
+
+    @mock.patch('nova.privsep.utils.supports_direct_io', return_value=True)
+    def test_disks_are_not_cached_if_nothing_needs_it(self, supports):
+        self.assertEqual('none', self.driver.disk_cachemode)
+
+    @mock.patch('nova.privsep.utils.supports_direct_io')
+    def test_only_nova_s_directory_counts_with_the_option_off(self, supports):
+        self._flag_off()
+        supports.side_effect = lambda path: path != self.pool_path
+        self.assertEqual('none', self.driver.disk_cachemode)
+
+    def test_image_cache_knows_the_pool(self):
+        self.assertIsInstance(
+            self.driver.image_cache_manager, imagecache.ImageCacheManager)
 
 
 @ddt.ddt
