@@ -52,9 +52,15 @@ def volume_name(instance, disk_name: str) -> str:
     return volume_prefix(instance) + disk_name
 
 
+def kept_prefix(instance) -> str:
+    """The same of what a resize on the same host keeps for a revert."""
+    return f'{instance.uuid}-resize_'
+
+
 def disk_name(instance, name: str) -> str:
-    """The disk that a volume's name or path stands for."""
-    return os.path.basename(name).removeprefix(volume_prefix(instance))
+    """The disk that the name or path of a volume, also a kept one, is of."""
+    name = os.path.basename(name).removeprefix(volume_prefix(instance))
+    return name.removeprefix(kept_prefix(instance))
 
 
 def volume_path(instance, disk_name: str) -> str:
@@ -63,9 +69,31 @@ def volume_path(instance, disk_name: str) -> str:
         CONF.libvirt.disks_pool_path, volume_name(instance, disk_name))
 
 
+def kept_path(instance, disk_name: str) -> str:
+    """Where a resize on this host keeps the original of a disk."""
+    return os.path.join(
+        CONF.libvirt.disks_pool_path, kept_prefix(instance) + disk_name)
+
+
+def list_volumes(instance) -> list[str]:
+    """Paths of a server's volumes in this host's pool."""
+    return list_paths(volume_prefix(instance))
+
+
+def list_kept(instance) -> list[str]:
+    """Paths of what a resize on this host keeps for a revert."""
+    return list_paths(kept_prefix(instance))
+
+
+def list_paths(prefix: str) -> list[str]:
+    """Paths of the volumes whose names begin with ``prefix``."""
+    path = os.path.join(CONF.libvirt.disks_pool_path, prefix)
+    return glob.glob(glob.escape(path) + '*')
+
+
 def has_volumes(instance) -> bool:
     """Whether a server has volumes in this host's pool."""
-    return bool(glob.glob(glob.escape(volume_path(instance, '')) + '*'))
+    return bool(list_volumes(instance))
 
 
 def has_files(instance) -> bool:
@@ -92,7 +120,7 @@ def recorded_format(instance, path: str) -> str | None:
 
     :raises: InvalidDiskInfo if the record can not be read
     """
-    return _recorded_formats(disk_info_path(instance)).get(path)
+    return recorded_formats(disk_info_path(instance)).get(path)
 
 
 def list_overlays() -> list[str]:
@@ -103,12 +131,16 @@ def list_overlays() -> list[str]:
     records = glob.glob(os.path.join(
         glob.escape(CONF.instances_path), '*', 'disk.info'))
     return [path for record in records
-            for path, disk_format in _recorded_formats(record).items()
+            for path, disk_format in recorded_formats(record).items()
             if disk_format == 'qcow2' and is_in_pool(path) and
             os.path.isfile(path)]
 
 
-def _recorded_formats(record_path: str) -> dict[str, str]:
+def recorded_formats(record_path: str) -> dict[str, str]:
+    """The formats of disks in a record, by their paths.
+
+    :raises: InvalidDiskInfo if the record can not be read
+    """
     try:
         with open(record_path) as record:
             return jsonutils.loads(record.read())

@@ -11,11 +11,14 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
+import itertools
 import os
+import shutil
 from unittest import mock
 
 import ddt
 import fixtures
+from oslo_concurrency import processutils
 from oslo_config import cfg
 from oslo_serialization import jsonutils
 from oslo_utils.fixture import uuidsentinel as uuids
@@ -33,10 +36,15 @@ from nova.virt import fake
 from nova.virt.libvirt import driver
 from nova.virt.libvirt.storage import image
 from nova.virt.libvirt.storage import imagecache
+from nova.virt.libvirt.storage import kept
 from nova.virt.libvirt.storage import peer
 from nova.virt.libvirt import storage_migrate
 
 SIZE = 4 * units.Mi
+
+
+class Crash(BaseException):
+    """The end of nova-compute, which nothing may handle."""
 
 
 class DriverTestCase(test.NoDBTestCase):
@@ -236,8 +244,13 @@ class RefusalTestCase(DriverTestCase):
         self.flags(vol_upload_migration=False, group='libvirt')
         self._assert_refused('nova-disks', 'vol_upload_migration = True')
 
-    def test_same_host(self):
-        self._assert_refused('same host', dest='source')
+    def test_disk_that_an_earlier_resize_kept(self):
+        original = image.kept_path(self.instance, 'disk')
+        with open(original, 'wb'):
+            pass
+        for dest in 'dest', 'source':
+            self._assert_refused(
+                original, image.volume_path(self.instance, 'disk'), dest=dest)
 
     def test_smaller_root_disk(self):
         error = self._assert_refused(flavor=self._flavor(root_gb=0))
@@ -421,6 +434,223 @@ class FinishTestCase(DriverTestCase):
         file = {'path': os.path.join(self.directory, 'disk'), 'type': 'raw'}
         self.assertEqual([file], self._finish([file]))
         self.assertEqual([], self.hosts.opened)
+
+
+class SameHostTestCase(DriverTestCase):
+    """A resize on the same host, whose files are real ones here."""
+
+    OLD = {'disk': 'old', 'disk.local': 'old local', 'disk.swap': 'old swap'}
+
+    def setUp(self):
+        super().setUp()
+        self.flags(vol_upload_migration=False, group='libvirt')
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.utils.get_fs_info',
+            lambda path: {'free': SIZE}))
+        for name, content in self.OLD.items():
+            self._write(image.volume_path(self.instance, name), content)
+        self._write(self._file('disk.config'), 'old config')
+        self._write(self._file('disk.info'), jsonutils.dumps({
+            image.volume_path(self.instance, name): 'raw'
+            for name in self.OLD}))
+        self.disk_info.return_value = [
+            {'path': path, 'type': 'raw', 'disk_size': 1024}
+            for path in [*(image.volume_path(self.instance, name)
+                           for name in self.OLD),
+                         self._file('disk.config')]]
+        self.before = self._state()
+
+    def _file(self, name):
+        return os.path.join(self.directory, name)
+
+    def _write(self, path, content):
+        with open(path, 'w') as file:
+            file.write(content)
+
+    def _state(self):
+        """What is in the pool and the instance directories, by path."""
+        state = {}
+        for root in self.pool_path, self.instances:
+            for directory, _, names in os.walk(root):
+                for name in names:
+                    path = os.path.join(directory, name)
+                    with open(path) as file:
+                        state[path] = file.read()
+        return state
+
+    def _resize(self):
+        return jsonutils.loads(self._migrate(dest='source'))
+
+    def _change_copies(self):
+        """Write as the resized server would, which got a new disk."""
+        for name in (*self.OLD, 'disk.eph0'):
+            self._write(image.volume_path(self.instance, name), 'new')
+        self._write(self._file('disk.info'), '{}')
+
+    def _revert(self):
+        with mock.patch.object(
+                driver.LibvirtDriver, 'finish_revert_migration') as nova:
+            self.driver.finish_revert_migration(
+                self.context, self.instance, mock.sentinel.network_info,
+                mock.sentinel.migration, None, False)
+        nova.assert_called_once_with(
+            self.context, self.instance, mock.sentinel.network_info,
+            mock.sentinel.migration, None, False, None)
+
+    def _fail_to_copy(self, name, error=None):
+        """Make the copy of one file fail half way."""
+        execute = processutils.execute
+
+        def fail(*command, **kwargs):
+            if command[-1].endswith(name):
+                self._write(command[-1], 'half')
+                raise error or processutils.ProcessExecutionError('no room')
+            return execute(*command, **kwargs)
+
+        self.useFixture(fixtures.MonkeyPatch(
+            'oslo_concurrency.processutils.execute', fail))
+
+    def test_originals_are_kept_and_copies_are_in_their_place(self):
+        info = self._resize()
+        copies = {path: content for path, content in self.before.items()
+                  if not path.endswith('disk.swap')}
+        originals = kept.Originals(self.instance)
+        kept_ones = {originals.path(path): content
+                     for path, content in self.before.items()}
+        self.assertEqual({**copies, **kept_ones}, self._state())
+        self.assertEqual(
+            [image.volume_path(self.instance, 'disk'),
+             image.volume_path(self.instance, 'disk.local'),
+             self._file('disk.config')], [disk['path'] for disk in info])
+        self.assertEqual(
+            [mock.call.power_off(self.instance, 7, 3),
+             mock.call.unplug_vifs(
+                 self.instance, mock.sentinel.network_info)],
+            self.calls.mock_calls)
+        self.assertEqual([], self.hosts.opened)
+
+    def test_holes_stay_holes(self):
+        path = image.volume_path(self.instance, 'disk')
+        os.truncate(path, SIZE)
+        self._resize()
+        status = os.stat(path)
+        self.assertEqual(SIZE, status.st_size)
+        self.assertLess(status.st_blocks * 512, SIZE)
+
+    def test_revert_brings_back_what_was(self):
+        self._resize()
+        self._change_copies()
+        self._revert()
+        self.assertEqual(self.before, self._state())
+
+    def _crash_in_this_thread(self):
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage_migrate._native',
+            lambda function, *args: function(*args)))
+
+    def test_revert_may_end_anywhere_and_begin_again(self):
+        self._crash_in_this_thread()
+        for call in ('os.replace', 'os.unlink', 'os.rename'):
+            for nth in range(4):
+                self._resize()
+                self._change_copies()
+                count = itertools.count()
+
+                def crash(*args, function=getattr(os, call[3:]), nth=nth,
+                          count=count, **kwargs):
+                    if next(count) == nth:
+                        raise Crash()
+                    return function(*args, **kwargs)
+
+                with mock.patch(call, crash):
+                    try:
+                        self._revert()
+                    except Crash:
+                        pass
+                self._nova_reverts()
+                self.assertEqual(self.before, self._state())
+
+    def _nova_reverts(self):
+        self._revert()
+        if os.path.exists(self.directory + '_resize'):
+            shutil.rmtree(self.directory, ignore_errors=True)
+            os.rename(self.directory + '_resize', self.directory)
+
+    def test_nova_compute_may_end_anywhere(self):
+        self._crash_in_this_thread()
+        for nth in range(5):
+            count = itertools.count()
+
+            def crash(*args, function=os.rename, nth=nth, count=count):
+                if next(count) == nth:
+                    raise Crash()
+                return function(*args)
+
+            with mock.patch('os.rename', crash):
+                try:
+                    self._resize()
+                except Crash:
+                    pass
+            self._nova_reverts()
+            self.assertEqual(self.before, self._state())
+
+    def test_failed_copy_puts_the_server_back(self):
+        self._fail_to_copy('_disk.local')
+        error = self.assertRaises(
+            exception.InstanceFaultRollback, self._resize)
+        self.assertIn('no room', str(error.inner_exception))
+        self.assertEqual(self.before, self._state())
+        self.calls.power_on.assert_called_once()
+
+    def test_server_does_not_start_from_half_a_copy(self):
+        self._fail_to_copy('_disk.local')
+        with mock.patch('os.replace', side_effect=OSError('gone')):
+            error = self.assertRaises(exception.MigrationError, self._resize)
+        self.assertIn('no room', str(error))
+        self.assertIn('could not be put back: gone', str(error))
+        self.calls.power_on.assert_not_called()
+        self._nova_reverts()
+        self.assertEqual(self.before, self._state())
+
+    def test_no_room_is_found_out_before_anything_happens(self):
+        self.disk_info.return_value[0]['disk_size'] = SIZE
+        self._assert_refused(f'{SIZE} bytes available', dest='source')
+        self.assertEqual(self.before, self._state())
+
+    def test_confirm_deletes_what_was_kept_and_no_more(self):
+        disk = image.volume_name(self.instance, 'disk')
+        original = os.path.basename(image.kept_path(self.instance, 'disk'))
+        for name in disk, original:
+            self.source.add_volume('nova-disks', name)
+        self._resize()
+        with mock.patch.object(driver.LibvirtDriver, 'confirm_migration'):
+            self.driver.confirm_migration(
+                self.context, mock.sentinel.migration, self.instance,
+                mock.sentinel.network_info)
+        self.assertEqual([disk], self.source.volume_names('nova-disks'))
+
+    def test_delete_clears_both(self):
+        for name in (image.volume_name(self.instance, 'disk'),
+                     os.path.basename(image.kept_path(self.instance, 'disk'))):
+            self.source.add_volume('nova-disks', name)
+        self._resize()
+        self.driver.delete_instance_files(self.instance)
+        self.assertEqual([], self.source.volume_names('nova-disks'))
+
+    def test_delete_ends_the_copy(self):
+        jobs = mock.Mock()
+        self.driver.job_tracker = jobs
+        self.calls.unplug_vifs.side_effect = (
+            lambda *args: self.driver.delete_instance_files(self.instance))
+        self.assertRaises(exception.MigrationError, self._resize)
+        jobs.terminate_jobs.assert_called_with(self.instance)
+        self.calls.power_on.assert_not_called()
+
+    @mock.patch.object(driver.LibvirtDriver, 'migrate_disk_and_power_off')
+    def test_server_without_volumes_is_nova_s(self, nova):
+        for name in self.OLD:
+            os.unlink(image.volume_path(self.instance, name))
+        self.assertEqual(nova.return_value, self._migrate(dest='source'))
 
 
 class DeleteTestCase(DriverTestCase):
