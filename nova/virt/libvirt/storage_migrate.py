@@ -34,6 +34,7 @@ import typing as ty
 from oslo_concurrency import processutils
 from oslo_log import log as logging
 from oslo_serialization import jsonutils
+from oslo_utils import fileutils
 from oslo_utils import netutils
 from oslo_utils import units
 
@@ -80,6 +81,10 @@ HOOKS = {
         'block_device_info', 'power_on', 'share_info'),
     'check_can_live_migrate_source': (
         'context', 'instance', 'dest_check_data', 'block_device_info'),
+    'instance_on_disk': ('instance',),
+    'check_instance_shared_storage_local': ('context', 'instance'),
+    'check_instance_shared_storage_remote': ('context', 'data'),
+    'check_instance_shared_storage_cleanup': ('context', 'data'),
     'delete_instance_files': ('instance',),
     '_create_images_and_backing': (
         'context', 'instance', 'instance_dir', 'disk_info',
@@ -264,6 +269,58 @@ class LibvirtDriver(driver.LibvirtDriver):
                           instance=instance)
             return False
         return deleted
+
+    def instance_on_disk(self, instance):
+        """Whether the disks of a server to evacuate are on this host.
+
+        :raises: InvalidSharedStorage if they are, and their formats not
+        """
+        if os.path.exists(image.volume_path(instance, peer.CLAIM)):
+            LOG.info('Deleting what a migration brought that did not end',
+                     instance=instance)
+            self.delete_instance_files(instance)
+            return False
+        record = image.disk_info_path(instance)
+        formats = image.recorded_formats(record)
+        for path in image.list_volumes(instance):
+            if path not in formats:
+                raise exception.InvalidSharedStorage(path=path, reason=_(
+                    'the format of the disk is not recorded in %s. If both '
+                    'hosts share the storage pool, they have to share the '
+                    'instance directory too. If not, delete the '
+                    'disk') % record)
+        if image.names_volumes(instance, record):
+            return image.has_volumes(instance)
+        return super().instance_on_disk(instance)
+
+    def check_instance_shared_storage_local(self, context, instance):
+        """Make what another host sees if it shares the server's storage.
+
+        :returns: what to tell it; None if there is nothing to share
+        """
+        data = super().check_instance_shared_storage_local(context, instance)
+        if image.has_volumes(instance):
+            marker = image.make_marker(instance)
+            data = {'filename': marker, **(data or {}),
+                    'volume': os.path.basename(marker)}
+        return data
+
+    def check_instance_shared_storage_remote(self, context, data):
+        """Whether this host shares any of another's storage.
+
+        Any, for the other will delete all or nothing.
+        """
+        # The pool may have another path here.
+        shares_pool = 'volume' in data and os.path.exists(os.path.join(
+            CONF.libvirt.disks_pool_path, data['volume']))
+        return (shares_pool or
+                super().check_instance_shared_storage_remote(context, data))
+
+    def check_instance_shared_storage_cleanup(self, context, data):
+        super().check_instance_shared_storage_cleanup(context, data)
+        if 'volume' in data:
+            fileutils.delete_if_exists(os.path.join(
+                CONF.libvirt.disks_pool_path, data['volume']))
 
     @property
     def disk_cachemode(self):

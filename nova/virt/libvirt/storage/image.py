@@ -22,6 +22,7 @@ never found out by looking at what a guest may have written.
 
 import glob
 import os
+import tempfile
 
 from oslo_serialization import jsonutils
 
@@ -91,9 +92,29 @@ def list_paths(prefix: str) -> list[str]:
     return glob.glob(glob.escape(path) + '*')
 
 
+def make_marker(instance) -> str:
+    """Make an empty file with a new name among the volumes of a server.
+
+    :returns: its path
+    """
+    descriptor, path = tempfile.mkstemp(
+        prefix=volume_prefix(instance), dir=CONF.libvirt.disks_pool_path)
+    os.close(descriptor)
+    return path
+
+
 def has_volumes(instance) -> bool:
     """Whether a server has volumes in this host's pool."""
     return bool(list_volumes(instance))
+
+
+def names_volumes(instance, record_path: str) -> bool:
+    """Whether a record is of a server with disks in a pool, on any host.
+
+    :raises: InvalidDiskInfo if the record can not be read
+    """
+    return any(os.path.basename(path).startswith(volume_prefix(instance))
+               for path in recorded_formats(record_path))
 
 
 def has_files(instance) -> bool:

@@ -760,6 +760,94 @@ class HardRebootTestCase(DriverTestCase):
             self.context, self.instance, self.directory, [info], None)
 
 
+class SharedStorageTestCase(DriverTestCase):
+    """Nova asks before it deletes, and when it evacuates."""
+
+    def _record(self, *paths):
+        with open(image.disk_info_path(self.instance), 'w') as record:
+            record.write(jsonutils.dumps({path: 'raw' for path in paths}))
+
+    def _on_disk(self):
+        return self.driver.instance_on_disk(self.instance)
+
+    def _volume_path(self):
+        return os.path.join(self.pool_path, self._add_disk())
+
+    def test_shared_disks_with_their_record_are_used(self):
+        self._record(self._volume_path())
+        self.assertTrue(self._on_disk())
+
+    def test_disk_of_unknown_format_is_refused(self):
+        path = self._volume_path()
+        error = self.assertRaises(
+            exception.InvalidSharedStorage, self._on_disk)
+        self.assertIn(path, str(error))
+        self.assertIn('share the instance directory too', str(error))
+
+    def test_disks_in_a_pool_that_is_not_shared_are_made_anew(self):
+        self._record(f'/srv/disks/{uuids.instance}_disk')
+        self.assertFalse(self._on_disk())
+
+    def test_server_with_files_is_nova_s(self):
+        self.assertTrue(self._on_disk())
+        self._record(os.path.join('/mnt', uuids.instance, 'disk'))
+        self.assertTrue(self._on_disk())
+        self.instance.uuid = uuids.other
+        self.assertFalse(self._on_disk())
+
+    def test_unfinished_copy_is_deleted(self):
+        path = self._volume_path()
+        self._record(path)
+        self._add_disk(peer.CLAIM)
+        self.assertFalse(self._on_disk())
+        self.assertEqual([], self.source.volume_names('nova-disks'))
+        self.assertFalse(os.path.exists(self.directory))
+
+    def _check(self, remote_pool, remote_directory):
+        """Ask from this host one that has other directories."""
+        data = self.driver.check_instance_shared_storage_local(
+            self.context, self.instance)
+        if not remote_directory:
+            os.rename(data['filename'], data['filename'] + '.hidden')
+        self.flags(disks_pool_path=remote_pool, group='libvirt')
+        shared = self.driver.check_instance_shared_storage_remote(
+            self.context, jsonutils.loads(jsonutils.dumps(data)))
+        self.flags(disks_pool_path=self.pool_path, group='libvirt')
+        if not remote_directory:
+            os.rename(data['filename'] + '.hidden', data['filename'])
+        self.driver.check_instance_shared_storage_cleanup(self.context, data)
+        return shared
+
+    def test_shared_pool_is_found_under_another_path(self):
+        path = self._volume_path()
+        link = os.path.join(self.instances, 'link')
+        os.symlink(self.pool_path, link)
+        self.assertTrue(self._check(link, remote_directory=False))
+        self.assertEqual([os.path.basename(path)], os.listdir(self.pool_path))
+        self.assertEqual([], os.listdir(self.directory))
+
+    def test_shared_directory_is_found_with_a_pool_that_is_not(self):
+        self._volume_path()
+        self.assertTrue(self._check('/srv/disks', remote_directory=True))
+
+    def test_nothing_is_shared(self):
+        self._volume_path()
+        self.assertFalse(self._check('/srv/disks', remote_directory=False))
+
+    def test_pool_is_enough_to_ask(self):
+        path = self._volume_path()
+        os.rmdir(self.directory)
+        self.assertTrue(self._check(self.pool_path, remote_directory=True))
+        self.assertEqual([os.path.basename(path)], os.listdir(self.pool_path))
+
+    def test_nova_asks_for_a_server_with_files(self):
+        data = self.driver.check_instance_shared_storage_local(
+            self.context, self.instance)
+        self.assertEqual(['filename'], list(data))
+        self.driver.check_instance_shared_storage_cleanup(self.context, data)
+        self.assertEqual([], os.listdir(self.directory))
+
+
 class DiskSpaceTestCase(DriverTestCase):
 
     def _flag_off(self):
