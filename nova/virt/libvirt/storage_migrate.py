@@ -40,6 +40,7 @@ from oslo_utils import units
 
 from nova import block_device
 from nova.compute import power_state
+from nova.compute import task_states
 import nova.conf
 from nova import exception
 from nova.i18n import _
@@ -255,6 +256,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         A copy of them that is under way ends.
 
         :returns: True if nothing is left
+        :raises: libvirtError if a volume is left that is to be made anew
         """
         if instance.uuid in self._cancel_events:
             self._cancel_events[instance.uuid].set()
@@ -263,6 +265,9 @@ class LibvirtDriver(driver.LibvirtDriver):
         try:
             self._delete_all_volumes(instance)
         except Exception:
+            if instance.task_state == task_states.REBUILDING:
+                # The server would be made anew with its old disks.
+                raise
             # Nova tries again later if this is told to have failed.
             LOG.exception('Failed to delete the volumes of the server in '
                           'storage pool %s', CONF.libvirt.disks_pool,

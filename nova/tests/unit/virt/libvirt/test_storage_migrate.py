@@ -92,7 +92,7 @@ class DriverTestCase(test.NoDBTestCase):
     def _instance(self, **attributes):
         return objects.Instance(
             uuid=uuids.instance, host='source', flavor=self._flavor(),
-            image_ref=uuids.image,
+            image_ref=uuids.image, task_state=None,
             system_metadata={}, **attributes)
 
     def _add_disk(self, name='disk', disk_format='raw', picture='A-B-'):
@@ -683,10 +683,20 @@ class DeleteTestCase(DriverTestCase):
         self.assertEqual([], self.source.volume_names('nova-disks'))
         self.assertFalse(os.path.exists(self.directory))
 
-    def test_delete_is_tried_again_if_a_volume_stays(self):
+    def _fail_to_delete(self):
         self.source.fail('vol.delete', error=(
             libvirt_storage.libvirt.VIR_ERR_SYSTEM_ERROR,
             libvirt_storage.libvirt.VIR_FROM_STORAGE, 'busy'))
+
+    def test_rebuild_does_not_go_on_with_the_old_disk(self):
+        self._fail_to_delete()
+        self.instance.task_state = 'rebuilding'
+        self.assertRaises(
+            libvirt_storage.libvirt.libvirtError,
+            self.driver.delete_instance_files, self.instance)
+
+    def test_delete_is_tried_again_if_a_volume_stays(self):
+        self._fail_to_delete()
         self.assertFalse(self.driver.delete_instance_files(self.instance))
         self.assertTrue(self.driver.delete_instance_files(self.instance))
 
