@@ -35,6 +35,9 @@ they are qcow2 overlays on the image cache with ``use_cow_images`` and raw
 otherwise. Config drive, console log and ``disk.info`` stay in the instance
 directory.
 
+The local disk that the host reports is the file system of
+``disks_pool_path``. Servers with disks in the pool can not be live migrated.
+
 Servers that were created before keep their disks where they are, and keep
 working. So do servers with disks in the pool after this option was switched
 off again.
@@ -43,7 +46,7 @@ Related options:
 
 * ``images_type`` must be one of ``default``, ``raw``, ``flat`` and ``qcow2``.
 * ``vol_upload_migration``: without it, a server with disks in a pool can not
-  be cold migrated or resized.
+  be cold migrated, nor resized to another host.
 """),
     cfg.StrOpt(
         'disks_pool',

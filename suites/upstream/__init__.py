@@ -16,7 +16,9 @@
 With both options off, as they are by default, it has to pass them all.
 """
 
-# First of all, for it chooses the concurrency mode.
+import inspect
+
+# First of Nova's, for it chooses the concurrency mode.
 import nova.tests.unit  # noqa: F401
 
 from nova.virt import libvirt
@@ -34,7 +36,8 @@ class LibvirtDriver(storage_migrate.LibvirtDriver):
 
 for name, attribute in vars(driver.LibvirtDriver).items():
     if isinstance(attribute, staticmethod):
-        setattr(LibvirtDriver, name, attribute)
+        setattr(LibvirtDriver, name,
+                inspect.getattr_static(LibvirtDriver, name))
 
 # The tests name the class, and patch it, as an attribute of Nova's module, and
 # of its package. It has to be one class: what patches a method that is

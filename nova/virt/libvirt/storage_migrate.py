@@ -31,8 +31,10 @@ import os
 import threading
 import typing as ty
 
+from oslo_concurrency import processutils
 from oslo_log import log as logging
 from oslo_serialization import jsonutils
+from oslo_utils import fileutils
 from oslo_utils import netutils
 from oslo_utils import units
 
@@ -42,6 +44,7 @@ from nova.compute import task_states
 import nova.conf
 from nova import exception
 from nova.i18n import _
+import nova.privsep.utils
 from nova import utils
 from nova import version
 from nova.virt import driver as virt_driver
@@ -49,7 +52,10 @@ from nova.virt import hardware
 from nova.virt.libvirt import blockinfo
 from nova.virt.libvirt import driver
 from nova.virt.libvirt.storage import image
+from nova.virt.libvirt.storage import imagecache
+from nova.virt.libvirt.storage import kept
 from nova.virt.libvirt.storage import peer
+from nova.virt.libvirt.storage import stream
 from nova.virt.libvirt.storage import transfer
 from nova.virt.libvirt import utils as libvirt_utils
 
@@ -72,8 +78,15 @@ HOOKS = {
         'power_on', 'share_info'),
     'confirm_migration': (
         'context', 'migration', 'instance', 'network_info'),
+    'finish_revert_migration': (
+        'context', 'instance', 'network_info', 'migration',
+        'block_device_info', 'power_on', 'share_info'),
     'check_can_live_migrate_source': (
         'context', 'instance', 'dest_check_data', 'block_device_info'),
+    'instance_on_disk': ('instance',),
+    'check_instance_shared_storage_local': ('context', 'instance'),
+    'check_instance_shared_storage_remote': ('context', 'data'),
+    'check_instance_shared_storage_cleanup': ('context', 'data'),
     'delete_instance_files': ('instance',),
     '_create_image': ('context', 'instance', 'block_device_info'),
     '_create_images_and_backing': (
@@ -83,10 +96,13 @@ HOOKS = {
         'context', 'instance', 'network_info', 'block_device_info'),
     'power_off': ('instance', 'timeout', 'retry_interval'),
     'unplug_vifs': ('instance', 'network_info'),
+    'disk_cachemode': (),
+    '_get_local_gb_info': (),
     '_disconnect_volume': ('context', 'connection_info', 'instance'),
     '_get_instance_disk_info': ('instance', 'block_device_info'),
     '_cleanup_failed_instance_base': ('inst_base',),
     '_is_booted_from_volume': ('block_device_info',),
+    'get_host_ip_addr': (),
     '_live_migration_uri': ('dest',),
     '_uri': (),
 }
@@ -102,6 +118,7 @@ class LibvirtDriver(driver.LibvirtDriver):
     def __init__(self, virtapi, read_only=False):
         super().__init__(virtapi, read_only)
         self.image_backend = image.Backend(CONF.use_cow_images)
+        self.image_cache_manager = imagecache.ImageCacheManager()
         self._cancel_events: dict[str, threading.Event] = {}
 
     def init_host(self, host):
@@ -125,7 +142,12 @@ class LibvirtDriver(driver.LibvirtDriver):
         :raises: InstanceFaultRollback; the server is then where and what it
             was before, running if it ran
         """
-        if not self._moves_over_libvirt(instance, block_device_info):
+        here = dest == self.get_host_ip_addr()
+        if here and image.has_volumes(instance):
+            return self._copy_here_and_power_off(
+                context, instance, flavor, network_info, block_device_info,
+                timeout, retry_interval)
+        if here or not self._moves_over_libvirt(instance, block_device_info):
             return super().migrate_disk_and_power_off(
                 context, instance, dest, flavor, network_info,
                 block_device_info, timeout, retry_interval)
@@ -133,7 +155,8 @@ class LibvirtDriver(driver.LibvirtDriver):
         move = self._new_transfer(instance, dest)
         try:
             with _rollback(exception.MigrationPreCheckError, instance):
-                self._check_request(instance, dest, flavor, block_device_info)
+                self._check_enabled()
+                self._check_request(instance, flavor, block_device_info)
                 disk_info = _without_swap(self._get_instance_disk_info(
                     instance, block_device_info))
                 disks = _disks_in_pool(disk_info)
@@ -142,7 +165,7 @@ class LibvirtDriver(driver.LibvirtDriver):
                 _native(move.destination.claim)
             with self._put_back_on_error(
                     context, instance, network_info, block_device_info,
-                    move, running) as cancel:
+                    dest, move.destination.discard, running) as cancel:
                 self.power_off(instance, timeout, retry_interval)
                 self._detach_from_host(
                     context, instance, network_info, block_device_info)
@@ -154,6 +177,37 @@ class LibvirtDriver(driver.LibvirtDriver):
             _native(move.close)
         return jsonutils.dumps(
             _disk_info_at(move.destination.pool.path, disk_info))
+
+    def _copy_here_and_power_off(
+        self, context, instance, flavor, network_info, block_device_info,
+        timeout, retry_interval,
+    ) -> str:
+        """Do the same for a server that is resized on its own host.
+
+        What it had until now is kept for a revert under other names.
+        """
+        originals = kept.Originals(instance)
+        with _rollback(exception.MigrationPreCheckError, instance):
+            self._check_request(instance, flavor, block_device_info)
+            disk_info = _without_swap(self._get_instance_disk_info(
+                instance, block_device_info))
+            _check_room_here(disk_info)
+            running = self.get_info(instance).state == power_state.RUNNING
+            self._cleanup_failed_instance_base(
+                libvirt_utils.get_instance_path(instance) + '_resize')
+        with self._put_back_on_error(
+                context, instance, network_info, block_device_info,
+                CONF.host, None, running) as cancel:
+            self.power_off(instance, timeout, retry_interval)
+            self._detach_from_host(
+                context, instance, network_info, block_device_info)
+            with self._restored_on_error(instance, originals, cancel):
+                _native(originals.keep)
+                for path in [image.disk_info_path(instance),
+                             *(info['path'] for info in disk_info)]:
+                    self._copy_here(
+                        instance, originals.path(path), path, cancel)
+        return jsonutils.dumps(disk_info)
 
     def finish_migration(
         self, context, migration, instance, disk_info, network_info,
@@ -178,9 +232,25 @@ class LibvirtDriver(driver.LibvirtDriver):
 
     def confirm_migration(self, context, migration, instance, network_info):
         """Delete what was kept on the source for a revert."""
+        self._delete_volumes(image.kept_prefix(instance))
         if instance.host != CONF.host:
-            self._delete_volumes(instance)
+            self._delete_volumes(image.volume_prefix(instance))
         super().confirm_migration(context, migration, instance, network_info)
+
+    def finish_revert_migration(
+        self, context, instance, network_info, migration,
+        block_device_info=None, power_on=True, share_info=None,
+    ):
+        """Start a server on the source as it was before its migration.
+
+        Nova calls this also when it finds, as it starts, that it ended in
+        the middle of one.
+        """
+        if image.list_kept(instance):
+            _native(kept.Originals(instance).restore)
+        super().finish_revert_migration(
+            context, instance, network_info, migration, block_device_info,
+            power_on, share_info)
 
     def delete_instance_files(self, instance):
         """Delete a server's files on this host, and its volumes.
@@ -188,19 +258,95 @@ class LibvirtDriver(driver.LibvirtDriver):
         A copy of them that is under way ends.
 
         :returns: True if nothing is left
+        :raises: libvirtError if a volume is left that is to be made anew
         """
         if instance.uuid in self._cancel_events:
             self._cancel_events[instance.uuid].set()
+            self.job_tracker.terminate_jobs(instance)
         deleted = super().delete_instance_files(instance)
         try:
-            self._delete_volumes(instance)
+            self._delete_all_volumes(instance)
         except Exception:
+            if instance.task_state == task_states.REBUILDING:
+                # The server would be made anew with its old disks.
+                raise
             # Nova tries again later if this is told to have failed.
             LOG.exception('Failed to delete the volumes of the server in '
                           'storage pool %s', CONF.libvirt.disks_pool,
                           instance=instance)
             return False
         return deleted
+
+    def instance_on_disk(self, instance):
+        """Whether the disks of a server to evacuate are on this host.
+
+        :raises: InvalidSharedStorage if they are, and their formats not
+        """
+        if os.path.exists(image.volume_path(instance, peer.CLAIM)):
+            LOG.info('Deleting what a migration brought that did not end',
+                     instance=instance)
+            self.delete_instance_files(instance)
+            return False
+        record = image.disk_info_path(instance)
+        formats = image.recorded_formats(record)
+        for path in image.list_volumes(instance):
+            if path not in formats:
+                raise exception.InvalidSharedStorage(path=path, reason=_(
+                    'the format of the disk is not recorded in %s. If both '
+                    'hosts share the storage pool, they have to share the '
+                    'instance directory too. If not, delete the '
+                    'disk') % record)
+        if image.names_volumes(instance, record):
+            return image.has_volumes(instance)
+        return super().instance_on_disk(instance)
+
+    def check_instance_shared_storage_local(self, context, instance):
+        """Make what another host sees if it shares the server's storage.
+
+        :returns: what to tell it; None if there is nothing to share
+        """
+        data = super().check_instance_shared_storage_local(context, instance)
+        if image.has_volumes(instance):
+            marker = image.make_marker(instance)
+            data = {'filename': marker, **(data or {}),
+                    'volume': os.path.basename(marker)}
+        return data
+
+    def check_instance_shared_storage_remote(self, context, data):
+        """Whether this host shares any of another's storage.
+
+        Any, for the other will delete all or nothing.
+        """
+        # The pool may have another path here.
+        shares_pool = 'volume' in data and os.path.exists(os.path.join(
+            CONF.libvirt.disks_pool_path, data['volume']))
+        return (shares_pool or
+                super().check_instance_shared_storage_remote(context, data))
+
+    def check_instance_shared_storage_cleanup(self, context, data):
+        super().check_instance_shared_storage_cleanup(context, data)
+        if 'volume' in data:
+            fileutils.delete_if_exists(os.path.join(
+                CONF.libvirt.disks_pool_path, data['volume']))
+
+    @property
+    def disk_cachemode(self):
+        """How QEMU caches disks; without O_DIRECT it can not be 'none'."""
+        unknown = self._disk_cachemode is None
+        mode = super().disk_cachemode
+        if unknown and mode == 'none' and CONF.libvirt.use_storage_pools:
+            if not nova.privsep.utils.supports_direct_io(
+                    CONF.libvirt.disks_pool_path):
+                mode = self._disk_cachemode = 'writeback'
+        return mode
+
+    @staticmethod
+    def _get_local_gb_info():
+        """Size and use of the file system that servers' disks are on, GiB."""
+        if not CONF.libvirt.use_storage_pools:
+            return super(LibvirtDriver, LibvirtDriver)._get_local_gb_info()
+        info = libvirt_utils.get_fs_info(CONF.libvirt.disks_pool_path)
+        return {name: size / units.Gi for name, size in info.items()}
 
     def check_can_live_migrate_source(
         self, context, instance, dest_check_data, block_device_info=None,
@@ -287,21 +433,26 @@ class LibvirtDriver(driver.LibvirtDriver):
                 self._is_booted_from_volume(block_device_info) and
                 not image.has_files(instance))
 
-    def _check_request(self, instance, dest, flavor, block_device_info):
-        """Refuse what can not be done, whatever the destination is.
-
-        :raises: ResizeError, MigrationPreCheckError
-        """
+    def _check_enabled(self):
         if not CONF.libvirt.vol_upload_migration:
             raise exception.MigrationPreCheckError(reason=_(
                 'The disks of the server are in storage pool %s, from which '
                 'they can only be migrated with [libvirt]'
                 'vol_upload_migration = True on this host.') %
                 CONF.libvirt.disks_pool)
-        if dest == self.get_host_ip_addr():
+
+    def _check_request(self, instance, flavor, block_device_info):
+        """Refuse what can not be done, whatever the destination is.
+
+        :raises: ResizeError, MigrationPreCheckError
+        """
+        for path in image.list_kept(instance):
             raise exception.MigrationPreCheckError(reason=_(
-                'The disks of the server are in storage pool %s, and can not '
-                'be resized on the same host.') % CONF.libvirt.disks_pool)
+                'An earlier resize kept %(kept)s and was neither confirmed '
+                'nor reverted. Find out whether that or %(disk)s is the disk '
+                'of the server, and delete the other.') % {
+                    'kept': path, 'disk': image.volume_path(
+                        instance, image.disk_name(instance, path))})
         if hardware.get_vtpm_constraint(instance.flavor, instance.image_meta):
             raise exception.MigrationPreCheckError(reason=_(
                 'A vTPM can not be migrated over libvirt.'))
@@ -359,32 +510,36 @@ class LibvirtDriver(driver.LibvirtDriver):
 
     @contextlib.contextmanager
     def _put_back_on_error(
-        self, context, instance, network_info, block_device_info, move,
-        running,
+        self, context, instance, network_info, block_device_info, host,
+        discard, running,
     ) -> ty.Iterator[threading.Event]:
         """Undo a migration that fails after the server was powered off.
 
         Nothing was changed on this host but that the server was taken off
         it, so that starting it is all there is to do. Yields what is set when
         the server is deleted: it is not to be started again then.
+
+        :param host: address of the destination
+        :param discard: clears the destination
         """
         cancel = self._cancel_events[instance.uuid] = threading.Event()
         try:
             yield cancel
         except Exception as error:
             LOG.warning('Migration to %(host)s failed: %(error)s',
-                        {'host': move.destination.host, 'error': error},
+                        {'host': host, 'error': error},
                         instance=instance)
             failure = exception.MigrationError(reason=str(error))
             try:
-                if cancel.is_set():
+                if cancel.is_set() or isinstance(error, kept.NotRestored):
                     raise failure from error
                 if running:
                     self._start_again(
                         context, instance, network_info, block_device_info,
                         failure)
             finally:
-                self._discard_copy(instance, move)
+                if discard:
+                    self._discard_copy(instance, host, discard)
             raise exception.InstanceFaultRollback(failure) from error
         finally:
             del self._cancel_events[instance.uuid]
@@ -398,18 +553,56 @@ class LibvirtDriver(driver.LibvirtDriver):
                           instance=instance)
             raise failure
 
-    def _discard_copy(self, instance, move) -> None:
+    def _discard_copy(self, instance, host, discard) -> None:
         try:
-            _native(move.destination.discard)
+            _native(discard)
         except Exception:
             # The server is safe; the next attempt will clear this up.
-            LOG.exception('Failed to delete the unfinished copy on %s',
-                          move.destination.host, instance=instance)
+            LOG.exception('Failed to delete the unfinished copy on %s', host,
+                          instance=instance)
 
-    def _delete_volumes(self, instance) -> None:
-        if image.has_volumes(instance):
+    @contextlib.contextmanager
+    def _restored_on_error(
+        self, instance, originals, cancel,
+    ) -> ty.Iterator[None]:
+        """Put the original disks back if copying them on this host fails.
+
+        :raises: NotRestored
+        """
+        try:
+            yield
+        except Exception as error:
+            if cancel.is_set():
+                # Only what was made since the server's deletion is there.
+                self._delete_all_volumes(instance)
+                raise
+            try:
+                _native(originals.restore)
+            except Exception as second:
+                raise kept.NotRestored(
+                    f'{error}. The original disks could not be put back: '
+                    f'{second}') from error
+            raise
+
+    def _copy_here(self, instance, source, target, cancel) -> None:
+        """Copy a file on this host; holes stay holes."""
+        if cancel.is_set():
+            raise stream.Cancelled()
+        processutils.execute(
+            'cp', '--reflink=auto', '--sparse=auto', source, target,
+            on_execute=lambda process:
+                self.job_tracker.add_job(instance, process.pid),
+            on_completion=lambda process:
+                self.job_tracker.remove_job(instance, process.pid))
+
+    def _delete_all_volumes(self, instance) -> None:
+        self._delete_volumes(image.volume_prefix(instance))
+        self._delete_volumes(image.kept_prefix(instance))
+
+    def _delete_volumes(self, prefix: str) -> None:
+        if image.list_paths(prefix):
             _native(transfer.delete_volumes, self._uri(),
-                    CONF.libvirt.disks_pool, image.volume_prefix(instance))
+                    CONF.libvirt.disks_pool, prefix)
 
 
 def check_hooks(nova_driver: type) -> None:
@@ -419,7 +612,7 @@ def check_hooks(nova_driver: type) -> None:
     """
     for name, parameters in HOOKS.items():
         hook = getattr(nova_driver, name, None)
-        found = inspect.signature(hook).parameters if hook else {}
+        found = inspect.signature(hook).parameters if callable(hook) else {}
         if hook is None or not set(parameters) <= set(found):
             raise exception.InternalError(_(
                 'nova.virt.libvirt.storage_migrate needs Nova %(wanted)s. '
@@ -456,6 +649,21 @@ def _without_swap(
     """The disks that have to be copied: a swap disk is made anew."""
     return [info for info in disk_info
             if not info['path'].endswith('disk.swap')]
+
+
+def _check_room_here(disk_info: list[dict[str, ty.Any]]) -> None:
+    """Check that the pool has room for another copy of the disks.
+
+    :raises: MigrationPreCheckError
+    """
+    needed = sum(int(info['disk_size']) for info in disk_info)
+    room = libvirt_utils.get_fs_info(CONF.libvirt.disks_pool_path)['free']
+    if room < needed:
+        raise exception.MigrationPreCheckError(reason=_(
+            'The disks of the server take up %(needed)d bytes, and storage '
+            'pool %(pool)s has %(room)d bytes available.') % {
+                'needed': needed, 'pool': CONF.libvirt.disks_pool,
+                'room': room})
 
 
 def _disks_in_pool(disk_info: list[dict[str, ty.Any]]) -> list[transfer.Disk]:

@@ -22,6 +22,7 @@ never found out by looking at what a guest may have written.
 
 import glob
 import os
+import tempfile
 
 from oslo_serialization import jsonutils
 
@@ -52,9 +53,15 @@ def volume_name(instance, disk_name: str) -> str:
     return volume_prefix(instance) + disk_name
 
 
+def kept_prefix(instance) -> str:
+    """The same of what a resize on the same host keeps for a revert."""
+    return f'{instance.uuid}-resize_'
+
+
 def disk_name(instance, name: str) -> str:
-    """The disk that a volume's name or path stands for."""
-    return os.path.basename(name).removeprefix(volume_prefix(instance))
+    """The disk that the name or path of a volume, also a kept one, is of."""
+    name = os.path.basename(name).removeprefix(volume_prefix(instance))
+    return name.removeprefix(kept_prefix(instance))
 
 
 def volume_path(instance, disk_name: str) -> str:
@@ -63,9 +70,51 @@ def volume_path(instance, disk_name: str) -> str:
         CONF.libvirt.disks_pool_path, volume_name(instance, disk_name))
 
 
+def kept_path(instance, disk_name: str) -> str:
+    """Where a resize on this host keeps the original of a disk."""
+    return os.path.join(
+        CONF.libvirt.disks_pool_path, kept_prefix(instance) + disk_name)
+
+
+def list_volumes(instance) -> list[str]:
+    """Paths of a server's volumes in this host's pool."""
+    return list_paths(volume_prefix(instance))
+
+
+def list_kept(instance) -> list[str]:
+    """Paths of what a resize on this host keeps for a revert."""
+    return list_paths(kept_prefix(instance))
+
+
+def list_paths(prefix: str) -> list[str]:
+    """Paths of the volumes whose names begin with ``prefix``."""
+    path = os.path.join(CONF.libvirt.disks_pool_path, prefix)
+    return glob.glob(glob.escape(path) + '*')
+
+
+def make_marker(instance) -> str:
+    """Make an empty file with a new name among the volumes of a server.
+
+    :returns: its path
+    """
+    descriptor, path = tempfile.mkstemp(
+        prefix=volume_prefix(instance), dir=CONF.libvirt.disks_pool_path)
+    os.close(descriptor)
+    return path
+
+
 def has_volumes(instance) -> bool:
     """Whether a server has volumes in this host's pool."""
-    return bool(glob.glob(glob.escape(volume_path(instance, '')) + '*'))
+    return bool(list_volumes(instance))
+
+
+def names_volumes(instance, record_path: str) -> bool:
+    """Whether a record is of a server with disks in a pool, on any host.
+
+    :raises: InvalidDiskInfo if the record can not be read
+    """
+    return any(os.path.basename(path).startswith(volume_prefix(instance))
+               for path in recorded_formats(record_path))
 
 
 def has_volume(instance, disk_name: str) -> bool:
@@ -97,17 +146,42 @@ def recorded_format(instance, path: str) -> str | None:
 
     :raises: InvalidDiskInfo if the record can not be read
     """
+    return recorded_formats(disk_info_path(instance)).get(path)
+
+
+def list_overlays() -> list[str]:
+    """Paths of the volumes here that were recorded as qcow2 images.
+
+    Those included that are kept for the revert of a migration.
+    """
+    records = glob.glob(os.path.join(
+        glob.escape(CONF.instances_path), '*', 'disk.info'))
+    return [path for record in records
+            for path, disk_format in recorded_formats(record).items()
+            if disk_format == 'qcow2' and is_in_pool(path) and
+            os.path.isfile(path)]
+
+
+def recorded_formats(record_path: str) -> dict[str, str]:
+    """The formats of disks in a record, by their paths.
+
+    :raises: InvalidDiskInfo if the record can not be read
+    """
     try:
-        with open(disk_info_path(instance)) as record:
-            return jsonutils.loads(record.read()).get(path)
+        with open(record_path) as record:
+            return jsonutils.loads(record.read())
     except FileNotFoundError:
-        return None
+        return {}
     except ValueError as error:
         raise exception.InvalidDiskInfo(reason=str(error))
 
 
 class _PoolVolume(imagebackend.Image):
     """What the two formats of disks in a pool have in common."""
+
+    # Nova finds out once per class whether the file system of its disks can
+    # preallocate. The pool may be on another one.
+    can_fallocate = None
 
     def __init__(self, instance=None, disk_name=None, path=None,
                  disk_info_mapping=None):

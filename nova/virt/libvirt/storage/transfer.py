@@ -239,15 +239,16 @@ def adopt_volumes(
         pool = storage_pool.Pool.lookup(connection, pool_name)
         pool.refresh()
         for name in names:
-            _flush(pool.volume(name).path)
-        _flush(pool.path)
+            flush(pool.volume(name).path)
+        flush(pool.path)
         for volume in pool.volumes(prefix + peer.CLAIM):
             volume.delete()
     finally:
         connection.close()
 
 
-def _flush(path: str) -> None:
+def flush(path: str) -> None:
+    """Wait until a file or directory is on stable storage."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

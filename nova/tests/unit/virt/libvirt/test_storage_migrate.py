@@ -11,11 +11,14 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
+import itertools
 import os
+import shutil
 from unittest import mock
 
 import ddt
 import fixtures
+from oslo_concurrency import processutils
 from oslo_config import cfg
 from oslo_serialization import jsonutils
 from oslo_utils.fixture import uuidsentinel as uuids
@@ -33,10 +36,16 @@ from nova.tests.fixtures import libvirt_storage
 from nova.virt import fake
 from nova.virt.libvirt import driver
 from nova.virt.libvirt.storage import image
+from nova.virt.libvirt.storage import imagecache
+from nova.virt.libvirt.storage import kept
 from nova.virt.libvirt.storage import peer
 from nova.virt.libvirt import storage_migrate
 
 SIZE = 4 * units.Mi
+
+
+class Crash(BaseException):
+    """The end of nova-compute, which nothing may handle."""
 
 
 class DriverTestCase(test.NoDBTestCase):
@@ -84,7 +93,7 @@ class DriverTestCase(test.NoDBTestCase):
     def _instance(self, **attributes):
         return objects.Instance(
             uuid=uuids.instance, host='source', flavor=self._flavor(),
-            image_ref=uuids.image,
+            image_ref=uuids.image, task_state=None,
             system_metadata={}, **attributes)
 
     def _add_disk(self, name='disk', disk_format='raw', picture='A-B-'):
@@ -236,8 +245,13 @@ class RefusalTestCase(DriverTestCase):
         self.flags(vol_upload_migration=False, group='libvirt')
         self._assert_refused('nova-disks', 'vol_upload_migration = True')
 
-    def test_same_host(self):
-        self._assert_refused('same host', dest='source')
+    def test_disk_that_an_earlier_resize_kept(self):
+        original = image.kept_path(self.instance, 'disk')
+        with open(original, 'wb'):
+            pass
+        for dest in 'dest', 'source':
+            self._assert_refused(
+                original, image.volume_path(self.instance, 'disk'), dest=dest)
 
     def test_smaller_root_disk(self):
         error = self._assert_refused(flavor=self._flavor(root_gb=0))
@@ -450,6 +464,223 @@ class FinishTestCase(DriverTestCase):
         self.assertEqual([], self.hosts.opened)
 
 
+class SameHostTestCase(DriverTestCase):
+    """A resize on the same host, whose files are real ones here."""
+
+    OLD = {'disk': 'old', 'disk.local': 'old local', 'disk.swap': 'old swap'}
+
+    def setUp(self):
+        super().setUp()
+        self.flags(vol_upload_migration=False, group='libvirt')
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.utils.get_fs_info',
+            lambda path: {'free': SIZE}))
+        for name, content in self.OLD.items():
+            self._write(image.volume_path(self.instance, name), content)
+        self._write(self._file('disk.config'), 'old config')
+        self._write(self._file('disk.info'), jsonutils.dumps({
+            image.volume_path(self.instance, name): 'raw'
+            for name in self.OLD}))
+        self.disk_info.return_value = [
+            {'path': path, 'type': 'raw', 'disk_size': 1024}
+            for path in [*(image.volume_path(self.instance, name)
+                           for name in self.OLD),
+                         self._file('disk.config')]]
+        self.before = self._state()
+
+    def _file(self, name):
+        return os.path.join(self.directory, name)
+
+    def _write(self, path, content):
+        with open(path, 'w') as file:
+            file.write(content)
+
+    def _state(self):
+        """What is in the pool and the instance directories, by path."""
+        state = {}
+        for root in self.pool_path, self.instances:
+            for directory, _, names in os.walk(root):
+                for name in names:
+                    path = os.path.join(directory, name)
+                    with open(path) as file:
+                        state[path] = file.read()
+        return state
+
+    def _resize(self):
+        return jsonutils.loads(self._migrate(dest='source'))
+
+    def _change_copies(self):
+        """Write as the resized server would, which got a new disk."""
+        for name in (*self.OLD, 'disk.eph0'):
+            self._write(image.volume_path(self.instance, name), 'new')
+        self._write(self._file('disk.info'), '{}')
+
+    def _revert(self):
+        with mock.patch.object(
+                driver.LibvirtDriver, 'finish_revert_migration') as nova:
+            self.driver.finish_revert_migration(
+                self.context, self.instance, mock.sentinel.network_info,
+                mock.sentinel.migration, None, False)
+        nova.assert_called_once_with(
+            self.context, self.instance, mock.sentinel.network_info,
+            mock.sentinel.migration, None, False, None)
+
+    def _fail_to_copy(self, name, error=None):
+        """Make the copy of one file fail half way."""
+        execute = processutils.execute
+
+        def fail(*command, **kwargs):
+            if command[-1].endswith(name):
+                self._write(command[-1], 'half')
+                raise error or processutils.ProcessExecutionError('no room')
+            return execute(*command, **kwargs)
+
+        self.useFixture(fixtures.MonkeyPatch(
+            'oslo_concurrency.processutils.execute', fail))
+
+    def test_originals_are_kept_and_copies_are_in_their_place(self):
+        info = self._resize()
+        copies = {path: content for path, content in self.before.items()
+                  if not path.endswith('disk.swap')}
+        originals = kept.Originals(self.instance)
+        kept_ones = {originals.path(path): content
+                     for path, content in self.before.items()}
+        self.assertEqual({**copies, **kept_ones}, self._state())
+        self.assertEqual(
+            [image.volume_path(self.instance, 'disk'),
+             image.volume_path(self.instance, 'disk.local'),
+             self._file('disk.config')], [disk['path'] for disk in info])
+        self.assertEqual(
+            [mock.call.power_off(self.instance, 7, 3),
+             mock.call.unplug_vifs(
+                 self.instance, mock.sentinel.network_info)],
+            self.calls.mock_calls)
+        self.assertEqual([], self.hosts.opened)
+
+    def test_holes_stay_holes(self):
+        path = image.volume_path(self.instance, 'disk')
+        os.truncate(path, SIZE)
+        self._resize()
+        status = os.stat(path)
+        self.assertEqual(SIZE, status.st_size)
+        self.assertLess(status.st_blocks * 512, SIZE)
+
+    def test_revert_brings_back_what_was(self):
+        self._resize()
+        self._change_copies()
+        self._revert()
+        self.assertEqual(self.before, self._state())
+
+    def _crash_in_this_thread(self):
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage_migrate._native',
+            lambda function, *args: function(*args)))
+
+    def test_revert_may_end_anywhere_and_begin_again(self):
+        self._crash_in_this_thread()
+        for call in ('os.replace', 'os.unlink', 'os.rename'):
+            for nth in range(4):
+                self._resize()
+                self._change_copies()
+                count = itertools.count()
+
+                def crash(*args, function=getattr(os, call[3:]), nth=nth,
+                          count=count, **kwargs):
+                    if next(count) == nth:
+                        raise Crash()
+                    return function(*args, **kwargs)
+
+                with mock.patch(call, crash):
+                    try:
+                        self._revert()
+                    except Crash:
+                        pass
+                self._nova_reverts()
+                self.assertEqual(self.before, self._state())
+
+    def _nova_reverts(self):
+        self._revert()
+        if os.path.exists(self.directory + '_resize'):
+            shutil.rmtree(self.directory, ignore_errors=True)
+            os.rename(self.directory + '_resize', self.directory)
+
+    def test_nova_compute_may_end_anywhere(self):
+        self._crash_in_this_thread()
+        for nth in range(5):
+            count = itertools.count()
+
+            def crash(*args, function=os.rename, nth=nth, count=count):
+                if next(count) == nth:
+                    raise Crash()
+                return function(*args)
+
+            with mock.patch('os.rename', crash):
+                try:
+                    self._resize()
+                except Crash:
+                    pass
+            self._nova_reverts()
+            self.assertEqual(self.before, self._state())
+
+    def test_failed_copy_puts_the_server_back(self):
+        self._fail_to_copy('_disk.local')
+        error = self.assertRaises(
+            exception.InstanceFaultRollback, self._resize)
+        self.assertIn('no room', str(error.inner_exception))
+        self.assertEqual(self.before, self._state())
+        self.calls.power_on.assert_called_once()
+
+    def test_server_does_not_start_from_half_a_copy(self):
+        self._fail_to_copy('_disk.local')
+        with mock.patch('os.replace', side_effect=OSError('gone')):
+            error = self.assertRaises(exception.MigrationError, self._resize)
+        self.assertIn('no room', str(error))
+        self.assertIn('could not be put back: gone', str(error))
+        self.calls.power_on.assert_not_called()
+        self._nova_reverts()
+        self.assertEqual(self.before, self._state())
+
+    def test_no_room_is_found_out_before_anything_happens(self):
+        self.disk_info.return_value[0]['disk_size'] = SIZE
+        self._assert_refused(f'{SIZE} bytes available', dest='source')
+        self.assertEqual(self.before, self._state())
+
+    def test_confirm_deletes_what_was_kept_and_no_more(self):
+        disk = image.volume_name(self.instance, 'disk')
+        original = os.path.basename(image.kept_path(self.instance, 'disk'))
+        for name in disk, original:
+            self.source.add_volume('nova-disks', name)
+        self._resize()
+        with mock.patch.object(driver.LibvirtDriver, 'confirm_migration'):
+            self.driver.confirm_migration(
+                self.context, mock.sentinel.migration, self.instance,
+                mock.sentinel.network_info)
+        self.assertEqual([disk], self.source.volume_names('nova-disks'))
+
+    def test_delete_clears_both(self):
+        for name in (image.volume_name(self.instance, 'disk'),
+                     os.path.basename(image.kept_path(self.instance, 'disk'))):
+            self.source.add_volume('nova-disks', name)
+        self._resize()
+        self.driver.delete_instance_files(self.instance)
+        self.assertEqual([], self.source.volume_names('nova-disks'))
+
+    def test_delete_ends_the_copy(self):
+        jobs = mock.Mock()
+        self.driver.job_tracker = jobs
+        self.calls.unplug_vifs.side_effect = (
+            lambda *args: self.driver.delete_instance_files(self.instance))
+        self.assertRaises(exception.MigrationError, self._resize)
+        jobs.terminate_jobs.assert_called_with(self.instance)
+        self.calls.power_on.assert_not_called()
+
+    @mock.patch.object(driver.LibvirtDriver, 'migrate_disk_and_power_off')
+    def test_server_without_volumes_is_nova_s(self, nova):
+        for name in self.OLD:
+            os.unlink(image.volume_path(self.instance, name))
+        self.assertEqual(nova.return_value, self._migrate(dest='source'))
+
+
 class DeleteTestCase(DriverTestCase):
 
     def setUp(self):
@@ -480,10 +711,20 @@ class DeleteTestCase(DriverTestCase):
         self.assertEqual([], self.source.volume_names('nova-disks'))
         self.assertFalse(os.path.exists(self.directory))
 
-    def test_delete_is_tried_again_if_a_volume_stays(self):
+    def _fail_to_delete(self):
         self.source.fail('vol.delete', error=(
             libvirt_storage.libvirt.VIR_ERR_SYSTEM_ERROR,
             libvirt_storage.libvirt.VIR_FROM_STORAGE, 'busy'))
+
+    def test_rebuild_does_not_go_on_with_the_old_disk(self):
+        self._fail_to_delete()
+        self.instance.task_state = 'rebuilding'
+        self.assertRaises(
+            libvirt_storage.libvirt.libvirtError,
+            self.driver.delete_instance_files, self.instance)
+
+    def test_delete_is_tried_again_if_a_volume_stays(self):
+        self._fail_to_delete()
         self.assertFalse(self.driver.delete_instance_files(self.instance))
         self.assertTrue(self.driver.delete_instance_files(self.instance))
 
@@ -555,6 +796,129 @@ class HardRebootTestCase(DriverTestCase):
         self._make_missing(info)
         nova.assert_called_once_with(
             self.context, self.instance, self.directory, [info], None)
+
+
+class SharedStorageTestCase(DriverTestCase):
+    """Nova asks before it deletes, and when it evacuates."""
+
+    def _record(self, *paths):
+        with open(image.disk_info_path(self.instance), 'w') as record:
+            record.write(jsonutils.dumps({path: 'raw' for path in paths}))
+
+    def _on_disk(self):
+        return self.driver.instance_on_disk(self.instance)
+
+    def _volume_path(self):
+        return os.path.join(self.pool_path, self._add_disk())
+
+    def test_shared_disks_with_their_record_are_used(self):
+        self._record(self._volume_path())
+        self.assertTrue(self._on_disk())
+
+    def test_disk_of_unknown_format_is_refused(self):
+        path = self._volume_path()
+        error = self.assertRaises(
+            exception.InvalidSharedStorage, self._on_disk)
+        self.assertIn(path, str(error))
+        self.assertIn('share the instance directory too', str(error))
+
+    def test_disks_in_a_pool_that_is_not_shared_are_made_anew(self):
+        self._record(f'/srv/disks/{uuids.instance}_disk')
+        self.assertFalse(self._on_disk())
+
+    def test_server_with_files_is_nova_s(self):
+        self.assertTrue(self._on_disk())
+        self._record(os.path.join('/mnt', uuids.instance, 'disk'))
+        self.assertTrue(self._on_disk())
+        self.instance.uuid = uuids.other
+        self.assertFalse(self._on_disk())
+
+    def test_unfinished_copy_is_deleted(self):
+        path = self._volume_path()
+        self._record(path)
+        self._add_disk(peer.CLAIM)
+        self.assertFalse(self._on_disk())
+        self.assertEqual([], self.source.volume_names('nova-disks'))
+        self.assertFalse(os.path.exists(self.directory))
+
+    def _check(self, remote_pool, remote_directory):
+        """Ask from this host one that has other directories."""
+        data = self.driver.check_instance_shared_storage_local(
+            self.context, self.instance)
+        if not remote_directory:
+            os.rename(data['filename'], data['filename'] + '.hidden')
+        self.flags(disks_pool_path=remote_pool, group='libvirt')
+        shared = self.driver.check_instance_shared_storage_remote(
+            self.context, jsonutils.loads(jsonutils.dumps(data)))
+        self.flags(disks_pool_path=self.pool_path, group='libvirt')
+        if not remote_directory:
+            os.rename(data['filename'] + '.hidden', data['filename'])
+        self.driver.check_instance_shared_storage_cleanup(self.context, data)
+        return shared
+
+    def test_shared_pool_is_found_under_another_path(self):
+        path = self._volume_path()
+        link = os.path.join(self.instances, 'link')
+        os.symlink(self.pool_path, link)
+        self.assertTrue(self._check(link, remote_directory=False))
+        self.assertEqual([os.path.basename(path)], os.listdir(self.pool_path))
+        self.assertEqual([], os.listdir(self.directory))
+
+    def test_shared_directory_is_found_with_a_pool_that_is_not(self):
+        self._volume_path()
+        self.assertTrue(self._check('/srv/disks', remote_directory=True))
+
+    def test_nothing_is_shared(self):
+        self._volume_path()
+        self.assertFalse(self._check('/srv/disks', remote_directory=False))
+
+    def test_pool_is_enough_to_ask(self):
+        path = self._volume_path()
+        os.rmdir(self.directory)
+        self.assertTrue(self._check(self.pool_path, remote_directory=True))
+        self.assertEqual([os.path.basename(path)], os.listdir(self.pool_path))
+
+    def test_nova_asks_for_a_server_with_files(self):
+        data = self.driver.check_instance_shared_storage_local(
+            self.context, self.instance)
+        self.assertEqual(['filename'], list(data))
+        self.driver.check_instance_shared_storage_cleanup(self.context, data)
+        self.assertEqual([], os.listdir(self.directory))
+
+
+class DiskSpaceTestCase(DriverTestCase):
+
+    def _flag_off(self):
+        self.flags(use_storage_pools=False, group='libvirt')
+
+    def test_local_disk_is_that_of_the_pool(self):
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.utils.get_fs_info', lambda path: {
+                'total': (6 if path == self.pool_path else 3) * units.Gi}))
+        self.assertEqual({'total': 6}, self.driver._get_local_gb_info())
+        self._flag_off()
+        self.assertEqual({'total': 3}, self.driver._get_local_gb_info())
+
+    @mock.patch('nova.privsep.utils.supports_direct_io')
+    def test_disks_are_cached_if_the_pool_needs_it(self, supports):
+        supports.side_effect = lambda path: path != self.pool_path
+        self.assertEqual('writeback', self.driver.disk_cachemode)
+        self.assertEqual('writeback', self.driver.disk_cachemode)
+        self.assertEqual(2, supports.call_count)
+
+    @mock.patch('nova.privsep.utils.supports_direct_io', return_value=True)
+    def test_disks_are_not_cached_if_nothing_needs_it(self, supports):
+        self.assertEqual('none', self.driver.disk_cachemode)
+
+    @mock.patch('nova.privsep.utils.supports_direct_io')
+    def test_only_nova_s_directory_counts_with_the_option_off(self, supports):
+        self._flag_off()
+        supports.side_effect = lambda path: path != self.pool_path
+        self.assertEqual('none', self.driver.disk_cachemode)
+
+    def test_image_cache_knows_the_pool(self):
+        self.assertIsInstance(
+            self.driver.image_cache_manager, imagecache.ImageCacheManager)
 
 
 @ddt.ddt

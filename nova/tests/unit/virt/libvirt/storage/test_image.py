@@ -180,6 +180,20 @@ class BackendTestCase(test.NoDBTestCase):
             'qcow2', image.recorded_format(self.instance, disk.path))
         self.assertFalse(disk._making)
 
+    def test_overlays_are_the_volumes_recorded_as_qcow2(self):
+        path = self._volume('disk')
+        self._volume('disk.local')
+        self._record(**{'disk': 'qcow2', 'disk.local': 'raw',
+                        'disk.gone': 'qcow2'})
+        self.assertEqual([path], image.list_overlays())
+        os.rename(self.directory, self.directory + '_resize')
+        self.assertEqual([path], image.list_overlays())
+
+    def test_preallocation_is_tried_in_the_pool(self):
+        with mock.patch.object(imagebackend.Flat, 'can_fallocate', False,
+                               create=True):
+            self.assertIsNone(image.RawVolume.can_fallocate)
+
     def test_volumes_and_files_are_told_apart(self):
         self.assertFalse(image.has_volumes(self.instance))
         self.assertFalse(image.has_files(self.instance))

@@ -1,0 +1,101 @@
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+import os
+from unittest import mock
+
+import fixtures
+from oslo_serialization import jsonutils
+from oslo_utils.fixture import uuidsentinel as uuids
+
+from nova import exception
+from nova import test
+from nova.virt.libvirt import imagecache as nova_imagecache
+from nova.virt.libvirt.storage import imagecache
+
+
+class ImageCacheTestCase(test.NoDBTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.pool = self.useFixture(fixtures.TempDir()).path
+        self.instances = self.useFixture(fixtures.TempDir()).path
+        self.flags(instances_path=self.instances)
+        self.flags(use_storage_pools=True, disks_pool_path=self.pool,
+                   group='libvirt')
+        self.manager = imagecache.ImageCacheManager()
+        os.mkdir(self.manager.cache_dir)
+        self.base = os.path.join(self.manager.cache_dir, 'abc')
+
+    def _add_volume(self, disk_format):
+        path = os.path.join(self.pool, f'{uuids.instance}_disk')
+        directory = os.path.join(self.instances, uuids.instance)
+        os.mkdir(directory)
+        with open(os.path.join(directory, 'disk.info'), 'w') as record:
+            record.write(jsonutils.dumps({path: disk_format}))
+        with open(path, 'w'):
+            pass
+        return path
+
+    def _list(self, error=None):
+        """List the images in use, where every overlay is one on abc."""
+        self.manager.unexplained_images = [self.base]
+        with mock.patch('nova.virt.libvirt.utils.get_disk_backing_file',
+                        return_value='abc',
+                        side_effect=error) as self.backing_file:
+            return self.manager._list_backing_images()
+
+    def test_base_image_of_a_volume_is_in_use(self):
+        path = self._add_volume('qcow2')
+        self.assertEqual([self.base], self._list())
+        self.assertEqual([], self.manager.unexplained_images)
+        self.backing_file.assert_called_once_with(path, format='qcow2')
+
+    def test_raw_volume_is_not_looked_into(self):
+        self._add_volume('raw')
+        self.assertEqual([], self._list())
+        self.backing_file.assert_not_called()
+
+    def test_volume_that_is_being_deleted_has_no_base_image(self):
+        path = self._add_volume('qcow2')
+
+        def fail(*args, **kwargs):
+            os.unlink(path)
+            raise exception.DiskNotFound(location=path)
+
+        self.assertEqual([], self._list(fail))
+
+    def test_nothing_is_removed_if_a_volume_can_not_be_read(self):
+        self._add_volume('qcow2')
+        self.assertRaises(exception.InvalidDiskInfo, self._list,
+                          exception.InvalidDiskInfo(reason='broken'))
+
+    def test_other_images_are_not_in_use(self):
+        self.assertEqual([], self._list())
+        self.assertEqual([self.base], self.manager.unexplained_images)
+
+    def _usage(self, devices):
+        """What the cache takes if directories are on these devices."""
+        with mock.patch.object(nova_imagecache.ImageCacheManager,
+                               'get_disk_usage', return_value=7), \
+             mock.patch('os.stat') as stat:
+            stat.side_effect = lambda path: mock.Mock(st_dev=devices[path])
+            return self.manager.get_disk_usage()
+
+    def test_cache_takes_space_from_a_pool_on_its_file_system(self):
+        self.assertEqual(7, self._usage(
+            {self.pool: 1, self.manager.cache_dir: 1}))
+
+    def test_cache_takes_nothing_from_a_pool_elsewhere(self):
+        self.assertEqual(0, self._usage(
+            {self.pool: 2, self.manager.cache_dir: 1}))
