@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 
+import fixtures
 import libvirt
 from oslo_serialization import jsonutils
 from oslo_utils import units
@@ -171,6 +172,19 @@ class CopyTestCase(TransferTestCase):
         self._assert_arrived()
         self.assertEqual(
             8 * units.Mi, os.path.getsize(self._path(self.destination)))
+
+
+class DirectCopyTestCase(CopyTestCase):
+    """The same with disks whose files are read, not downloaded.
+
+    The path of a volume is one of its host's, which this process is not on.
+    """
+
+    def setUp(self):
+        super().setUp()
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.stream.open_source',
+            lambda *args: stream.FileSource(str(self._path(self.source)))))
 
 
 class FaultTestCase(TransferTestCase):

@@ -12,13 +12,14 @@
 
 """Copy a storage volume from one libvirt connection to another.
 
-A reader thread downloads (virStorageVolDownload) into a bounded queue, a
-writer thread uploads (virStorageVolUpload) from it, and the thread that
-called :func:`copy` watches both. All are native threads: a send() to a peer
-that stopped reading blocks its thread even on a stream made with
-VIR_STREAM_NONBLOCK, so none of this may run on the eventlet hub. In eventlet
-mode call :func:`copy` through ``nova.utils.tpool_wrap``, once for a whole
-volume.
+A reader thread reads a :class:`Source` into a bounded queue, a writer thread
+uploads (virStorageVolUpload) from it, and the thread that called :func:`copy`
+watches both. The source is the volume's file where this process may read
+that, and else libvirt (virStorageVolDownload). All are native threads: a
+send() to a peer that stopped reading blocks its thread even on a stream made
+with VIR_STREAM_NONBLOCK, so none of this may run on the eventlet hub. In
+eventlet mode call :func:`copy` through ``nova.utils.tpool_wrap``, once for a
+whole volume.
 
 Nothing here logs: oslo.log may not be used in a native thread under eventlet.
 """
@@ -26,6 +27,9 @@ Nothing here logs: oslo.log may not be used in a native thread under eventlet.
 import collections
 import contextlib
 import dataclasses
+import errno
+import os
+import stat
 import threading
 import time
 import typing as ty
@@ -112,8 +116,44 @@ class Result:
 Progress = ty.Callable[[int, int], None]
 
 
+# What a copy reads: data, no more of it than a message carries, or the length
+# of a hole.
+Chunks = ty.Generator[bytes | int, None, None]
+
+
+class Source(ty.Protocol):
+    """Where a copy reads from; used by one thread.
+
+    :ivar path: path of the volume
+    """
+    path: str
+
+    def chunks(self, length: int) -> Chunks:
+        """Yield the first bytes of the volume, ``length`` in all.
+
+        :raises: CopyError if that fails, or if there are not so many
+        """
+        ...
+
+
+def open_source(
+    volume: 'libvirt.virStorageVol', length: int, direct: bool = True,
+) -> Source:
+    """The better way to read a volume of this host.
+
+    :param volume: the volume
+    :param length: its length as libvirt tells it
+    :param direct: whether its file may be read past libvirt, if this process
+        has the right to, and what it finds at the path is of that length
+    """
+    path = volume.path()
+    if direct and _is_readable(path, length):
+        return FileSource(path)
+    return VolumeSource(volume)
+
+
 def copy(
-    source: 'libvirt.virStorageVol',
+    source: Source,
     destination: 'libvirt.virStorageVol',
     length: int,
     progress: Progress | None = None,
@@ -126,7 +166,7 @@ def copy(
     both streams were finished; the data need not be on stable storage yet.
     Blocks the calling native thread for as long as the copy takes.
 
-    :param source: volume to read
+    :param source: what to read
     :param destination: volume to write, at least ``length`` bytes long, all
         of it a hole, on a connection that nothing else uses
     :param length: bytes to copy
@@ -142,13 +182,13 @@ def copy(
     queue = _Queue(QUEUE_BYTES)
     sent: list[int] = []
 
-    def download() -> None:
+    def read() -> None:
         _read(source, length, queue)
 
-    def upload() -> None:
+    def write() -> None:
         sent.append(_write(destination, length, queue, progress))
 
-    workers = [_start(download, queue), _start(upload, queue)]
+    workers = [_start(read, queue), _start(write, queue)]
     last_move, moved = started, 0
     while queue.error is None and any(
             worker.is_alive() for worker in workers):
@@ -205,7 +245,7 @@ def _join(threads: list[ty.Any], seconds: float) -> None:
 
 
 def _stalled(
-    source: 'libvirt.virStorageVol',
+    source: Source,
     destination: 'libvirt.virStorageVol',
     queue: '_Queue',
     seconds: float,
@@ -215,7 +255,7 @@ def _stalled(
     if queue.full:
         return CopyError(
             'destination', destination.path(), queue.taken, reason)
-    return CopyError('source', source.path(), queue.put_in, reason)
+    return CopyError('source', source.path, queue.put_in, reason)
 
 
 class _Queue:
@@ -301,41 +341,106 @@ def length_of(chunk: bytes | int) -> int:
     return chunk if isinstance(chunk, int) else len(chunk)
 
 
-def _read(
-    volume: 'libvirt.virStorageVol', length: int, queue: _Queue,
-) -> None:
-    """Put the chunks of a volume into the queue."""
+class FileSource:
+    """The file of a volume, read past libvirt.
+
+    The daemon of this host has then no part in the copy, which is the half of
+    what reading costs, and reading waits for the writer: no window is needed.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def chunks(self, length: int) -> Chunks:
+        done = 0
+        try:
+            # Not os.open(): eventlet's would make a hub in this thread.
+            with open(self.path, 'rb', buffering=0) as file:
+                while done < length:
+                    for chunk in self._section(file.fileno(), done, length):
+                        done += length_of(chunk)
+                        yield chunk
+        except OSError as error:
+            raise CopyError('source', self.path, done, error) from error
+
+    def _section(self, file: int, offset: int, length: int) -> Chunks:
+        """Yield the hole that may be at the offset, and the data after it."""
+        start = _seek(file, offset, os.SEEK_DATA, length)
+        if start == length and os.fstat(file).st_size < length:
+            raise self._shrunk(offset)
+        if start > offset:
+            yield start - offset
+        end = _seek(file, start, os.SEEK_HOLE, length)
+        while start < end:
+            data = os.pread(file, min(MESSAGE_BYTES, end - start), start)
+            if not data:
+                raise self._shrunk(start)
+            start += len(data)
+            yield data
+
+    def _shrunk(self, size: int) -> CopyError:
+        return CopyError(
+            'source', self.path, size,
+            'the file ends there; did the volume change its size?')
+
+
+def _is_readable(path: str, length: int) -> bool:
+    """Whether this process may read a file, and it is of that length."""
     try:
-        while queue.put_in < length:
-            offset = queue.put_in
-            size = min(WINDOW_BYTES, length - offset)
-            for chunk in _download(volume, offset, size):
-                queue.put(chunk)
-        queue.close()
-    except libvirt.libvirtError as error:
-        raise CopyError(
-            'source', volume.path(), queue.put_in, error) from error
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode) or status.st_size != length:
+            return False
+        with open(path, 'rb', buffering=0):
+            return True
+    except OSError:
+        return False
 
 
-def _download(
-    volume: 'libvirt.virStorageVol', offset: int, size: int,
-) -> ty.Iterator[bytes | int]:
-    """Yield the chunks of one window of a volume, ``size`` bytes in all."""
-    left = size
-    with _new_stream(volume) as stream:
-        volume.download(
-            stream, offset, size,
-            libvirt.VIR_STORAGE_VOL_DOWNLOAD_SPARSE_STREAM)
-        while chunk := _receive(stream):
-            left -= length_of(chunk)
-            if left < 0:
-                break
-            yield chunk
-        if left:
-            raise CopyError(
-                'source', volume.path(), offset + size - left,
-                f'the window of {size} bytes at {offset} came with '
-                f'{size - left} bytes; did the volume change its size?')
+def _seek(file: int, offset: int, whence: int, length: int) -> int:
+    """The next data or hole of a file, ``length`` if none is before that."""
+    try:
+        return min(os.lseek(file, offset, whence), length)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return length
+
+
+class VolumeSource:
+    """A volume that is read through libvirt."""
+
+    def __init__(self, volume: 'libvirt.virStorageVol'):
+        self.path: str = volume.path()
+        self._volume = volume
+
+    def chunks(self, length: int) -> Chunks:
+        done = 0
+        try:
+            while done < length:
+                size = min(WINDOW_BYTES, length - done)
+                for chunk in self._window(done, size):
+                    done += length_of(chunk)
+                    yield chunk
+        except libvirt.libvirtError as error:
+            raise CopyError('source', self.path, done, error) from error
+
+    def _window(self, offset: int, size: int) -> Chunks:
+        """Yield the chunks of one window, ``size`` bytes in all."""
+        left = size
+        with _new_stream(self._volume) as stream:
+            self._volume.download(
+                stream, offset, size,
+                libvirt.VIR_STORAGE_VOL_DOWNLOAD_SPARSE_STREAM)
+            while chunk := _receive(stream):
+                left -= length_of(chunk)
+                if left < 0:
+                    break
+                yield chunk
+            if left:
+                raise CopyError(
+                    'source', self.path, offset + size - left,
+                    f'the window of {size} bytes at {offset} came with '
+                    f'{size - left} bytes; did the volume change its size?')
 
 
 def _receive(stream: 'libvirt.virStream') -> bytes | int:
@@ -343,6 +448,14 @@ def _receive(stream: 'libvirt.virStream') -> bytes | int:
     data = stream.recvFlags(
         MESSAGE_BYTES, libvirt.VIR_STREAM_RECV_STOP_AT_HOLE)
     return stream.recvHole() if data == _AT_HOLE else data
+
+
+def _read(source: Source, length: int, queue: _Queue) -> None:
+    """Put the chunks of a source into the queue."""
+    with contextlib.closing(source.chunks(length)) as chunks:
+        for chunk in chunks:
+            queue.put(chunk)
+    queue.close()
 
 
 def _write(
