@@ -107,6 +107,18 @@ class CopyTestCase(TransferTestCase):
             self.allocated(self._path(self.destination)),
             data + 12 * 8192 + units.Mi)
 
+    def test_zeros_that_were_written_take_no_room(self):
+        path = self._make_disk(64 * units.Mi, [(0, 8 * units.Mi)])
+        with open(path, 'r+b') as disk:
+            disk.seek(9 * units.Mi)
+            disk.write(bytes(40 * units.Mi))
+        result = self._copy()
+        self._assert_arrived()
+        self.assertLessEqual(
+            result.wire, 8 * units.Mi + 2 * stream.ZERO_BYTES)
+        self.assertLessEqual(
+            self.allocated(self._path(self.destination)), 9 * units.Mi)
+
     def test_sizes_that_are_no_multiple_of_anything(self):
         for size, extents in (
                 (0, []), (1, [(0, 1)]), (511, [(0, 511)]),

@@ -54,6 +54,11 @@ WINDOW_BYTES = 32 * 1024 * 1024
 # What may wait between the reader and the writer.
 QUEUE_BYTES = 8 * 1024 * 1024
 
+# Zeros are looked for in blocks of so many bytes, and a block of nothing else
+# is sent as a hole. A hole is a message, and makes two of the data around it:
+# one of 16 KiB took twice the time of the data, one of 64 KiB the same.
+ZERO_BYTES = 32 * 1024
+
 # How long a copy may stand still, in seconds. The keepalive of a connection
 # ends one whose daemon is gone; this is for a daemon that lives, and hangs on
 # its disk.
@@ -69,6 +74,9 @@ END_SECONDS = 0.5
 
 # What virStreamRecvFlags() returns in front of a hole.
 _AT_HOLE = -3
+
+_ZEROS = bytes(MESSAGE_BYTES)
+_ZERO_BLOCK = bytes(ZERO_BYTES)
 
 
 class CopyError(Exception):
@@ -162,9 +170,10 @@ def copy(
 ) -> Result:
     """Copy the first bytes of a volume into a fresh volume on another host.
 
-    Holes stay holes. When this returns, every byte was read and counted and
-    both streams were finished; the data need not be on stable storage yet.
-    Blocks the calling native thread for as long as the copy takes.
+    Holes stay holes, and runs of zeros become some. When this returns, every
+    byte was read and counted and both streams were finished; the data need
+    not be on stable storage yet. Blocks the calling native thread for as
+    long as the copy takes.
 
     :param source: what to read
     :param destination: volume to write, at least ``length`` bytes long, all
@@ -454,8 +463,33 @@ def _read(source: Source, length: int, queue: _Queue) -> None:
     """Put the chunks of a source into the queue."""
     with contextlib.closing(source.chunks(length)) as chunks:
         for chunk in chunks:
-            queue.put(chunk)
+            if isinstance(chunk, int):
+                queue.put(chunk)
+                continue
+            for part in _without_zeros(chunk):
+                queue.put(part)
     queue.close()
+
+
+def _without_zeros(data: bytes) -> ty.Iterator[bytes | int]:
+    """Cut data into what has to be sent, and holes where it is all zeros.
+
+    The destination is a fresh volume: what is not sent reads as zeros there.
+    """
+    # startswith() compares in place, and ends at the first byte that is not
+    # zero: in random data this costs 8 ms of CPU per GiB.
+    if _ZEROS.startswith(data):
+        yield len(data)
+        return
+    start = 0
+    for block in range(0, len(data), ZERO_BYTES):
+        if data.startswith(_ZERO_BLOCK, block):
+            if start < block:
+                yield data[start:block]
+            yield ZERO_BYTES
+            start = block + ZERO_BYTES
+    if start < len(data):
+        yield data[start:]
 
 
 def _write(

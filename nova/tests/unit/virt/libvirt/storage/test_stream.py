@@ -43,8 +43,8 @@ DEST_ERROR = (libvirt.VIR_ERR_SYSTEM_ERROR, libvirt.VIR_FROM_STREAMS,
 
 
 def patterned(size: int) -> bytes:
-    """Data of which no two places nearby look the same."""
-    return array.array('I', range(size // 4 + 1)).tobytes()[:size]
+    """Data of which no two places nearby look the same, or are zero."""
+    return array.array('I', range(1, size // 4 + 2)).tobytes()[:size]
 
 
 @dataclasses.dataclass
@@ -184,14 +184,17 @@ class ContentTests:
     """What arrives is what was there, and holes stay holes."""
 
     # Pictures of 64 KiB a character: '-' is a hole, '0' are zeroes that are
-    # data. A window is eight of them.
+    # data, and sent as a hole. A window is eight of them.
     @ddt.data(
         ('A', [('data', 0, 1)]),
         ('-', [('hole', 0, 1)]),
-        ('0', [('data', 0, 1)]),
+        ('0', [('hole', 0, 1)]),
         ('-A', [('hole', 0, 1), ('data', 1, 1)]),
         ('A-', [('data', 0, 1), ('hole', 1, 1)]),
-        ('A0-B', [('data', 0, 2), ('hole', 2, 1), ('data', 3, 1)]),
+        ('A0-B', [('data', 0, 1), ('hole', 1, 2), ('data', 3, 1)]),
+        ('0A', [('hole', 0, 1), ('data', 1, 1)]),
+        ('A0B', [('data', 0, 1), ('hole', 1, 1), ('data', 2, 1)]),
+        ('-00-00-', [('hole', 0, 7)]),
         ('A-B-C-', [('data', 0, 1), ('hole', 1, 1), ('data', 2, 1),
                     ('hole', 3, 1), ('data', 4, 1), ('hole', 5, 1)]),
         # a hole before, over and after the border of the first window
@@ -220,7 +223,41 @@ class ContentTests:
              for kind, start, count in expected], self.sent())
         self.assertEqual(content, self.copied())
         self.assertEqual(content.size, result.length)
-        self.assertEqual(content.allocated, result.wire)
+        data = sum(count for kind, _start, count in expected
+                   if kind == 'data') * UNIT
+        self.assertEqual((data, data), (result.wire, self.copied().allocated))
+
+    @ddt.data(1, 4096, stream.ZERO_BYTES - 1)
+    def test_few_zeros_are_sent_as_data(self, size):
+        """As a hole they would cost more."""
+        content = Content.of(b'A' * 5 + bytes(size) + b'B' * UNIT)
+
+        self.copy(content)
+
+        self.assertEqual([('data', 0, content.size)], self.sent())
+        self.assertEqual(content, self.copied())
+
+    @ddt.data(1, stream.ZERO_BYTES - 1, stream.MESSAGE_BYTES - 1,
+              stream.MESSAGE_BYTES)
+    def test_zeros_are_found_wherever_they_begin(self, offset):
+        size = 3 * stream.MESSAGE_BYTES
+        content = Content.of(b'A' * offset + bytes(size) + b'B' * 5)
+
+        result = self.copy(content)
+
+        self.assertEqual(content, self.copied())
+        # A part of a block may be left at either end of a run in a message.
+        self.assertLess(result.wire, offset + 2 * stream.ZERO_BYTES + 5)
+        self.assertEqual(result.wire, self.copied().allocated)
+
+    def test_disk_full_of_zeros_is_one_hole(self):
+        self.set_sizes()
+        size = 20 * WINDOW + 3
+
+        result = self.copy(Content.of(bytes(size)))
+
+        self.assertEqual([('hole', 0, size)], self.sent())
+        self.assertEqual((size, 0), (result.length, result.wire))
 
     @ddt.data(1, 511, 512, 4097, 262119, 262120, 262121,
               WINDOW - 1, WINDOW, WINDOW + 1, 5 * WINDOW + 4097)
