@@ -271,14 +271,18 @@ class _Queue:
     """Chunks on their way from the reader to the writer.
 
     A chunk is either bytes, or the length of a hole as an int. Holds at most
-    ``budget`` bytes of data and one chunk more.
+    ``budget`` bytes of data and one chunk more. Once it is full the reader
+    waits until half of that is gone: waking it for each chunk costs more than
+    reading the chunk does.
 
+    :ivar full: whether the reader has to wait for the writer
     :ivar put_in: bytes that came in so far, holes included
     :ivar taken: bytes that went out so far, holes included
     :ivar error: the first error of either side, which ends both
     """
 
     def __init__(self, budget: int):
+        self.full = False
         self.put_in = 0
         self.taken = 0
         self.error: Exception | None = None
@@ -287,11 +291,6 @@ class _Queue:
         self._budget = budget
         self._bytes = 0
         self._closed = False
-
-    @property
-    def full(self) -> bool:
-        """Whether the reader has to wait for the writer."""
-        return self._bytes >= self._budget
 
     @property
     def moved(self) -> int:
@@ -304,6 +303,7 @@ class _Queue:
             self._wait_for(lambda: not self.full)
             self._chunks.append(chunk)
             self._bytes += self._cost(chunk)
+            self.full = self._bytes >= self._budget
             self.put_in += length_of(chunk)
             self._changed.notify_all()
 
@@ -317,7 +317,9 @@ class _Queue:
                 chunk = self._chunks.popleft()
                 self._bytes -= self._cost(chunk)
                 self.taken += length_of(chunk)
-                self._changed.notify_all()
+                if self.full and self._bytes <= self._budget // 2:
+                    self.full = False
+                    self._changed.notify_all()
             yield chunk
 
     def close(self) -> None:

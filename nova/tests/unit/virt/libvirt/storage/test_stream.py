@@ -1038,6 +1038,19 @@ class CopyMemoryTestCase(_CopyTestCase):
         self.assertLessEqual(self.hosts.meter.peak,
                              units.Mi + self.IN_HAND)
 
+    def test_reader_that_waits_is_let_on_when_half_is_gone(self):
+        queue = stream._Queue(4)
+        for _index in range(4):
+            queue.put(b'x')
+        chunks = iter(queue)
+
+        seen = [queue.full]
+        for _index in range(4):
+            next(chunks)
+            seen.append(queue.full)
+
+        self.assertEqual([True, True, False, False, False], seen)
+
     def test_bounds_of_real_copies(self):
         """The measured figures that the bounds stand for."""
         self.assertEqual(32 * units.Mi, stream.WINDOW_BYTES)
