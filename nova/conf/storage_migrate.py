@@ -117,6 +117,21 @@ Related options:
 * ``live_migration_uri``
 * ``live_migration_scheme``
 """),
+    cfg.BoolOpt(
+        'vol_upload_migration_direct_read',
+        default=True,
+        help="""
+Read the disks of a server directly when it is cold migrated or resized.
+
+Where nova-compute may open the file of a volume for reading, it does so, which
+is faster and leaves the libvirt daemon of the source host alone. Where it may
+not, or if this option is switched off, the data is read through that daemon.
+The data goes to the destination through libvirt in both cases.
+
+Related options:
+
+* ``vol_upload_migration``
+"""),
 ]
 
 ALL_OPTS = storage_pool_opts + migration_opts

@@ -15,13 +15,20 @@
 
 Reads its arguments as JSON from standard input, and prints what it saw as
 JSON: the copy's result, how much the process grew, and how late a (green)
-thread was that wanted to wake up every 10 ms. The concurrency mode is that of
-OS_NOVA_DISABLE_EVENTLET_PATCHING.
+thread was that wanted to wake up every 10 ms; for a benchmark also the seconds
+and CPU seconds from connecting to the check of what arrived. The concurrency
+mode is that of OS_NOVA_DISABLE_EVENTLET_PATCHING.
+
+The argument ``read`` says how to read the disk: direct, volume, or memory for
+as many random bytes instead. With ``discard`` the copy is deleted at the end,
+after a line from standard input.
 """
 
 from nova import monkey_patch; monkey_patch.patch()  # noqa
 
 import dataclasses
+import os
+import resource
 import sys
 import threading
 import time
@@ -45,8 +52,11 @@ def main() -> None:
         arguments['uuid'], arguments['directory'])
     move = transfer.Transfer(
         arguments['source_uri'], destination, arguments['pool'],
-        arguments['directory'])
+        arguments['directory'], arguments.get('read') != 'volume')
+    if arguments.get('read') == 'memory':
+        stream.open_source = lambda *args: MemorySource()
     disk = transfer.Disk(arguments['uuid'] + '_disk', 'raw')
+    started, cpu = time.monotonic(), cpu_seconds()
     native(move.check, [disk])
     native(destination.claim)
     before = memory('VmRSS')
@@ -54,14 +64,35 @@ def main() -> None:
     sleeper.start()
     print('started', flush=True)
     result = native(move.copy_disk, disk, None)
+    seen = {'seconds': time.monotonic() - started,
+            'cpu': cpu_seconds() - cpu}
     sleeper.stop()
-    native(move.close)
-    print(jsonutils.dumps({
+    print(jsonutils.dumps(seen | {
         'result': dataclasses.asdict(result),
         'grown': memory('VmHWM') - before,
+        'memory': memory('VmHWM'),
         'late': sleeper.late,
         'wakes': sleeper.wakes,
     }), flush=True)
+    if arguments.get('discard'):
+        sys.stdin.readline()
+        native(destination.discard)
+    native(move.close)
+
+
+class MemorySource:
+    """Random bytes, which cost nothing to read: the limit of an upload."""
+    path = 'memory'
+
+    def chunks(self, length: int) -> stream.Chunks:
+        data = os.urandom(stream.MESSAGE_BYTES)
+        for left in range(length, 0, -len(data)):
+            yield data[:left]
+
+
+def cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
 
 
 def native(function, *args):

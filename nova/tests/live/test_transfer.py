@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 
+import fixtures
 import libvirt
 from oslo_serialization import jsonutils
 from oslo_utils import units
@@ -106,6 +107,18 @@ class CopyTestCase(TransferTestCase):
             self.allocated(self._path(self.destination)),
             data + 12 * 8192 + units.Mi)
 
+    def test_zeros_that_were_written_take_no_room(self):
+        path = self._make_disk(64 * units.Mi, [(0, 8 * units.Mi)])
+        with open(path, 'r+b') as disk:
+            disk.seek(9 * units.Mi)
+            disk.write(bytes(40 * units.Mi))
+        result = self._copy()
+        self._assert_arrived()
+        self.assertLessEqual(
+            result.wire, 8 * units.Mi + 2 * stream.ZERO_BYTES)
+        self.assertLessEqual(
+            self.allocated(self._path(self.destination)), 9 * units.Mi)
+
     def test_sizes_that_are_no_multiple_of_anything(self):
         for size, extents in (
                 (0, []), (1, [(0, 1)]), (511, [(0, 511)]),
@@ -171,6 +184,19 @@ class CopyTestCase(TransferTestCase):
         self._assert_arrived()
         self.assertEqual(
             8 * units.Mi, os.path.getsize(self._path(self.destination)))
+
+
+class DirectCopyTestCase(CopyTestCase):
+    """The same with disks whose files are read, not downloaded.
+
+    The path of a volume is one of its host's, which this process is not on.
+    """
+
+    def setUp(self):
+        super().setUp()
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.stream.open_source',
+            lambda *args: stream.FileSource(str(self._path(self.source)))))
 
 
 class FaultTestCase(TransferTestCase):

@@ -474,7 +474,8 @@ class LibvirtDriver(driver.LibvirtDriver):
             dest, self._storage_migration_uri(dest), CONF.libvirt.disks_pool,
             instance.uuid, directory)
         return transfer.Transfer(
-            self._uri(), destination, CONF.libvirt.disks_pool, directory)
+            self._uri(), destination, CONF.libvirt.disks_pool, directory,
+            CONF.libvirt.vol_upload_migration_direct_read)
 
     def _storage_migration_uri(self, dest) -> str:
         """The libvirt URI of a destination."""

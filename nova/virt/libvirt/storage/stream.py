@@ -12,13 +12,14 @@
 
 """Copy a storage volume from one libvirt connection to another.
 
-A reader thread downloads (virStorageVolDownload) into a bounded queue, a
-writer thread uploads (virStorageVolUpload) from it, and the thread that
-called :func:`copy` watches both. All are native threads: a send() to a peer
-that stopped reading blocks its thread even on a stream made with
-VIR_STREAM_NONBLOCK, so none of this may run on the eventlet hub. In eventlet
-mode call :func:`copy` through ``nova.utils.tpool_wrap``, once for a whole
-volume.
+A reader thread reads a :class:`Source` into a bounded queue, a writer thread
+uploads (virStorageVolUpload) from it, and the thread that called :func:`copy`
+watches both. The source is the volume's file where this process may read
+that, and else libvirt (virStorageVolDownload). All are native threads: a
+send() to a peer that stopped reading blocks its thread even on a stream made
+with VIR_STREAM_NONBLOCK, so none of this may run on the eventlet hub. In
+eventlet mode call :func:`copy` through ``nova.utils.tpool_wrap``, once for a
+whole volume.
 
 Nothing here logs: oslo.log may not be used in a native thread under eventlet.
 """
@@ -26,6 +27,9 @@ Nothing here logs: oslo.log may not be used in a native thread under eventlet.
 import collections
 import contextlib
 import dataclasses
+import errno
+import os
+import stat
 import threading
 import time
 import typing as ty
@@ -50,6 +54,11 @@ WINDOW_BYTES = 32 * 1024 * 1024
 # What may wait between the reader and the writer.
 QUEUE_BYTES = 8 * 1024 * 1024
 
+# Zeros are looked for in blocks of so many bytes, and a block of nothing else
+# is sent as a hole. A hole is a message, and makes two of the data around it:
+# one of 16 KiB took twice the time of the data, one of 64 KiB the same.
+ZERO_BYTES = 32 * 1024
+
 # How long a copy may stand still, in seconds. The keepalive of a connection
 # ends one whose daemon is gone; this is for a daemon that lives, and hangs on
 # its disk.
@@ -65,6 +74,9 @@ END_SECONDS = 0.5
 
 # What virStreamRecvFlags() returns in front of a hole.
 _AT_HOLE = -3
+
+_ZEROS = bytes(MESSAGE_BYTES)
+_ZERO_BLOCK = bytes(ZERO_BYTES)
 
 
 class CopyError(Exception):
@@ -114,8 +126,44 @@ class Result:
 Progress = ty.Callable[[int, int], None]
 
 
+# What a copy reads: data, no more of it than a message carries, or the length
+# of a hole.
+Chunks = ty.Generator[bytes | int, None, None]
+
+
+class Source(ty.Protocol):
+    """Where a copy reads from; used by one thread.
+
+    :ivar path: path of the volume
+    """
+    path: str
+
+    def chunks(self, length: int) -> Chunks:
+        """Yield the first bytes of the volume, ``length`` in all.
+
+        :raises: CopyError if that fails, or if there are not so many
+        """
+        ...
+
+
+def open_source(
+    volume: 'libvirt.virStorageVol', length: int, direct: bool = True,
+) -> Source:
+    """The better way to read a volume of this host.
+
+    :param volume: the volume
+    :param length: its length as libvirt tells it
+    :param direct: whether its file may be read past libvirt, if this process
+        has the right to, and what it finds at the path is of that length
+    """
+    path = volume.path()
+    if direct and _is_readable(path, length):
+        return FileSource(path)
+    return VolumeSource(volume)
+
+
 def copy(
-    source: 'libvirt.virStorageVol',
+    source: Source,
     destination: 'libvirt.virStorageVol',
     length: int,
     progress: Progress | None = None,
@@ -124,11 +172,12 @@ def copy(
 ) -> Result:
     """Copy the first bytes of a volume into a fresh volume on another host.
 
-    Holes stay holes. When this returns, every byte was read and counted and
-    both streams were finished; the data need not be on stable storage yet.
-    Blocks the calling native thread for as long as the copy takes.
+    Holes stay holes, and runs of zeros become some. When this returns, every
+    byte was read and counted and both streams were finished; the data need
+    not be on stable storage yet. Blocks the calling native thread for as
+    long as the copy takes.
 
-    :param source: volume to read
+    :param source: what to read
     :param destination: volume to write, at least ``length`` bytes long, all
         of it a hole, on a connection that nothing else uses
     :param length: bytes to copy
@@ -144,13 +193,13 @@ def copy(
     queue = _Queue(QUEUE_BYTES)
     sent: list[int] = []
 
-    def download() -> None:
+    def read() -> None:
         _read(source, length, queue)
 
-    def upload() -> None:
+    def write() -> None:
         sent.append(_write(destination, length, queue, progress))
 
-    workers = [_start(download, queue), _start(upload, queue)]
+    workers = [_start(read, queue), _start(write, queue)]
     last_move, moved = started, 0
     while queue.error is None and any(
             worker.is_alive() for worker in workers):
@@ -207,7 +256,7 @@ def _join(threads: list[ty.Any], seconds: float) -> None:
 
 
 def _stalled(
-    source: 'libvirt.virStorageVol',
+    source: Source,
     destination: 'libvirt.virStorageVol',
     queue: '_Queue',
     seconds: float,
@@ -217,21 +266,25 @@ def _stalled(
     if queue.full:
         return CopyError(
             'destination', destination.path(), queue.taken, reason)
-    return CopyError('source', source.path(), queue.put_in, reason)
+    return CopyError('source', source.path, queue.put_in, reason)
 
 
 class _Queue:
     """Chunks on their way from the reader to the writer.
 
     A chunk is either bytes, or the length of a hole as an int. Holds at most
-    ``budget`` bytes of data and one chunk more.
+    ``budget`` bytes of data and one chunk more. Once it is full the reader
+    waits until half of that is gone: waking it for each chunk costs more than
+    reading the chunk does.
 
+    :ivar full: whether the reader has to wait for the writer
     :ivar put_in: bytes that came in so far, holes included
     :ivar taken: bytes that went out so far, holes included
     :ivar error: the first error of either side, which ends both
     """
 
     def __init__(self, budget: int):
+        self.full = False
         self.put_in = 0
         self.taken = 0
         self.error: Exception | None = None
@@ -240,11 +293,6 @@ class _Queue:
         self._budget = budget
         self._bytes = 0
         self._closed = False
-
-    @property
-    def full(self) -> bool:
-        """Whether the reader has to wait for the writer."""
-        return self._bytes >= self._budget
 
     @property
     def moved(self) -> int:
@@ -257,6 +305,7 @@ class _Queue:
             self._wait_for(lambda: not self.full)
             self._chunks.append(chunk)
             self._bytes += self._cost(chunk)
+            self.full = self._bytes >= self._budget
             self.put_in += length_of(chunk)
             self._changed.notify_all()
 
@@ -270,7 +319,9 @@ class _Queue:
                 chunk = self._chunks.popleft()
                 self._bytes -= self._cost(chunk)
                 self.taken += length_of(chunk)
-                self._changed.notify_all()
+                if self.full and self._bytes <= self._budget // 2:
+                    self.full = False
+                    self._changed.notify_all()
             yield chunk
 
     def close(self) -> None:
@@ -303,41 +354,106 @@ def length_of(chunk: bytes | int) -> int:
     return chunk if isinstance(chunk, int) else len(chunk)
 
 
-def _read(
-    volume: 'libvirt.virStorageVol', length: int, queue: _Queue,
-) -> None:
-    """Put the chunks of a volume into the queue."""
+class FileSource:
+    """The file of a volume, read past libvirt.
+
+    The daemon of this host has then no part in the copy, which is the half of
+    what reading costs, and reading waits for the writer: no window is needed.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def chunks(self, length: int) -> Chunks:
+        done = 0
+        try:
+            # Not os.open(): eventlet's would make a hub in this thread.
+            with open(self.path, 'rb', buffering=0) as file:
+                while done < length:
+                    for chunk in self._section(file.fileno(), done, length):
+                        done += length_of(chunk)
+                        yield chunk
+        except OSError as error:
+            raise CopyError('source', self.path, done, error) from error
+
+    def _section(self, file: int, offset: int, length: int) -> Chunks:
+        """Yield the hole that may be at the offset, and the data after it."""
+        start = _seek(file, offset, os.SEEK_DATA, length)
+        if start == length and os.fstat(file).st_size < length:
+            raise self._shrunk(offset)
+        if start > offset:
+            yield start - offset
+        end = _seek(file, start, os.SEEK_HOLE, length)
+        while start < end:
+            data = os.pread(file, min(MESSAGE_BYTES, end - start), start)
+            if not data:
+                raise self._shrunk(start)
+            start += len(data)
+            yield data
+
+    def _shrunk(self, size: int) -> CopyError:
+        return CopyError(
+            'source', self.path, size,
+            'the file ends there; did the volume change its size?')
+
+
+def _is_readable(path: str, length: int) -> bool:
+    """Whether this process may read a file, and it is of that length."""
     try:
-        while queue.put_in < length:
-            offset = queue.put_in
-            size = min(WINDOW_BYTES, length - offset)
-            for chunk in _download(volume, offset, size):
-                queue.put(chunk)
-        queue.close()
-    except libvirt.libvirtError as error:
-        raise CopyError(
-            'source', volume.path(), queue.put_in, error) from error
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode) or status.st_size != length:
+            return False
+        with open(path, 'rb', buffering=0):
+            return True
+    except OSError:
+        return False
 
 
-def _download(
-    volume: 'libvirt.virStorageVol', offset: int, size: int,
-) -> ty.Iterator[bytes | int]:
-    """Yield the chunks of one window of a volume, ``size`` bytes in all."""
-    left = size
-    with _new_stream(volume) as stream:
-        volume.download(
-            stream, offset, size,
-            libvirt.VIR_STORAGE_VOL_DOWNLOAD_SPARSE_STREAM)
-        while chunk := _receive(stream):
-            left -= length_of(chunk)
-            if left < 0:
-                break
-            yield chunk
-        if left:
-            raise CopyError(
-                'source', volume.path(), offset + size - left,
-                f'the window of {size} bytes at {offset} came with '
-                f'{size - left} bytes; did the volume change its size?')
+def _seek(file: int, offset: int, whence: int, length: int) -> int:
+    """The next data or hole of a file, ``length`` if none is before that."""
+    try:
+        return min(os.lseek(file, offset, whence), length)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return length
+
+
+class VolumeSource:
+    """A volume that is read through libvirt."""
+
+    def __init__(self, volume: 'libvirt.virStorageVol'):
+        self.path: str = volume.path()
+        self._volume = volume
+
+    def chunks(self, length: int) -> Chunks:
+        done = 0
+        try:
+            while done < length:
+                size = min(WINDOW_BYTES, length - done)
+                for chunk in self._window(done, size):
+                    done += length_of(chunk)
+                    yield chunk
+        except libvirt.libvirtError as error:
+            raise CopyError('source', self.path, done, error) from error
+
+    def _window(self, offset: int, size: int) -> Chunks:
+        """Yield the chunks of one window, ``size`` bytes in all."""
+        left = size
+        with _new_stream(self._volume) as stream:
+            self._volume.download(
+                stream, offset, size,
+                libvirt.VIR_STORAGE_VOL_DOWNLOAD_SPARSE_STREAM)
+            while chunk := _receive(stream):
+                left -= length_of(chunk)
+                if left < 0:
+                    break
+                yield chunk
+            if left:
+                raise CopyError(
+                    'source', self.path, offset + size - left,
+                    f'the window of {size} bytes at {offset} came with '
+                    f'{size - left} bytes; did the volume change its size?')
 
 
 def _receive(stream: 'libvirt.virStream') -> bytes | int:
@@ -345,6 +461,39 @@ def _receive(stream: 'libvirt.virStream') -> bytes | int:
     data = stream.recvFlags(
         MESSAGE_BYTES, libvirt.VIR_STREAM_RECV_STOP_AT_HOLE)
     return stream.recvHole() if data == _AT_HOLE else data
+
+
+def _read(source: Source, length: int, queue: _Queue) -> None:
+    """Put the chunks of a source into the queue."""
+    with contextlib.closing(source.chunks(length)) as chunks:
+        for chunk in chunks:
+            if isinstance(chunk, int):
+                queue.put(chunk)
+                continue
+            for part in _without_zeros(chunk):
+                queue.put(part)
+    queue.close()
+
+
+def _without_zeros(data: bytes) -> ty.Iterator[bytes | int]:
+    """Cut data into what has to be sent, and holes where it is all zeros.
+
+    The destination is a fresh volume: what is not sent reads as zeros there.
+    """
+    # startswith() compares in place, and ends at the first byte that is not
+    # zero: in random data this costs 8 ms of CPU per GiB.
+    if _ZEROS.startswith(data):
+        yield len(data)
+        return
+    start = 0
+    for block in range(0, len(data), ZERO_BYTES):
+        if data.startswith(_ZERO_BLOCK, block):
+            if start < block:
+                yield data[start:block]
+            yield ZERO_BYTES
+            start = block + ZERO_BYTES
+    if start < len(data):
+        yield data[start:]
 
 
 def _write(

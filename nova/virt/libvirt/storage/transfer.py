@@ -64,17 +64,20 @@ class Transfer:
         destination: peer.Destination,
         pool_name: str,
         directory: str,
+        direct_read: bool = True,
     ):
         """Say what is to go where; nothing happens yet.
 
         :param source_uri: libvirt URI of this host
         :param pool_name: name of the disks pool
         :param directory: path of the server's instance directory
+        :param direct_read: whether files may be read past libvirt
         """
         self.destination = destination
         self._source_uri = source_uri
         self._pool_name = pool_name
         self._directory = directory
+        self._direct_read = direct_read
         self._connection: ty.Any = None
         self._source_pool: storage_pool.Pool
 
@@ -108,7 +111,7 @@ class Transfer:
             length = source.length
             volume = self.destination.create_disk(disk.volume, length)
             result = stream.copy(
-                source.libvirt_volume, volume.libvirt_volume, length,
+                self._open(source, length), volume.libvirt_volume, length,
                 cancel=cancel)
             self.destination.verify_disk(disk.volume, length)
             return result
@@ -167,7 +170,8 @@ class Transfer:
             return {}
 
     def _copy_file(self, name: str, cancel: stream.CancelEvent | None) -> None:
-        # Through a pool here too: libvirt may have given the file to QEMU.
+        # Through a pool here too: libvirt may have given the file to QEMU,
+        # and this process can then not read it.
         directory = storage_pool.Pool.attach(
             self._connection,
             f'nova-{os.path.basename(self._directory)}', self._directory)
@@ -176,10 +180,16 @@ class Transfer:
             source = directory.volume(name)
             length = source.length
             file = self.destination.create_file(name, length)
-            stream.copy(source.libvirt_volume, file.libvirt_volume, length,
-                        cancel=cancel)
+            stream.copy(self._open(source, length), file.libvirt_volume,
+                        length, cancel=cancel)
         finally:
             directory.detach()
+
+    def _open(
+        self, volume: storage_pool.Volume, length: int,
+    ) -> stream.Source:
+        return stream.open_source(
+            volume.libvirt_volume, length, self._direct_read)
 
     def _error(self, volume: str, error: Exception) -> TransferError:
         # What libvirt says of a connection that its keepalive has closed is

@@ -183,6 +183,20 @@ class MigrateTestCase(DriverTestCase):
         self.assertEqual(
             b'x' * 100, self.dest.files[drive].content.read(0, 200))
 
+    @ddt.data(True, False)
+    def test_disk_is_read_directly_if_the_operator_lets_it_be(self, direct):
+        self.flags(vol_upload_migration_direct_read=direct, group='libvirt')
+        volume = self._add_disk(picture='AB')
+        with open(os.path.join(self.pool_path, volume), 'wb') as file:
+            file.write(self.content.read(0, self.content.size))
+
+        self._migrate()
+
+        self.assertEqual(
+            self.content, self.dest.volume('nova-disks', volume).content)
+        self.assertEqual(
+            direct, ('vol.download', volume) not in self.source.calls)
+
     def test_swap_disk_is_not_copied(self):
         volume = self._add_disk()
         swap = self._add_disk('disk.swap')

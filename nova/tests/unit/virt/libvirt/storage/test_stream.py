@@ -12,6 +12,8 @@
 
 import array
 import dataclasses
+import errno
+import os
 import threading
 import time
 import typing as ty
@@ -41,8 +43,8 @@ DEST_ERROR = (libvirt.VIR_ERR_SYSTEM_ERROR, libvirt.VIR_FROM_STREAMS,
 
 
 def patterned(size: int) -> bytes:
-    """Data of which no two places nearby look the same."""
-    return array.array('I', range(size // 4 + 1)).tobytes()[:size]
+    """Data of which no two places nearby look the same, or are zero."""
+    return array.array('I', range(1, size // 4 + 2)).tobytes()[:size]
 
 
 @dataclasses.dataclass
@@ -89,18 +91,25 @@ class _CopyTestCase(test.NoDBTestCase):
         self.assertEqual([], self.source.open_streams)
         self.assertEqual([], self.dest.open_streams)
 
-    def volumes(self, content: Content, size: int | None = None) -> tuple:
-        """The two volumes; that of the destination is all a hole.
+    def volumes(self, content: Content, size: int | None = None,
+                name: str = 'disk') -> tuple:
+        """The two ends; that of the destination is all a hole.
 
         :param size: of the destination, if it is not that of the source
         """
-        self.source.add_volume('disks', 'disk', content)
         self.dest.add_volume(
-            'disks', 'disk', Content(content.size if size is None else size))
-        return tuple(
-            host.connect().storagePoolLookupByName(
-                'disks').storageVolLookupByName('disk')
-            for host in (self.source, self.dest))
+            'disks', name, Content(content.size if size is None else size))
+        return self.open_source(content, name), self.lookup(self.dest, name)
+
+    def open_source(self, content: Content, name: str) -> stream.Source:
+        self.source.add_volume('disks', name, content)
+        return stream.VolumeSource(self.lookup(self.source, name))
+
+    @staticmethod
+    def lookup(host: libvirt_storage.FakeHost,
+               name: str) -> libvirt_storage.FakeVolume:
+        return host.connect().storagePoolLookupByName(
+            'disks').storageVolLookupByName(name)
 
     def copy(self, content: Content, length: int | None = None,
              **kwargs: ty.Any) -> stream.Result:
@@ -148,19 +157,44 @@ class _CopyTestCase(test.NoDBTestCase):
         return merged
 
 
+class FileMixin:
+    """The source is a real file, which is read past libvirt."""
+
+    def open_source(self, content: Content, name: str) -> stream.Source:
+        self.file = os.path.join(
+            self.useFixture(fixtures.TempDir()).path, name)
+        with open(self.file, 'wb') as file:
+            for offset, data in content.extents:
+                file.seek(offset)
+                file.write(data)
+            file.truncate(content.size)
+        return stream.FileSource(self.file)
+
+    def patch_reads(self, read: ty.Callable[[int, int, int], bytes]) -> None:
+        """Have something else called for os.pread().
+
+        It can call that as self.pread().
+        """
+        self.pread = os.pread
+        self.useFixture(fixtures.MonkeyPatch('os.pread', read))
+
+
 @ddt.ddt
-class CopyContentTestCase(_CopyTestCase):
+class ContentTests:
     """What arrives is what was there, and holes stay holes."""
 
     # Pictures of 64 KiB a character: '-' is a hole, '0' are zeroes that are
-    # data. A window is eight of them.
+    # data, and sent as a hole. A window is eight of them.
     @ddt.data(
         ('A', [('data', 0, 1)]),
         ('-', [('hole', 0, 1)]),
-        ('0', [('data', 0, 1)]),
+        ('0', [('hole', 0, 1)]),
         ('-A', [('hole', 0, 1), ('data', 1, 1)]),
         ('A-', [('data', 0, 1), ('hole', 1, 1)]),
-        ('A0-B', [('data', 0, 2), ('hole', 2, 1), ('data', 3, 1)]),
+        ('A0-B', [('data', 0, 1), ('hole', 1, 2), ('data', 3, 1)]),
+        ('0A', [('hole', 0, 1), ('data', 1, 1)]),
+        ('A0B', [('data', 0, 1), ('hole', 1, 1), ('data', 2, 1)]),
+        ('-00-00-', [('hole', 0, 7)]),
         ('A-B-C-', [('data', 0, 1), ('hole', 1, 1), ('data', 2, 1),
                     ('hole', 3, 1), ('data', 4, 1), ('hole', 5, 1)]),
         # a hole before, over and after the border of the first window
@@ -189,7 +223,41 @@ class CopyContentTestCase(_CopyTestCase):
              for kind, start, count in expected], self.sent())
         self.assertEqual(content, self.copied())
         self.assertEqual(content.size, result.length)
-        self.assertEqual(content.allocated, result.wire)
+        data = sum(count for kind, _start, count in expected
+                   if kind == 'data') * UNIT
+        self.assertEqual((data, data), (result.wire, self.copied().allocated))
+
+    @ddt.data(1, 4096, stream.ZERO_BYTES - 1)
+    def test_few_zeros_are_sent_as_data(self, size):
+        """As a hole they would cost more."""
+        content = Content.of(b'A' * 5 + bytes(size) + b'B' * UNIT)
+
+        self.copy(content)
+
+        self.assertEqual([('data', 0, content.size)], self.sent())
+        self.assertEqual(content, self.copied())
+
+    @ddt.data(1, stream.ZERO_BYTES - 1, stream.MESSAGE_BYTES - 1,
+              stream.MESSAGE_BYTES)
+    def test_zeros_are_found_wherever_they_begin(self, offset):
+        size = 3 * stream.MESSAGE_BYTES
+        content = Content.of(b'A' * offset + bytes(size) + b'B' * 5)
+
+        result = self.copy(content)
+
+        self.assertEqual(content, self.copied())
+        # A part of a block may be left at either end of a run in a message.
+        self.assertLess(result.wire, offset + 2 * stream.ZERO_BYTES + 5)
+        self.assertEqual(result.wire, self.copied().allocated)
+
+    def test_disk_full_of_zeros_is_one_hole(self):
+        self.set_sizes()
+        size = 20 * WINDOW + 3
+
+        result = self.copy(Content.of(bytes(size)))
+
+        self.assertEqual([('hole', 0, size)], self.sent())
+        self.assertEqual((size, 0), (result.length, result.wire))
 
     @ddt.data(1, 511, 512, 4097, 262119, 262120, 262121,
               WINDOW - 1, WINDOW, WINDOW + 1, 5 * WINDOW + 4097)
@@ -240,13 +308,13 @@ class CopyContentTestCase(_CopyTestCase):
 
     def test_many_small_extents(self):
         self.set_sizes()
-        content = Content.draw('A-' * 1000, 512)
+        content = Content.draw('A-' * 1000, 4096)
 
         result = self.copy(content)
 
         self.assertEqual(2000, len(self.sent()))
         self.assertEqual(content, self.copied())
-        self.assertEqual(512000, result.wire)
+        self.assertEqual(4096000, result.wire)
 
     @ddt.data(1000, 65536, 262119)
     def test_short_sends_lose_nothing(self, limit):
@@ -254,15 +322,6 @@ class CopyContentTestCase(_CopyTestCase):
         self.dest.send_limit = limit
         content = Content.of(patterned(2 * WINDOW + 13))
         content.truncate(3 * WINDOW)
-
-        self.copy(content)
-
-        self.assertEqual(content, self.copied())
-
-    def test_short_receives_lose_nothing(self):
-        self.set_sizes()
-        self.source.recv_limit = 4093
-        content = Content.draw('AB--C0-D', UNIT)
 
         self.copy(content)
 
@@ -277,31 +336,6 @@ class CopyContentTestCase(_CopyTestCase):
         upload, = self.uploads()
         self.assertTrue(upload.sparse)
         self.assertEqual((0, 40 * UNIT), (upload.offset, upload.length))
-
-    def test_source_is_read_in_windows_one_after_the_other(self):
-        self.set_sizes()
-        self.source.call('stream.finish', lambda: None, times=None)
-
-        self.copy(Content.of(patterned(2 * WINDOW + 1)))
-
-        windows = [(s.offset, s.length) for s in self.source.streams]
-        self.assertEqual(
-            [(0, WINDOW), (WINDOW, WINDOW), (2 * WINDOW, 1)], windows)
-        for download in self.source.streams:
-            self.assertTrue(download.sparse)
-            self.assertTrue(download.exhausted)
-        self.assertEqual(
-            ['vol.download', 'stream.finish'] * 3,
-            [where for where, _name in self.source.calls
-             if where in ('vol.download', 'stream.finish')])
-
-    def test_window_is_never_0_long(self):
-        """A download of length 0 would be one of all that is left."""
-        self.set_sizes()
-
-        self.copy(Content.of(patterned(2 * WINDOW)))
-
-        self.assertEqual(2, len(self.source.streams))
 
     def test_both_ends_are_finished(self):
         self.set_sizes()
@@ -328,10 +362,144 @@ class CopyContentTestCase(_CopyTestCase):
         self.assertGreaterEqual(result.seconds, 0.2)
         self.assertLess(result.seconds, 5)
 
+
+class CopyVolumeContentTestCase(ContentTests, _CopyTestCase):
+    """The same of a volume, which is read in windows."""
+
+    def test_short_receives_lose_nothing(self):
+        self.set_sizes()
+        self.source.recv_limit = 4093
+        content = Content.draw('AB--C0-D', UNIT)
+
+        self.copy(content)
+
+        self.assertEqual(content, self.copied())
+
+    def test_source_is_read_in_windows_one_after_the_other(self):
+        self.set_sizes()
+        self.source.call('stream.finish', lambda: None, times=None)
+
+        self.copy(Content.of(patterned(2 * WINDOW + 1)))
+
+        windows = [(s.offset, s.length) for s in self.source.streams]
+        self.assertEqual(
+            [(0, WINDOW), (WINDOW, WINDOW), (2 * WINDOW, 1)], windows)
+        for download in self.source.streams:
+            self.assertTrue(download.sparse)
+            self.assertTrue(download.exhausted)
+        self.assertEqual(
+            ['vol.download', 'stream.finish'] * 3,
+            [where for where, _name in self.source.calls
+             if where in ('vol.download', 'stream.finish')])
+
+    def test_window_is_never_0_long(self):
+        """A download of length 0 would be one of all that is left."""
+        self.set_sizes()
+
+        self.copy(Content.of(patterned(2 * WINDOW)))
+
+        self.assertEqual(2, len(self.source.streams))
+
     def test_source_is_only_read(self):
         self.copy(Content.draw('A-B', UNIT))
 
         self.assertEqual([], self.source.changes)
+
+
+class CopyFileContentTestCase(FileMixin, ContentTests, _CopyTestCase):
+    """The same of a file."""
+
+    def test_libvirt_of_the_source_has_no_part_in_it(self):
+        self.copy(Content.draw('A-B', UNIT))
+
+        self.assertEqual([], self.source.calls)
+
+    def test_short_reads_lose_nothing(self):
+        self.set_sizes()
+        self.patch_reads(lambda file, size, offset: self.pread(
+            file, min(size, 4093), offset))
+        content = Content.draw('AB--C0-D', UNIT)
+
+        self.copy(content)
+
+        self.assertEqual(content, self.copied())
+
+    def test_reads_are_of_one_message(self):
+        sizes = []
+
+        def read(file, size, offset):
+            sizes.append(size)
+            return self.pread(file, size, offset)
+
+        self.patch_reads(read)
+
+        self.copy(Content.of(patterned(2 * stream.MESSAGE_BYTES + 5)))
+
+        self.assertEqual(
+            [stream.MESSAGE_BYTES, stream.MESSAGE_BYTES, 5], sizes)
+
+    def test_file_is_closed(self):
+        before = os.listdir('/proc/self/fd')
+
+        self.copy(Content.draw('A-B-', UNIT))
+
+        self.assertEqual(before, os.listdir('/proc/self/fd'))
+
+
+@ddt.ddt
+class OpenSourceTestCase(_CopyTestCase):
+    """A file is read directly only if that is sure to be right."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        directory = self.useFixture(fixtures.TempDir()).path
+        self.source.add_pool('real', directory)
+        self.source.add_volume('real', 'disk', Content(4097))
+        self.path = os.path.join(directory, 'disk')
+        self.volume = self.source.connect().storagePoolLookupByName(
+            'real').storageVolLookupByName('disk')
+
+    def write(self, size: int) -> None:
+        with open(self.path, 'wb') as file:
+            file.truncate(size)
+
+    def assert_opened(self, kind: type, **kwargs: ty.Any) -> None:
+        opened = stream.open_source(self.volume, 4097, **kwargs)
+
+        self.assertIsInstance(opened, kind)
+        self.assertEqual(self.path, opened.path)
+
+    def test_file_that_can_be_read(self):
+        self.write(4097)
+
+        self.assert_opened(stream.FileSource)
+
+    def test_file_that_the_operator_wants_read_through_libvirt(self):
+        self.write(4097)
+
+        self.assert_opened(stream.VolumeSource, direct=False)
+
+    @ddt.data(0, 4096, 4098)
+    def test_file_of_another_length(self, size):
+        self.write(size)
+
+        self.assert_opened(stream.VolumeSource)
+
+    def test_no_file(self):
+        self.assert_opened(stream.VolumeSource)
+
+    def test_file_that_may_not_be_read(self):
+        self.write(4097)
+
+        # Root may read what its mode forbids.
+        with mock.patch('builtins.open', side_effect=PermissionError):
+            self.assert_opened(stream.VolumeSource)
+
+    def test_no_regular_file(self):
+        # Opening it would wait for a writer.
+        os.mkfifo(self.path)
+
+        self.assert_opened(stream.VolumeSource)
 
 
 @ddt.ddt
@@ -373,8 +541,7 @@ class CopyProgressTestCase(_CopyTestCase):
         self.assertEqual(['aborted'], [s.outcome for s in self.uploads()])
 
 
-@ddt.ddt
-class CopyFailureTestCase(_CopyTestCase):
+class _CopyFailureTestCase(_CopyTestCase):
     """The first error is the one raised, and both ends are closed."""
 
     def setUp(self) -> None:
@@ -394,41 +561,9 @@ class CopyFailureTestCase(_CopyTestCase):
     def assert_upload_aborted(self) -> None:
         self.assertEqual(['aborted'], [s.outcome for s in self.uploads()])
 
-    @ddt.data('stream.recv', 'stream.finish', 'vol.download',
-              'conn.newStream')
-    def test_source_fails_on_its_second_window(self, where):
-        self.source.fail(where, nth=12 if where == 'stream.recv' else 2,
-                         error=SOURCE_ERROR)
 
-        error = self.assert_fails('source', 'Unable to read')
-
-        self.assertGreaterEqual(error.done, WINDOW)
-        self.assertLessEqual(error.done, 5 * WINDOW)
-        self.assert_upload_aborted()
-
-    def test_source_fails_in_front_of_a_hole(self):
-        self.source.fail('stream.recvHole', error=SOURCE_ERROR)
-
-        self.assert_fails('source', 'Unable to read',
-                          Content.draw('AAAA----AA', UNIT))
-
-        self.assert_upload_aborted()
-
-    def test_source_fails_at_once(self):
-        self.source.fail('vol.download', error=SOURCE_ERROR)
-
-        error = self.assert_fails('source', 'Unable to read')
-
-        self.assertEqual(0, error.done)
-        self.assertNotIn('finished', [s.outcome for s in self.uploads()])
-
-    def test_failed_download_is_aborted(self):
-        self.source.fail('stream.recv', after=WINDOW, error=SOURCE_ERROR)
-
-        self.assert_fails('source', 'Unable to read')
-
-        self.assertEqual(['finished', 'aborted'],
-                         [s.outcome for s in self.source.streams])
+@ddt.ddt
+class DestinationFailureTests:
 
     @ddt.data('conn.newStream', 'vol.upload', 'stream.send')
     def test_destination_fails_at_once(self, where):
@@ -477,55 +612,6 @@ class CopyFailureTestCase(_CopyTestCase):
 
         self.assertLess(self.hosts.meter.received, 3 * WINDOW)
 
-    def test_first_error_wins_if_the_source_fails_first(self):
-        self.source.fail('stream.recv', after=WINDOW, error=SOURCE_ERROR)
-        self.dest.fail('stream.abort', error=DEST_ERROR)
-
-        self.assert_fails('source', 'Unable to read')
-
-    def test_first_error_wins_if_the_destination_fails_first(self):
-        self.dest.fail('stream.send', after=WINDOW, error=DEST_ERROR)
-        self.source.fail('stream.abort', error=SOURCE_ERROR)
-
-        self.assert_fails('destination', 'No space left')
-
-    def test_source_error_wins_over_a_later_one_of_the_destination(self):
-        sending = self.dest.block('stream.send')
-        sending.error = DEST_ERROR
-        reading = self.source.block('stream.recv', after=UNIT)
-        reading.error = SOURCE_ERROR
-        outcome = self.start_copy(self.content)
-        self.assertTrue(sending.wait_reached())
-
-        reading.release()
-        self.assertTrue(libvirt_storage.wait_for(
-            lambda: not self._threads('volume-download')))
-        sending.release()
-
-        self.assertTrue(outcome.wait(5))
-        self.assertEqual('source', outcome.error.end)
-
-    @ddt.data(('source', 'stream.recv'), ('destination', 'stream.send'))
-    @ddt.unpack
-    def test_end_that_stands_still_is_named_and_left_behind(self, end, where):
-        host = self.source if end == 'source' else self.dest
-        fault = host.block(where, after=WINDOW)
-        source, dest = self.volumes(self.content)
-
-        started = time.monotonic()
-        error = self.assertRaises(
-            stream.CopyError, utils.tpool_wrap(stream.copy), source, dest,
-            self.content.size, None, None, 0.3)
-
-        self.assertEqual(end, error.end)
-        self.assertIn('nothing moved for 0.3 seconds', str(error))
-        self.assertGreaterEqual(time.monotonic() - started, 0.3)
-        self.assertLess(time.monotonic() - started, 5)
-        self.assertTrue(fault.reached.is_set())
-        fault.release()
-        self.assertTrue(libvirt_storage.wait_for(
-            lambda: set(self._threads()) == self.threads_before))
-
     def test_pause_that_is_shorter_than_the_limit_is_no_stall(self):
         self.dest.slow('stream.send', 0.3, times=2)
         source, dest = self.volumes(self.content)
@@ -559,6 +645,139 @@ class CopyFailureTestCase(_CopyTestCase):
 
         self.assertNotIn('socket is closed', str(error))
 
+    def test_lost_destination_fails(self):
+        self.dest.call('stream.send', self.dest.disconnect, after=WINDOW)
+
+        self.assert_fails('destination', 'socket is closed')
+        self.dest.reconnect()
+
+    def test_link_that_is_cut_while_a_send_blocks_ends_the_copy(self):
+        blocked = self.dest.block('stream.send', after=WINDOW)
+        outcome = self.start_copy(self.content)
+        self.assertTrue(blocked.wait_reached())
+
+        self.dest.disconnect()
+
+        self.assertTrue(outcome.wait(5))
+        self.assertEqual('destination', outcome.error.end)
+        self.assertIn('socket is closed', str(outcome.error))
+
+    def test_error_tells_libvirts_own(self):
+        self.dest.fail('stream.send', error=DEST_ERROR)
+
+        error = self.assert_fails('destination', DEST_ERROR[2])
+
+        self.assertIn('0 bytes', str(error))
+
+    def test_next_copy_works_after_a_failure(self):
+        self.dest.fail('stream.send', after=WINDOW, error=DEST_ERROR)
+        self.assert_fails('destination', 'No space left')
+
+        result = self.copy(self.content)
+
+        self.assertEqual(self.content.size, result.length)
+        self.assertEqual(self.content, self.copied())
+
+
+class CopyVolumeDestinationFailureTestCase(
+        DestinationFailureTests, _CopyFailureTestCase):
+    """A destination that fails while a volume is read."""
+
+
+class CopyFileDestinationFailureTestCase(
+        FileMixin, DestinationFailureTests, _CopyFailureTestCase):
+    """A destination that fails while a file is read."""
+
+
+@ddt.ddt
+class CopyVolumeFailureTestCase(_CopyFailureTestCase):
+    """A source that fails, and which of two errors counts."""
+
+    @ddt.data('stream.recv', 'stream.finish', 'vol.download',
+              'conn.newStream')
+    def test_source_fails_on_its_second_window(self, where):
+        self.source.fail(where, nth=12 if where == 'stream.recv' else 2,
+                         error=SOURCE_ERROR)
+
+        error = self.assert_fails('source', 'Unable to read')
+
+        self.assertGreaterEqual(error.done, WINDOW)
+        self.assertLessEqual(error.done, 5 * WINDOW)
+        self.assert_upload_aborted()
+
+    def test_source_fails_in_front_of_a_hole(self):
+        self.source.fail('stream.recvHole', error=SOURCE_ERROR)
+
+        self.assert_fails('source', 'Unable to read',
+                          Content.draw('AAAA----AA', UNIT))
+
+        self.assert_upload_aborted()
+
+    def test_source_fails_at_once(self):
+        self.source.fail('vol.download', error=SOURCE_ERROR)
+
+        error = self.assert_fails('source', 'Unable to read')
+
+        self.assertEqual(0, error.done)
+        self.assertNotIn('finished', [s.outcome for s in self.uploads()])
+
+    def test_failed_download_is_aborted(self):
+        self.source.fail('stream.recv', after=WINDOW, error=SOURCE_ERROR)
+
+        self.assert_fails('source', 'Unable to read')
+
+        self.assertEqual(['finished', 'aborted'],
+                         [s.outcome for s in self.source.streams])
+
+    def test_first_error_wins_if_the_source_fails_first(self):
+        self.source.fail('stream.recv', after=WINDOW, error=SOURCE_ERROR)
+        self.dest.fail('stream.abort', error=DEST_ERROR)
+
+        self.assert_fails('source', 'Unable to read')
+
+    def test_first_error_wins_if_the_destination_fails_first(self):
+        self.dest.fail('stream.send', after=WINDOW, error=DEST_ERROR)
+        self.source.fail('stream.abort', error=SOURCE_ERROR)
+
+        self.assert_fails('destination', 'No space left')
+
+    def test_source_error_wins_over_a_later_one_of_the_destination(self):
+        sending = self.dest.block('stream.send')
+        sending.error = DEST_ERROR
+        reading = self.source.block('stream.recv', after=UNIT)
+        reading.error = SOURCE_ERROR
+        outcome = self.start_copy(self.content)
+        self.assertTrue(sending.wait_reached())
+
+        reading.release()
+        self.assertTrue(libvirt_storage.wait_for(
+            lambda: not self._threads('volume-read')))
+        sending.release()
+
+        self.assertTrue(outcome.wait(5))
+        self.assertEqual('source', outcome.error.end)
+
+    @ddt.data(('source', 'stream.recv'), ('destination', 'stream.send'))
+    @ddt.unpack
+    def test_end_that_stands_still_is_named_and_left_behind(self, end, where):
+        host = self.source if end == 'source' else self.dest
+        fault = host.block(where, after=WINDOW)
+        source, dest = self.volumes(self.content)
+
+        started = time.monotonic()
+        error = self.assertRaises(
+            stream.CopyError, utils.tpool_wrap(stream.copy), source, dest,
+            self.content.size, None, None, 0.3)
+
+        self.assertEqual(end, error.end)
+        self.assertIn('nothing moved for 0.3 seconds', str(error))
+        self.assertGreaterEqual(time.monotonic() - started, 0.3)
+        self.assertLess(time.monotonic() - started, 5)
+        self.assertTrue(fault.reached.is_set())
+        fault.release()
+        self.assertTrue(libvirt_storage.wait_for(
+            lambda: set(self._threads()) == self.threads_before))
+
     @ddt.data(WINDOW, 2 * WINDOW + 7, 5 * WINDOW - 1)
     def test_source_that_is_shorter_than_told_fails(self, size):
         source, dest = self.volumes(Content.of(patterned(size)), 5 * WINDOW)
@@ -590,12 +809,6 @@ class CopyFailureTestCase(_CopyTestCase):
 
         self.assertEqual(WINDOW + 5, error.done)
 
-    def test_lost_destination_fails(self):
-        self.dest.call('stream.send', self.dest.disconnect, after=WINDOW)
-
-        self.assert_fails('destination', 'socket is closed')
-        self.dest.reconnect()
-
     def test_lost_source_fails(self):
         self.source.call('stream.recv', self.source.disconnect, after=WINDOW)
 
@@ -603,32 +816,106 @@ class CopyFailureTestCase(_CopyTestCase):
 
         self.assert_upload_aborted()
 
-    def test_link_that_is_cut_while_a_send_blocks_ends_the_copy(self):
-        blocked = self.dest.block('stream.send', after=WINDOW)
-        outcome = self.start_copy(self.content)
-        self.assertTrue(blocked.wait_reached())
 
-        self.dest.disconnect()
+@ddt.ddt
+class CopyFileFailureTestCase(FileMixin, _CopyTestCase):
+    """What can happen to a file while it is read."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.set_sizes()
+
+    def assert_fails(self, content: Content, text: str) -> stream.CopyError:
+        error = self.assertRaises(stream.CopyError, self.copy, content)
+        self.assertEqual(('source', self.file), (error.end, error.path))
+        self.assertIn(text, str(error))
+        self.assertNotIn('finished', [s.outcome for s in self.uploads()])
+        return error
+
+    def at_read(self, number: int, action: ty.Callable[[], ty.Any]) -> None:
+        """Have something happen before the nth read."""
+        reads = []
+
+        def read(file, size, offset):
+            reads.append(offset)
+            if len(reads) == number:
+                action()
+            return self.pread(file, size, offset)
+
+        self.patch_reads(read)
+
+    def test_read_error(self):
+        def fail():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        self.at_read(3, fail)
+
+        error = self.assert_fails(
+            Content.of(patterned(5 * WINDOW)), 'Input/output error')
+
+        self.assertEqual(2 * stream.MESSAGE_BYTES, error.done)
+
+    # How long it still is when its first data is read.
+    @ddt.data(WINDOW + 5, 2 * WINDOW, 3 * WINDOW, 5 * WINDOW - 1)
+    def test_file_that_shrinks(self, size):
+        content = Content.draw('A' * 16 + '-' * 16 + 'B' * 8, UNIT)
+        self.at_read(1, lambda: os.truncate(self.file, size))
+
+        error = self.assert_fails(content, 'did the volume change its size?')
+
+        self.assertEqual(min(size, error.done), error.done)
+
+    def test_file_that_shrinks_before_its_last_hole(self):
+        content = Content.draw('A' * 8 + '-' * 8, UNIT)
+        self.at_read(1, lambda: os.truncate(self.file, 8 * UNIT))
+
+        error = self.assert_fails(content, 'did the volume change its size?')
+
+        self.assertEqual(8 * UNIT, error.done)
+
+    def test_file_that_is_gone_already(self):
+        source, dest = self.volumes(Content.draw('A', UNIT))
+        os.unlink(self.file)
+
+        error = self.assertRaises(
+            stream.CopyError, utils.tpool_wrap(stream.copy),
+            source, dest, UNIT)
+
+        self.assertEqual(('source', 0), (error.end, error.done))
+        self.assertIn('No such file', str(error))
+
+    def test_cancel(self):
+        cancel = threading.Event()
+        self.dest.slow('stream.send', 0.05)
+        outcome = self.start_copy(
+            Content.of(patterned(20 * WINDOW)), cancel=cancel)
+        self.assertTrue(libvirt_storage.wait_for(lambda: self.progress))
+
+        cancel.set()
 
         self.assertTrue(outcome.wait(5))
-        self.assertEqual('destination', outcome.error.end)
-        self.assertIn('socket is closed', str(outcome.error))
+        self.assertIsInstance(outcome.error, stream.Cancelled)
 
-    def test_error_tells_libvirts_own(self):
-        self.dest.fail('stream.send', error=DEST_ERROR)
+    def test_stalled_destination_bounds_what_is_read(self):
+        blocked = self.dest.block('stream.send', after=UNIT)
+        offsets = []
 
-        error = self.assert_fails('destination', DEST_ERROR[2])
+        def read(file, size, offset):
+            offsets.append(offset)
+            return self.pread(file, size, offset)
 
-        self.assertIn('0 bytes', str(error))
+        self.patch_reads(read)
+        outcome = self.start_copy(Content.of(patterned(20 * WINDOW)))
+        self.assertTrue(blocked.wait_reached())
+        self.assertTrue(libvirt_storage.wait_for(
+            lambda: len(offsets) * stream.MESSAGE_BYTES > QUEUE))
+        time.sleep(0.3)
 
-    def test_next_copy_works_after_a_failure(self):
-        self.dest.fail('stream.send', after=WINDOW, error=DEST_ERROR)
-        self.assert_fails('destination', 'No space left')
+        self.assertLessEqual(
+            offsets[-1], QUEUE + CopyMemoryTestCase.IN_HAND)
 
-        result = self.copy(self.content)
-
-        self.assertEqual(self.content.size, result.length)
-        self.assertEqual(self.content, self.copied())
+        blocked.release()
+        self.assertTrue(outcome.wait(10))
 
 
 @ddt.ddt
@@ -751,6 +1038,19 @@ class CopyMemoryTestCase(_CopyTestCase):
         self.assertLessEqual(self.hosts.meter.peak,
                              units.Mi + self.IN_HAND)
 
+    def test_reader_that_waits_is_let_on_when_half_is_gone(self):
+        queue = stream._Queue(4)
+        for _index in range(4):
+            queue.put(b'x')
+        chunks = iter(queue)
+
+        seen = [queue.full]
+        for _index in range(4):
+            next(chunks)
+            seen.append(queue.full)
+
+        self.assertEqual([True, True, False, False, False], seen)
+
     def test_bounds_of_real_copies(self):
         """The measured figures that the bounds stand for."""
         self.assertEqual(32 * units.Mi, stream.WINDOW_BYTES)
@@ -763,11 +1063,7 @@ class CopyMemoryTestCase(_CopyTestCase):
         self.set_sizes()
         runs = []
         for name, content in contents.items():
-            self.source.add_volume('disks', name, content)
-            self.dest.add_volume('disks', name, Content(content.size))
-            ends = [host.connect().storagePoolLookupByName(
-                'disks').storageVolLookupByName(name)
-                for host in (self.source, self.dest)]
+            ends = self.volumes(content, name=name)
             thread = libvirt_storage.native_threading().Thread(
                 target=stream.copy, args=(*ends, content.size))
             thread.start()
