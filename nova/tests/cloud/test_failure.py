@@ -98,7 +98,7 @@ class FailureTestCase(base.CloudTestCase):
 
     def test_disk_of_the_destination_fills_up(self):
         pool = servers.POOL
-        self.destination.run(['mount', '-t', 'tmpfs', '-o', 'size=700m,'
+        self.destination.run(['mount', '-t', 'tmpfs', '-o', 'size=2g,'
                               f'uid={self.destination.nova_uid}', 'tmpfs',
                               pool])
         self.addCleanup(self.destination.run, ['virsh', 'pool-refresh',
@@ -116,7 +116,7 @@ class FailureTestCase(base.CloudTestCase):
             self.server.id, host=base.DESTINATION)
         daemons.wait_for('the copy to begin', begun, poll=0.05)
         with open(filler, 'wb') as file:
-            os.posix_fallocate(file.fileno(), 0, 400 * units.Mi)
+            os.posix_fallocate(file.fileno(), 0, 1700 * units.Mi)
         self.server.wait('ACTIVE')
         self.assertIn('No space left on device', last_details(self.server))
         self.assert_as_before()

@@ -282,8 +282,11 @@ class TestRefused(RefusedTestCase):
         self.assert_refused(f'{POOL} is not active')
 
     def test_pool_has_no_room(self):
-        self.destination.run(['mount', '-t', 'tmpfs', '-o', 'size=64k',
+        # Of a size that placement has nothing against, but full.
+        self.destination.run(['mount', '-t', 'tmpfs', '-o', 'size=2g',
                               'tmpfs', servers.POOL])
+        self.destination.run(['fallocate', '-l', str(2 * GIB - 2 ** 16),
+                              f'{servers.POOL}/filler'])
         self.undo(self.destination, 'virsh', 'pool-refresh', POOL)
         self.undo(self.destination, 'umount', servers.POOL)
         self.assert_refused('bytes available')
