@@ -88,7 +88,10 @@ HOOKS = {
     'check_instance_shared_storage_remote': ('context', 'data'),
     'check_instance_shared_storage_cleanup': ('context', 'data'),
     'delete_instance_files': ('instance',),
-    '_create_image': ('context', 'instance', 'block_device_info'),
+    '_create_image': (
+        'context', 'instance', 'disk_mapping', 'injection_info', 'suffix',
+        'disk_images', 'block_device_info', 'fallback_from_host',
+        'ignore_bdi_for_swap'),
     '_create_images_and_backing': (
         'context', 'instance', 'instance_dir', 'disk_info',
         'fallback_from_host'),
@@ -383,11 +386,17 @@ class LibvirtDriver(driver.LibvirtDriver):
         super()._create_images_and_backing(
             context, instance, instance_dir, disk_info, fallback_from_host)
 
-    def _create_image(self, context, instance, *args, **kwargs):
-        created = super()._create_image(context, instance, *args, **kwargs)
+    def _create_image(
+        self, context, instance, disk_mapping, injection_info=None,
+        suffix='', disk_images=None, block_device_info=None,
+        fallback_from_host=None, ignore_bdi_for_swap=False,
+    ):
+        created = super()._create_image(
+            context, instance, disk_mapping, injection_info, suffix,
+            disk_images, block_device_info, fallback_from_host,
+            ignore_bdi_for_swap)
         if instance.task_state == task_states.RESIZE_FINISH:
-            self._grow_ephemeral(
-                instance, kwargs.get('block_device_info'))
+            self._grow_ephemeral(instance, block_device_info)
         return created
 
     def _grow_ephemeral(self, instance, block_device_info) -> None:
