@@ -98,29 +98,33 @@ class FailureTestCase(base.CloudTestCase):
 
     def test_disk_of_the_destination_fills_up(self):
         pool = servers.POOL
-        self.destination.run(['mount', '-t', 'tmpfs', '-o', 'size=2g,'
+        # Big enough for placement, which counts all of it, and so full that
+        # the disk would only just fit.
+        self.destination.run(['mount', '-t', 'tmpfs', '-o', 'size=4g,'
                               f'uid={self.destination.nova_uid}', 'tmpfs',
                               pool])
         self.addCleanup(self.destination.run, ['virsh', 'pool-refresh',
                                                'nova-disks'])
         self.addCleanup(self.destination.run, ['umount', pool])
         # From inside the host, which alone sees the mount.
-        copy = f'/proc/{self.destination.pid}/root{self.disk}'
-        filler = f'/proc/{self.destination.pid}/root{pool}/filler'
-
-        def begun():
-            return (os.path.exists(copy) and
-                    os.stat(copy).st_blocks * 512 > 32 * units.Mi)
+        inside = f'/proc/{self.destination.pid}/root'
+        self._fill(f'{inside}{pool}/filler', 4 * units.Gi - 800 * units.Mi)
+        copy = f'{inside}{self.disk}'
 
         self.server.compute.migrate_server(
             self.server.id, host=base.DESTINATION)
-        daemons.wait_for('the copy to begin', begun, poll=0.05)
-        with open(filler, 'wb') as file:
-            os.posix_fallocate(file.fileno(), 0, 1700 * units.Mi)
+        daemons.wait_for('the copy to begin', lambda: (
+            os.path.exists(copy) and os.stat(copy).st_blocks > 0), poll=0.02)
+        self._fill(f'{inside}{pool}/more', 500 * units.Mi)
         self.server.wait('ACTIVE')
         self.assertIn('No space left on device', last_details(self.server))
         self.assert_as_before()
-        self.assertEqual(['filler'], os.listdir(os.path.dirname(filler)))
+        self.assertEqual({'filler', 'more'}, set(os.listdir(inside + pool)))
+
+    @staticmethod
+    def _fill(path, size) -> None:
+        with open(path, 'wb') as file:
+            os.posix_fallocate(file.fileno(), 0, size)
 
     def test_server_is_deleted(self):
         self.server.compute.migrate_server(
