@@ -174,6 +174,15 @@ class Server:
             for event in full.events or []:
                 yield event['event'], event.get('details')
 
+    def failure(self) -> str:
+        """What `openstack server event show` says of the last failure.
+
+        Nova records it a moment after the server has its status again.
+        """
+        return daemons.wait_for(f'an error of {self.id}', lambda: next(
+            (details for event, details in self.events() if details), ''),
+            seconds=30)
+
     def disks(self, host: str) -> dict[str, Path]:
         """The files of its disks on a host, by the disks' names."""
         where = self.cloud.lab.host(host).path

@@ -55,7 +55,7 @@ class FailureTestCase(base.CloudTestCase):
         size = copy.stat().st_blocks * 512 if copy.exists() else 0
         self.assertLess(size, NOISE_BYTES)
         self.server.wait('ACTIVE')
-        return last_details(self.server)
+        return self.server.failure()
 
     def assert_as_before(self) -> None:
         """The server runs on the source, from the disk that it had."""
@@ -117,7 +117,7 @@ class FailureTestCase(base.CloudTestCase):
             os.path.exists(copy) and os.stat(copy).st_blocks > 0), poll=0.02)
         self._fill(f'{inside}{pool}/more', 500 * units.Mi)
         self.server.wait('ACTIVE')
-        self.assertIn('No space left on device', last_details(self.server))
+        self.assertIn('No space left on device', self.server.failure())
         self.assert_as_before()
         self.assertEqual({'filler', 'more'}, set(os.listdir(inside + pool)))
 
@@ -139,9 +139,3 @@ class FailureTestCase(base.CloudTestCase):
             domains = self.cloud.lab.host(host).run(
                 ['virsh', 'list', '--all', '--uuid']).stdout
             self.assertNotIn(self.server.id, domains)
-
-
-def last_details(server: servers.Server) -> str:
-    """What `openstack server event show` says of the last failure."""
-    return next((details for event, details in server.events() if details),
-                '')

@@ -12,7 +12,6 @@
 
 """Servers of a real cloud move from one compute host to the other."""
 
-import contextlib
 from typing import Any
 
 from nova.tests.cloud import base
@@ -94,7 +93,7 @@ class TestResize(base.CloudTestCase):
         server = self.create(flavor='small-ephemeral')
         server.resize('small', status='ACTIVE')
         self.assertEqual(base.SOURCE, server.host)
-        self.assertIn('resize disk down', last_error(server))
+        self.assertIn('resize disk down', server.failure())
         self.assert_no_disks(server, base.DESTINATION)
 
 
@@ -211,7 +210,7 @@ class RefusedTestCase(base.CloudTestCase):
     def assert_refused(self, reason: str) -> None:
         """Try to migrate, and check that all that came of it is a message."""
         self.assert_stays()
-        message = last_error(self.server)
+        message = self.server.failure()
         self.assertIn(self.destination.address, message)
         self.assertIn(reason, message)
         self.assertIn(message.splitlines()[0],
@@ -319,10 +318,3 @@ class TestRefusedPort(RefusedTestCase):
 def find_service(compute: Any, host: str) -> Any:
     """The nova-compute of a host, as the API shows it."""
     return next(compute.services(binary='nova-compute', host=host))
-
-
-def last_error(server: servers.Server) -> str:
-    """What `openstack server event show` says of the last failure."""
-    with contextlib.suppress(StopIteration):
-        return next(details for event, details in server.events() if details)
-    return ''
