@@ -18,6 +18,7 @@ Every call here blocks. In eventlet mode call it through
 ``stream``.
 """
 
+import contextlib
 import dataclasses
 import os
 import typing as ty
@@ -222,14 +223,9 @@ def delete_volumes(uri: str, pool_name: str, prefix: str) -> None:
 
     :param uri: libvirt URI of this host
     """
-    connection = peer.open_connection(uri)
-    try:
-        pool = storage_pool.Pool.lookup(connection, pool_name)
-        pool.refresh()
+    with _refreshed_pool(uri, pool_name) as pool:
         for volume in pool.volumes(prefix):
             volume.delete()
-    finally:
-        connection.close()
 
 
 def adopt_volumes(
@@ -244,15 +240,24 @@ def adopt_volumes(
     :param names: of the volumes, each of which begins with ``prefix``
     :raises: libvirtError, OSError
     """
-    connection = peer.open_connection(uri)
-    try:
-        pool = storage_pool.Pool.lookup(connection, pool_name)
-        pool.refresh()
+    with _refreshed_pool(uri, pool_name) as pool:
         for name in names:
             flush(pool.volume(name).path)
         flush(pool.path)
         for volume in pool.volumes(prefix + peer.CLAIM):
             volume.delete()
+
+
+@contextlib.contextmanager
+def _refreshed_pool(
+    uri: str, name: str,
+) -> ty.Iterator[storage_pool.Pool]:
+    """A pool as it is now, over a connection of its own."""
+    connection = peer.open_connection(uri)
+    try:
+        pool = storage_pool.Pool.lookup(connection, name)
+        pool.refresh()
+        yield pool
     finally:
         connection.close()
 
