@@ -210,10 +210,11 @@ class Cloud:
         (home / 'rabbitmq.conf').write_text(config.rabbitmq(self.site))
         (home / 'plugins').write_text('[].\n')
         erlang = {'HOME': str(home), 'ERL_EPMD_ADDRESS': '127.0.0.1',
-                  'ERL_EPMD_PORT': '24369'}
+                  'ERL_EPMD_PORT': str(self.site.epmd_port)}
         epmd = self.daemon('epmd')
         epmd.start(['/usr/bin/epmd'], env=erlang)
-        epmd.wait('epmd', lambda: daemons.listening('127.0.0.1', 24369))
+        epmd.wait('epmd', lambda: daemons.listening(
+            '127.0.0.1', self.site.epmd_port))
         self.daemon('rabbitmq').start(
             ['/usr/lib/rabbitmq/bin/rabbitmq-server'], cwd=str(home),
             env={**erlang,
@@ -223,7 +224,7 @@ class Cloud:
                  'RABBITMQ_ENABLED_PLUGINS_FILE': str(home / 'plugins'),
                  'RABBITMQ_MNESIA_BASE': str(home / 'mnesia'),
                  'RABBITMQ_LOG_BASE': str(home / 'log'),
-                 'RABBITMQ_DIST_PORT': '25673',
+                 'RABBITMQ_DIST_PORT': str(self.site.epmd_port + 1000),
                  # Lets the start script become the Erlang VM, so that the
                  # recorded pid is the one to end.
                  'RUNNING_UNDER_SYSTEMD': 'true',
@@ -442,6 +443,20 @@ class Cloud:
                     has_reported, compute, name, before.get(name)), 120)
         if not all(host.name in before for host in self.lab.hosts):
             self.run(self.program('nova-manage', 'cell_v2', 'discover_hosts'))
+
+    def wait_computes(self) -> None:
+        """Wait until the scheduler gives servers to every host.
+
+        Nova takes a host away from it while its nova-compute does not report,
+        or has no libvirtd to talk to.
+        """
+        compute = self.connection().compute
+        daemons.wait_for('every nova-compute to be up and enabled', lambda: (
+            {host.name for host in self.lab.hosts} == {
+                service.host
+                for service in compute.services(binary='nova-compute')
+                if service.state == 'up' and service.status == 'enabled'}),
+            seconds=150, poll=0.5)
 
     def stop_computes(self) -> None:
         """End every host's nova-compute."""

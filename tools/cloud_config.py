@@ -51,6 +51,14 @@ class Site:
         return (f'rabbit://lab:{PASSWORD}@{self.address}:'
                 f'{PORTS["rabbitmq"]}/')
 
+    @property
+    def epmd_port(self) -> int:
+        """Where RabbitMQ's nodes find each other, on loopback.
+
+        By subnet: two clouds on one machine need different ones.
+        """
+        return 24000 + int(self.address.split('.')[2])
+
     def credentials(self, user: str) -> dict[str, object]:
         """How a service authenticates to the others."""
         return {'auth_type': 'password',
@@ -155,6 +163,9 @@ def nova_common(site: Site) -> Options:
                     'report_interval': 5,
                     # A guest in software emulation takes long to end.
                     'shutdown_timeout': 0},
+        # Where a link was cut, a connection is found dead, and made anew,
+        # within seconds.
+        'oslo_messaging_rabbit': {'heartbeat_timeout_threshold': 10},
         'keystone_authtoken': site.token_check('nova'),
         'service_user': {**site.credentials('nova'),
                          'send_service_user_token': True},

@@ -97,13 +97,24 @@ class Server:
                 status: str = 'VERIFY_RESIZE') -> None:
         """Cold migrate it."""
         self.compute.migrate_server(self.id, host=host)
-        self.wait(status)
+        self._wait_for_task(status)
 
     def resize(self, flavor: str, status: str = 'VERIFY_RESIZE') -> None:
         """Resize it, which migrates it too."""
         self.compute.resize_server(
             self.id, self.compute.find_flavor(flavor).id)
-        self.wait(status)
+        self._wait_for_task(status)
+
+    def _wait_for_task(self, status: str) -> None:
+        """Wait until the task that the API began is over.
+
+        :raises daemons.Failed: with what is told of it, where the server is
+            not of this status then.
+        """
+        if self.settle() != status:
+            raise daemons.Failed(
+                f'{self.id} is {self.status}, not {status}: '
+                f'{self.failure()}')
 
     def confirm(self, status: str = 'ACTIVE') -> None:
         """Confirm a migration or a resize, and wait for the source's part."""

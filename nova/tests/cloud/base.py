@@ -68,6 +68,7 @@ class CloudTestCase(testtools.TestCase):
         self.destination = self.cloud.lab.host(DESTINATION)
         self.addDetail('nova-compute', self._logs())
         self._set_options()
+        self.cloud.wait_computes()
         self._set_ssh()
 
     def _set_options(self) -> None:

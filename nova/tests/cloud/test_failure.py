@@ -67,6 +67,7 @@ class FailureTestCase(base.CloudTestCase):
         self.assertEqual('error', migration.status)
 
     def assert_next_attempt_works(self) -> None:
+        self.cloud.wait_computes()
         self.server.migrate(base.DESTINATION)
         self.assertEqual(base.DESTINATION, self.server.host)
         self.server.confirm()
