@@ -132,6 +132,20 @@ Related options:
 
 * ``vol_upload_migration``
 """),
+    cfg.IntOpt(
+        'vol_upload_migration_bandwidth',
+        default=0,
+        min=0,
+        help="""
+The most that cold migrations and resizes send from this host, in MiB/s.
+
+All that run at once over libvirt share it in equal parts, and what one of them
+does not use is left to the others. Holes in disks are free. 0 is no limit.
+
+Related options:
+
+* ``vol_upload_migration``
+"""),
 ]
 
 ALL_OPTS = storage_pool_opts + migration_opts

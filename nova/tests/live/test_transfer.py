@@ -38,6 +38,10 @@ class TransferTestCase(base.LiveTestCase):
         self.pool_name = 'test-' + uuidutils.generate_uuid()
         self.pools = {host: self.make_pool(host, self.pool_name)
                       for host in (self.source, self.destination)}
+        self.bandwidth = None
+        self._name_server()
+
+    def _name_server(self):
         self.uuid = uuidutils.generate_uuid()
         self.volume = self.uuid + '_disk'
         self.disk = transfer.Disk(self.volume, 'raw')
@@ -65,7 +69,8 @@ class TransferTestCase(base.LiveTestCase):
         move = transfer.Transfer(
             'qemu+unix:///system?socket=%s' % self.source.path(
                 '/run/libvirt/libvirt-sock'),
-            destination, self.pool_name, self.directory)
+            destination, self.pool_name, self.directory,
+            bandwidth=self.bandwidth)
         self.addCleanup(move.close)
         return move
 

@@ -123,6 +123,8 @@ class LibvirtDriver(driver.LibvirtDriver):
         self.image_backend = image.Backend(CONF.use_cow_images)
         self.image_cache_manager = imagecache.ImageCacheManager()
         self._cancel_events: dict[str, threading.Event] = {}
+        self._bandwidth = stream.Bandwidth(
+            CONF.libvirt.vol_upload_migration_bandwidth * units.Mi)
 
     def init_host(self, host):
         check_hooks(driver.LibvirtDriver)
@@ -484,7 +486,7 @@ class LibvirtDriver(driver.LibvirtDriver):
             instance.uuid, directory)
         return transfer.Transfer(
             self._uri(), destination, CONF.libvirt.disks_pool, directory,
-            CONF.libvirt.vol_upload_migration_direct_read)
+            CONF.libvirt.vol_upload_migration_direct_read, self._bandwidth)
 
     def _storage_migration_uri(self, dest) -> str:
         """The libvirt URI of a destination."""

@@ -75,6 +75,14 @@ END_SECONDS = 0.5
 # What virStreamRecvFlags() returns in front of a hole.
 _AT_HOLE = -3
 
+# What a copy takes at a time of a bandwidth that it shares with others: turns
+# of one size make it a fair share, however small a message is.
+TURN_BYTES = 256 * 1024
+
+# How much of an unused bandwidth can be made up for, in seconds of it: more
+# than a thread is late, and less than shows.
+SLACK_SECONDS = 0.05
+
 _ZEROS = bytes(MESSAGE_BYTES)
 _ZERO_BLOCK = bytes(ZERO_BYTES)
 
@@ -131,6 +139,32 @@ Progress = ty.Callable[[int, int], None]
 Chunks = ty.Generator[bytes | int, None, None]
 
 
+class Bandwidth:
+    """A limit to what all copies together send that are given it.
+
+    Each that has something to send takes turns with the others. Holes are
+    free.
+    """
+
+    def __init__(self, rate: int):
+        """Set the limit.
+
+        :param rate: bytes per second; 0 for no limit
+        """
+        self._rate = rate
+        self._lock = native_threading().Lock()
+        self._next = 0.0
+
+    def take_turn(self) -> float:
+        """The time.monotonic() from which on TURN_BYTES may be sent."""
+        if not self._rate:
+            return 0.0
+        with self._lock:
+            turn = max(self._next, time.monotonic() - SLACK_SECONDS)
+            self._next = turn + TURN_BYTES / self._rate
+            return turn
+
+
 class Source(ty.Protocol):
     """Where a copy reads from; used by one thread.
 
@@ -169,6 +203,7 @@ def copy(
     progress: Progress | None = None,
     cancel: CancelEvent | None = None,
     stall_seconds: float = STALL_SECONDS,
+    bandwidth: Bandwidth | None = None,
 ) -> Result:
     """Copy the first bytes of a volume into a fresh volume on another host.
 
@@ -184,6 +219,7 @@ def copy(
     :param progress: told how far the copy is
     :param cancel: stops the copy when set
     :param stall_seconds: how long the copy may stand still
+    :param bandwidth: shared with the other copies that are given it
     :raises: CopyError if either end fails; the first error is the one raised
     :raises: Cancelled if ``cancel`` was set
     """
@@ -197,7 +233,7 @@ def copy(
         _read(source, length, queue)
 
     def write() -> None:
-        sent.append(_write(destination, length, queue, progress))
+        sent.append(_write(destination, length, queue, progress, bandwidth))
 
     workers = [_start(read, queue), _start(write, queue)]
     last_move, moved = started, 0
@@ -225,7 +261,7 @@ def write(destination: 'libvirt.virStorageVol', data: bytes) -> None:
     queue = _Queue(len(data) + 1)
     queue.put(data)
     queue.close()
-    _write(destination, len(data), queue, None)
+    _write(destination, len(data), queue)
 
 
 def native_threading() -> ty.Any:
@@ -337,8 +373,15 @@ class _Queue:
                 self.error = error
             self._changed.notify_all()
 
-    def _wait_for(self, ready: ty.Callable[[], bool]) -> None:
-        self._changed.wait_for(lambda: self.error is not None or ready())
+    def wait_until(self, moment: float) -> None:
+        """Let time pass, up to a time.monotonic() or the first error."""
+        with self._changed:
+            self._wait_for(lambda: False, moment - time.monotonic())
+
+    def _wait_for(self, ready: ty.Callable[[], bool],
+                  seconds: float | None = None) -> None:
+        self._changed.wait_for(
+            lambda: self.error is not None or ready(), seconds)
         if self.error is not None:
             raise self.error
 
@@ -500,10 +543,11 @@ def _write(
     volume: 'libvirt.virStorageVol',
     length: int,
     queue: _Queue,
-    progress: Progress | None,
+    progress: Progress | None = None,
+    bandwidth: Bandwidth | None = None,
 ) -> int:
     """Upload the chunks of the queue; return the bytes of data sent."""
-    done = wire = hole = 0
+    done = wire = hole = allowed = 0
     if not length:
         # An upload of length 0 would mean one without a limit.
         return 0
@@ -518,6 +562,9 @@ def _write(
                     # libvirt 10.1.0, and windows cut holes into pieces.
                     hole += chunk
                     continue
+                while bandwidth and wire + len(chunk) > allowed:
+                    queue.wait_until(bandwidth.take_turn())
+                    allowed += TURN_BYTES
                 _send_hole(stream, hole)
                 _send(stream, chunk)
                 done += hole + len(chunk)

@@ -66,6 +66,7 @@ class Transfer:
         pool_name: str,
         directory: str,
         direct_read: bool = True,
+        bandwidth: stream.Bandwidth | None = None,
     ):
         """Say what is to go where; nothing happens yet.
 
@@ -73,12 +74,14 @@ class Transfer:
         :param pool_name: name of the disks pool
         :param directory: path of the server's instance directory
         :param direct_read: whether files may be read past libvirt
+        :param bandwidth: limit that all transfers of this host share
         """
         self.destination = destination
         self._source_uri = source_uri
         self._pool_name = pool_name
         self._directory = directory
         self._direct_read = direct_read
+        self._bandwidth = bandwidth
         self._connection: ty.Any = None
         self._source_pool: storage_pool.Pool
 
@@ -113,7 +116,7 @@ class Transfer:
             volume = self.destination.create_disk(disk.volume, length)
             result = stream.copy(
                 self._open(source, length), volume.libvirt_volume, length,
-                cancel=cancel)
+                cancel=cancel, bandwidth=self._bandwidth)
             self.destination.verify_disk(disk.volume, length)
             return result
         except stream.Cancelled:
@@ -182,7 +185,7 @@ class Transfer:
             length = source.length
             file = self.destination.create_file(name, length)
             stream.copy(self._open(source, length), file.libvirt_volume,
-                        length, cancel=cancel)
+                        length, cancel=cancel, bandwidth=self._bandwidth)
         finally:
             directory.detach()
 

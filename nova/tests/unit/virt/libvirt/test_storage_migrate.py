@@ -39,6 +39,7 @@ from nova.virt.libvirt.storage import image
 from nova.virt.libvirt.storage import imagecache
 from nova.virt.libvirt.storage import kept
 from nova.virt.libvirt.storage import peer
+from nova.virt.libvirt.storage import stream
 from nova.virt.libvirt import storage_migrate
 
 SIZE = 4 * units.Mi
@@ -196,6 +197,17 @@ class MigrateTestCase(DriverTestCase):
             self.content, self.dest.volume('nova-disks', volume).content)
         self.assertEqual(
             direct, ('vol.download', volume) not in self.source.calls)
+
+    def test_bandwidth_is_one_of_the_driver(self):
+        self.flags(vol_upload_migration_bandwidth=7, group='libvirt')
+        with mock.patch.object(stream, 'Bandwidth', autospec=True) as limit:
+            limit.return_value.take_turn.return_value = 0.0
+            self.driver = storage_migrate.LibvirtDriver(fake.FakeVirtAPI())
+            self._patch_driver()
+            self._add_disk()
+            self._migrate()
+        limit.assert_called_once_with(7 * units.Mi)
+        limit.return_value.take_turn.assert_called()
 
     def test_swap_disk_is_not_copied(self):
         volume = self._add_disk()

@@ -1076,6 +1076,94 @@ class CopyMemoryTestCase(_CopyTestCase):
                 content, self.dest.volume('disks', name).content)
 
 
+class BandwidthTestCase(_CopyTestCase):
+
+    def test_turns_are_as_far_apart_as_the_rate_wants(self):
+        bandwidth = stream.Bandwidth(stream.TURN_BYTES // 10)
+
+        turns = [bandwidth.take_turn() for _index in range(4)]
+
+        self.assertEqual([10, 10, 10], [
+            round(later - turn, 3) for turn, later in zip(turns, turns[1:])])
+        self.assertLess(turns[0], time.monotonic())
+
+    def test_what_nobody_used_is_not_made_up_for(self):
+        bandwidth = stream.Bandwidth(1000 * stream.TURN_BYTES)
+        bandwidth.take_turn()
+        time.sleep(0.2)
+        now = time.monotonic()
+
+        self.assertGreaterEqual(
+            bandwidth.take_turn(), now - stream.SLACK_SECONDS)
+
+    def test_no_limit(self):
+        bandwidth = stream.Bandwidth(0)
+
+        self.assertEqual(
+            [0.0] * 1000, [bandwidth.take_turn() for _index in range(1000)])
+
+    def test_copy_takes_the_time_that_the_rate_allows(self):
+        bandwidth = stream.Bandwidth(4 * units.Mi)
+
+        result = self.copy(
+            Content.of(patterned(2 * units.Mi)), bandwidth=bandwidth)
+
+        self.assertEqual(2 * units.Mi, result.wire)
+        # The first turn is at once.
+        self.assertGreater(result.seconds, 7 / 8 * 0.5 - 0.06)
+        self.assertLess(result.seconds, 2)
+
+    def test_only_data_takes_turns(self):
+        bandwidth = mock.Mock(spec_set=stream.Bandwidth)
+        bandwidth.take_turn.return_value = 0.0
+
+        self.copy(Content.draw('-' * 500 + 'A-B-' * 10, UNIT),
+                  bandwidth=bandwidth)
+
+        self.assertEqual(20 * UNIT // stream.TURN_BYTES,
+                         bandwidth.take_turn.call_count)
+
+    def test_small_messages_get_as_much_as_big_ones(self):
+        """Neither of two copies of as much data ends long before the other."""
+        bandwidth = stream.Bandwidth(8 * units.Mi)
+        sent = {'big': 0, 'small': 0}
+        contents = {'big': Content.of(patterned(3 * units.Mi)),
+                    'small': Content.draw('A-' * 768, 4096)}
+        seen_at_end = []
+
+        def run(name, source, dest):
+            def progress(done, wire):
+                sent[name] = wire
+
+            stream.copy(source, dest, contents[name].size,
+                        progress=progress, bandwidth=bandwidth)
+            seen_at_end.append(min(sent.values()))
+
+        new_thread = libvirt_storage.native_threading().Thread
+        runs = [new_thread(target=run, args=(
+                name, *self.volumes(content, name=name)))
+                for name, content in contents.items()]
+        for thread in runs:
+            thread.start()
+        self.assertTrue(libvirt_storage.wait_for(
+            lambda: not any(thread.is_alive() for thread in runs)))
+
+        self.assertEqual({'big': 3 * units.Mi, 'small': 3 * units.Mi}, sent)
+        self.assertGreater(seen_at_end[0], 2 * units.Mi)
+
+    def test_cancel_while_the_copy_waits_for_its_turn(self):
+        cancel = threading.Event()
+        outcome = self.start_copy(
+            Content.of(patterned(units.Mi)), cancel=cancel,
+            bandwidth=stream.Bandwidth(1))
+        self.assertTrue(libvirt_storage.wait_for(lambda: self.progress))
+
+        cancel.set()
+
+        self.assertTrue(outcome.wait(1))
+        self.assertIsInstance(outcome.error, stream.Cancelled)
+
+
 class CopyHubTestCase(_CopyTestCase):
 
     def test_rest_of_the_process_runs_while_a_send_blocks(self):
