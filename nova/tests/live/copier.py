@@ -82,7 +82,7 @@ def main() -> None:
 
 class MemorySource:
     """Random bytes, which cost nothing to read: the limit of an upload."""
-    path = 'memory'
+    path = kind = 'memory'
 
     def chunks(self, length: int) -> stream.Chunks:
         data = os.urandom(stream.MESSAGE_BYTES)

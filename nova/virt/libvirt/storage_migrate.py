@@ -26,6 +26,7 @@ Methods to Migrate Libvirt Volumes".
 """
 
 import contextlib
+import functools
 import inspect
 import os
 import threading
@@ -55,6 +56,7 @@ from nova.virt.libvirt.storage import image
 from nova.virt.libvirt.storage import imagecache
 from nova.virt.libvirt.storage import kept
 from nova.virt.libvirt.storage import peer
+from nova.virt.libvirt.storage import progress
 from nova.virt.libvirt.storage import stream
 from nova.virt.libvirt.storage import transfer
 from nova.virt.libvirt import utils as libvirt_utils
@@ -174,8 +176,7 @@ class LibvirtDriver(driver.LibvirtDriver):
                 self.power_off(instance, timeout, retry_interval)
                 self._detach_from_host(
                     context, instance, network_info, block_device_info)
-                for disk in disks:
-                    self._copy_disk(instance, move, disk, cancel)
+                self._copy_disks(context, instance, move, disks, cancel)
                 _native(move.copy_instance_dir, disks, cancel)
                 self._keep_instance_dir(instance)
         finally:
@@ -220,6 +221,8 @@ class LibvirtDriver(driver.LibvirtDriver):
         power_on=True, share_info=None,
     ):
         """Start a server on the destination, whichever way its disks came."""
+        # Saved by Nova with the state that it gives to the server next.
+        instance.progress = 0
         disks = jsonutils.loads(disk_info)
         volumes = [os.path.basename(info['path']) for info in disks
                    if image.is_in_pool(info['path'])]
@@ -506,13 +509,14 @@ class LibvirtDriver(driver.LibvirtDriver):
             self._disconnect_volume(
                 context, volume['connection_info'], instance)
 
-    def _copy_disk(self, instance, move, disk, cancel) -> None:
-        result = _native(move.copy_disk, disk, cancel)
-        LOG.info('Copied %(disk)s to %(host)s: %(bytes)d bytes, %(wire)d on '
-                 'the wire, %(seconds).1f s',
-                 {'disk': disk.volume, 'host': move.destination.host,
-                  'bytes': result.length, 'wire': result.wire,
-                  'seconds': result.seconds}, instance=instance)
+    def _copy_disks(self, context, instance, move, disks, cancel) -> None:
+        """Copy the disks, and tell how far that is."""
+        watcher = progress.Progress(
+            context, instance, move.destination.host,
+            _native(move.length, disks))
+        for disk in disks:
+            watcher.watch(disk.volume, functools.partial(
+                _native, move.copy_disk, disk, cancel))
 
     def _keep_instance_dir(self, instance) -> None:
         """Put the instance directory where a revert will look for it."""
@@ -542,6 +546,8 @@ class LibvirtDriver(driver.LibvirtDriver):
                         {'host': host, 'error': error},
                         instance=instance)
             failure = exception.MigrationError(reason=str(error))
+            # Saved by Nova with the state that it gives to the server next.
+            instance.progress = 0
             try:
                 if cancel.is_set() or isinstance(error, kept.NotRestored):
                     raise failure from error

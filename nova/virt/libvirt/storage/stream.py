@@ -123,10 +123,12 @@ class Result:
     :ivar length: bytes of the volume, holes included
     :ivar wire: bytes of data that were sent, holes not included
     :ivar seconds: from the first request to the destination's last answer
+    :ivar source: how the volume was read, the ``kind`` of its source
     """
     length: int
     wire: int
     seconds: float
+    source: str
 
 
 # Called from the copying thread with the bytes dealt with so far, holes
@@ -169,8 +171,10 @@ class Source(ty.Protocol):
     """Where a copy reads from; used by one thread.
 
     :ivar path: path of the volume
+    :ivar kind: what is read: 'file' or 'volume'
     """
     path: str
+    kind: str
 
     def chunks(self, length: int) -> Chunks:
         """Yield the first bytes of the volume, ``length`` in all.
@@ -250,7 +254,7 @@ def copy(
     if queue.error is not None:
         _join(workers, END_SECONDS)
         raise queue.error
-    return Result(length, sent[0], time.monotonic() - started)
+    return Result(length, sent[0], time.monotonic() - started, source.kind)
 
 
 def write(destination: 'libvirt.virStorageVol', data: bytes) -> None:
@@ -403,6 +407,7 @@ class FileSource:
     The daemon of this host has then no part in the copy, which is the half of
     what reading costs, and reading waits for the writer: no window is needed.
     """
+    kind = 'file'
 
     def __init__(self, path: str):
         self.path = path
@@ -464,6 +469,7 @@ def _seek(file: int, offset: int, whence: int, length: int) -> int:
 
 class VolumeSource:
     """A volume that is read through libvirt."""
+    kind = 'volume'
 
     def __init__(self, volume: 'libvirt.virStorageVol'):
         self.path: str = volume.path()

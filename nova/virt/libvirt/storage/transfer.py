@@ -103,11 +103,18 @@ class Transfer:
         self.destination.connect()
         self.destination.check(needed, self._source_pool)
 
+    def length(self, disks: list[Disk]) -> int:
+        """Bytes that copies of the disks will have, holes included."""
+        return sum(self._source_pool.volume(disk.volume).length
+                   for disk in disks)
+
     def copy_disk(
         self, disk: Disk, cancel: stream.CancelEvent | None,
+        progress: stream.Progress | None = None,
     ) -> stream.Result:
         """Copy a disk, and look whether it arrived.
 
+        :param progress: told how far the copy is, in a thread of its own
         :raises: TransferError, stream.Cancelled
         """
         try:
@@ -116,7 +123,7 @@ class Transfer:
             volume = self.destination.create_disk(disk.volume, length)
             result = stream.copy(
                 self._open(source, length), volume.libvirt_volume, length,
-                cancel=cancel, bandwidth=self._bandwidth)
+                progress, cancel, bandwidth=self._bandwidth)
             self.destination.verify_disk(disk.volume, length)
             return result
         except stream.Cancelled:

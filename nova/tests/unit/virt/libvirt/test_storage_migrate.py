@@ -73,6 +73,11 @@ class DriverTestCase(test.NoDBTestCase):
         self.directory = os.path.join(self.instances, uuids.instance)
         os.mkdir(self.directory)
         self._patch_driver()
+        self.save = self.useFixture(fixtures.MockPatchObject(
+            objects.Instance, 'save')).mock
+        self.migration = mock.Mock(spec=objects.Migration)
+        self.useFixture(fixtures.MockPatchObject(
+            objects.Migration, 'get_by_id', return_value=self.migration))
 
     def _patch_driver(self):
         self.calls = mock.Mock()
@@ -94,7 +99,8 @@ class DriverTestCase(test.NoDBTestCase):
     def _instance(self, **attributes):
         return objects.Instance(
             uuid=uuids.instance, host='source', flavor=self._flavor(),
-            image_ref=uuids.image, task_state=None,
+            image_ref=uuids.image, task_state=None, progress=0,
+            migration_context=objects.MigrationContext(migration_id=42),
             system_metadata={}, **attributes)
 
     def _add_disk(self, name='disk', disk_format='raw', picture='A-B-'):
@@ -160,6 +166,19 @@ class MigrateTestCase(DriverTestCase):
             self.calls.mock_calls)
         self.assertFalse(os.path.exists(self.directory))
         self.assertTrue(os.path.isdir(self.directory + '_resize'))
+
+    def test_server_and_migration_show_that_all_is_copied(self):
+        self._add_disk()
+        self._add_disk('disk.eph0', picture='C---')
+        self._migrate()
+        self.assertEqual(100, self.instance.progress)
+        self.save.assert_called_once_with(
+            expected_task_state=task_states.RESIZE_MIGRATING)
+        self.assertEqual(
+            (2 * self.content.size, 2 * self.content.size, 0),
+            (self.migration.disk_total, self.migration.disk_processed,
+             self.migration.disk_remaining))
+        self.migration.save.assert_called_once_with()
 
     def test_formats_are_recorded_with_the_paths_over_there(self):
         volume = self._add_disk()
@@ -379,6 +398,11 @@ class FailureTestCase(DriverTestCase):
             self.source.volume('nova-disks', self.volume).content)
         self._assert_nothing_on_destination()
 
+    def test_progress_is_none_after_a_failure(self):
+        self.instance.progress = 30
+        self._fail()
+        self.assertEqual(0, self.instance.progress)
+
     def test_stopped_server_stays_stopped(self):
         self.info.return_value.state = power_state.SHUTDOWN
         self._fail()
@@ -441,6 +465,11 @@ class FinishTestCase(DriverTestCase):
                            'type': 'raw'}])
         self.assertEqual(2, fsync.call_count)
         self.assertEqual([volume], self.source.volume_names('nova-disks'))
+
+    def test_progress_ends(self):
+        self.instance.progress = 100
+        self._finish([])
+        self.assertEqual(0, self.instance.progress)
 
     def test_volume_that_is_not_there_is_an_error(self):
         path = image.volume_path(self.instance, 'disk')

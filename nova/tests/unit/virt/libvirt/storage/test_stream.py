@@ -455,6 +455,7 @@ class OpenSourceTestCase(_CopyTestCase):
         directory = self.useFixture(fixtures.TempDir()).path
         self.source.add_pool('real', directory)
         self.source.add_volume('real', 'disk', Content(4097))
+        self.dest.add_volume('disks', 'disk', Content())
         self.path = os.path.join(directory, 'disk')
         self.volume = self.source.connect().storagePoolLookupByName(
             'real').storageVolLookupByName('disk')
@@ -468,6 +469,10 @@ class OpenSourceTestCase(_CopyTestCase):
 
         self.assertIsInstance(opened, kind)
         self.assertEqual(self.path, opened.path)
+        dest = self.dest.connect().storagePoolLookupByName('disks')
+        result = utils.tpool_wrap(stream.copy)(
+            opened, dest.storageVolLookupByName('disk'), 0)
+        self.assertEqual(kind.kind, result.source)
 
     def test_file_that_can_be_read(self):
         self.write(4097)
