@@ -361,7 +361,10 @@ class Cloud:
                 '--master', '--processes', '1', '--enable-threads',
                 '--threads', '6', '--lazy-apps', '--need-app',
                 '--die-on-term', '--buffer-size', '65535',
-                '--http-chunked-input', '--disable-logging',
+                # Nova sends snapshots in chunks of 1 MiB. With the two bytes
+                # at its end such a chunk is beyond the default limit.
+                '--http-chunked-input', '--chunked-input-limit', '2097152',
+                '--disable-logging',
                 '--add-header', 'Connection: close']
 
     def connection(self) -> Any:
