@@ -146,6 +146,50 @@ Related options:
 
 * ``vol_upload_migration``
 """),
+    cfg.IntOpt(
+        'vol_upload_migration_stall_timeout',
+        default=60,
+        min=1,
+        help="""
+How long a copy may stand still before it is given up, in seconds.
+
+A copy that was given up is deleted on the destination, and the server runs
+again on its source. A daemon that is gone is noticed earlier, by the keepalive
+of the connection: this is for one that lives, and waits for its disk.
+
+Related options:
+
+* ``vol_upload_migration``
+* ``vol_upload_migration_keepalive_interval``
+"""),
+    cfg.IntOpt(
+        'vol_upload_migration_connect_timeout',
+        default=30,
+        min=1,
+        help="""
+How long the destination may take to answer a connection, in seconds.
+
+A server is left as it is if the destination of its migration does not answer.
+
+Related options:
+
+* ``vol_upload_migration``
+"""),
+    cfg.IntOpt(
+        'vol_upload_migration_keepalive_interval',
+        default=5,
+        min=1,
+        help="""
+How often the destination is asked whether it is still there, in seconds.
+
+It is taken for lost when 5 questions in a row got no answer, and what waits
+for it then fails: with the default this is after about half a minute.
+
+Related options:
+
+* ``vol_upload_migration``
+* ``vol_upload_migration_stall_timeout``
+"""),
 ]
 
 ALL_OPTS = storage_pool_opts + migration_opts

@@ -20,6 +20,7 @@ import time
 
 import fixtures
 import libvirt
+from oslo_config import cfg
 from oslo_serialization import jsonutils
 from oslo_utils import units
 from oslo_utils import uuidutils
@@ -263,9 +264,8 @@ class FaultTestCase(TransferTestCase):
         move, error = self._fail(lambda: self.destination.link(False))
         seconds = time.monotonic() - started
         self.assertIn('the connection was lost', str(error))
-        self.assertLess(
-            seconds,
-            peer.KEEPALIVE_INTERVAL * (peer.KEEPALIVE_COUNT + 3) + 5)
+        interval = cfg.CONF.libvirt.vol_upload_migration_keepalive_interval
+        self.assertLess(seconds, interval * (peer.KEEPALIVE_COUNT + 3) + 5)
         self.destination.link(True)
         move.destination.discard()
         self._assert_nothing_on_destination()

@@ -108,9 +108,33 @@ HOOKS = {
     '_cleanup_failed_instance_base': ('inst_base',),
     '_is_booted_from_volume': ('block_device_info',),
     'get_host_ip_addr': (),
+    'cleanup_host': ('host',),
     '_live_migration_uri': ('dest',),
     '_uri': (),
 }
+
+
+# How long nova-compute waits as it ends for a server to be started again, in
+# seconds. Nova keeps 20 seconds for that and the rest.
+PUT_BACK_SECONDS = 15
+
+
+class _Cancel(threading.Event):
+    """Stops the copy of a server's disks when it is set.
+
+    :ivar instance: the server
+    :ivar reason: why it was set
+    :ivar deleted: whether the server was deleted, and is not to be started
+        again
+    :ivar over: set when nothing is left to do
+    """
+
+    def __init__(self, instance):
+        super().__init__()
+        self.instance = instance
+        self.reason = ''
+        self.deleted = False
+        self.over = threading.Event()
 
 
 class LibvirtDriver(driver.LibvirtDriver):
@@ -124,7 +148,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         super().__init__(virtapi, read_only)
         self.image_backend = image.Backend(CONF.use_cow_images)
         self.image_cache_manager = imagecache.ImageCacheManager()
-        self._cancel_events: dict[str, threading.Event] = {}
+        self._cancel_events: dict[str, _Cancel] = {}
         self._bandwidth = stream.Bandwidth(
             CONF.libvirt.vol_upload_migration_bandwidth * units.Mi)
 
@@ -133,6 +157,19 @@ class LibvirtDriver(driver.LibvirtDriver):
         super().init_host(host)
         if CONF.libvirt.use_storage_pools:
             self._init_disks_pool()
+
+    def cleanup_host(self, host):
+        """Stop what copies disks, and wait until its servers are back.
+
+        Nova calls this as nova-compute ends, when it has given the work that
+        is under way some time to finish ([DEFAULT]manager_shutdown_timeout).
+        """
+        cancels = list(self._cancel_events.values())
+        for cancel in cancels:
+            self._stop_copy(cancel, _('nova-compute on %s ended') % host)
+        for cancel in cancels:
+            cancel.over.wait(PUT_BACK_SECONDS)
+        super().cleanup_host(host)
 
     def migrate_disk_and_power_off(
         self, context, instance, dest, flavor, network_info,
@@ -269,8 +306,9 @@ class LibvirtDriver(driver.LibvirtDriver):
         :raises: libvirtError if a volume is left that is to be made anew
         """
         if instance.uuid in self._cancel_events:
-            self._cancel_events[instance.uuid].set()
-            self.job_tracker.terminate_jobs(instance)
+            cancel = self._cancel_events[instance.uuid]
+            cancel.deleted = True
+            self._stop_copy(cancel, _('the server was deleted'))
         deleted = super().delete_instance_files(instance)
         try:
             self._delete_all_volumes(instance)
@@ -528,28 +566,29 @@ class LibvirtDriver(driver.LibvirtDriver):
     def _put_back_on_error(
         self, context, instance, network_info, block_device_info, host,
         discard, running,
-    ) -> ty.Iterator[threading.Event]:
+    ) -> ty.Iterator['_Cancel']:
         """Undo a migration that fails after the server was powered off.
 
         Nothing was changed on this host but that the server was taken off
         it, so that starting it is all there is to do. Yields what is set when
-        the server is deleted: it is not to be started again then.
+        the server is deleted, or nova-compute ends.
 
         :param host: address of the destination
         :param discard: clears the destination
         """
-        cancel = self._cancel_events[instance.uuid] = threading.Event()
+        cancel = self._cancel_events[instance.uuid] = _Cancel(instance)
         try:
             yield cancel
         except Exception as error:
             LOG.warning('Migration to %(host)s failed: %(error)s',
                         {'host': host, 'error': error},
                         instance=instance)
-            failure = exception.MigrationError(reason=str(error))
+            failure = exception.MigrationError(
+                reason=cancel.reason or str(error))
             # Saved by Nova with the state that it gives to the server next.
             instance.progress = 0
             try:
-                if cancel.is_set() or isinstance(error, kept.NotRestored):
+                if cancel.deleted or isinstance(error, kept.NotRestored):
                     raise failure from error
                 if running:
                     self._start_again(
@@ -561,6 +600,12 @@ class LibvirtDriver(driver.LibvirtDriver):
             raise exception.InstanceFaultRollback(failure) from error
         finally:
             del self._cancel_events[instance.uuid]
+            cancel.over.set()
+
+    def _stop_copy(self, cancel, reason) -> None:
+        cancel.reason = reason
+        cancel.set()
+        self.job_tracker.terminate_jobs(cancel.instance)
 
     def _start_again(self, context, instance, network_info,
                      block_device_info, failure) -> None:
@@ -590,7 +635,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         try:
             yield
         except Exception as error:
-            if cancel.is_set():
+            if cancel.deleted:
                 # Only what was made since the server's deletion is there.
                 self._delete_all_volumes(instance)
                 raise

@@ -23,6 +23,8 @@ import typing as ty
 
 from oslo_utils import uuidutils
 
+import nova.conf
+from nova.conf import storage_migrate  # noqa: F401 (registers the options)
 from nova.virt.libvirt.storage import pool as storage_pool
 from nova.virt.libvirt.storage import stream
 
@@ -31,17 +33,14 @@ try:
 except ImportError:
     libvirt = None
 
+CONF = nova.conf.CONF
+
 # Sparse streams through split daemons looped for ever before.
 MIN_LIBVIRT_VERSION = 8_000_000
-
-# How long a host may take to answer a connection attempt, in seconds. A
-# host that is down would otherwise cost what the kernel allows, minutes.
-CONNECT_TIMEOUT = 30
 
 # A peer that is gone is noticed after about interval * (count + 1) seconds. A
 # daemon that only pauses has to survive that: nothing else is lost if a copy
 # waits half a minute.
-KEEPALIVE_INTERVAL = 5
 KEEPALIVE_COUNT = 5
 
 # The mode that files and directories get which nova-compute makes itself.
@@ -80,9 +79,12 @@ def open_connection(uri: str) -> 'libvirt.virConnect':
         libvirt.VIR_CRED_REALM, libvirt.VIR_CRED_PASSPHRASE,
         libvirt.VIR_CRED_NOECHOPROMPT, libvirt.VIR_CRED_EXTERNAL]
     auth = [credentials, lambda creds, opaque: -1, None]
+    # A host that is down would cost what the kernel allows, minutes.
     connection = _within(
-        CONNECT_TIMEOUT, lambda: libvirt.openAuth(uri, auth, 0))
-    connection.setKeepAlive(KEEPALIVE_INTERVAL, KEEPALIVE_COUNT)
+        CONF.libvirt.vol_upload_migration_connect_timeout,
+        lambda: libvirt.openAuth(uri, auth, 0))
+    connection.setKeepAlive(
+        CONF.libvirt.vol_upload_migration_keepalive_interval, KEEPALIVE_COUNT)
     return connection
 
 

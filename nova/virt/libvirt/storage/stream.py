@@ -59,9 +59,7 @@ QUEUE_BYTES = 8 * 1024 * 1024
 # one of 16 KiB took twice the time of the data, one of 64 KiB the same.
 ZERO_BYTES = 32 * 1024
 
-# How long a copy may stand still, in seconds. The keepalive of a connection
-# ends one whose daemon is gone; this is for a daemon that lives, and hangs on
-# its disk.
+# How long a copy may stand still, in seconds, if nothing else is said.
 STALL_SECONDS = 60
 
 # How often a copy is looked at, in seconds.

@@ -25,9 +25,13 @@ import typing as ty
 
 from oslo_serialization import jsonutils
 
+import nova.conf
+from nova.conf import storage_migrate  # noqa: F401 (registers the options)
 from nova.virt.libvirt.storage import peer
 from nova.virt.libvirt.storage import pool as storage_pool
 from nova.virt.libvirt.storage import stream
+
+CONF = nova.conf.CONF
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +125,7 @@ class Transfer:
             source = self._source_pool.volume(disk.volume)
             length = source.length
             volume = self.destination.create_disk(disk.volume, length)
-            result = stream.copy(
-                self._open(source, length), volume.libvirt_volume, length,
-                progress, cancel, bandwidth=self._bandwidth)
+            result = self._copy(source, length, volume, cancel, progress)
             self.destination.verify_disk(disk.volume, length)
             return result
         except stream.Cancelled:
@@ -191,16 +193,24 @@ class Transfer:
             source = directory.volume(name)
             length = source.length
             file = self.destination.create_file(name, length)
-            stream.copy(self._open(source, length), file.libvirt_volume,
-                        length, cancel=cancel, bandwidth=self._bandwidth)
+            self._copy(source, length, file, cancel)
         finally:
             directory.detach()
 
-    def _open(
-        self, volume: storage_pool.Volume, length: int,
-    ) -> stream.Source:
-        return stream.open_source(
-            volume.libvirt_volume, length, self._direct_read)
+    def _copy(
+        self,
+        source: storage_pool.Volume,
+        length: int,
+        volume: storage_pool.Volume,
+        cancel: stream.CancelEvent | None,
+        progress: stream.Progress | None = None,
+    ) -> stream.Result:
+        return stream.copy(
+            stream.open_source(
+                source.libvirt_volume, length, self._direct_read),
+            volume.libvirt_volume, length, progress, cancel,
+            bandwidth=self._bandwidth,
+            stall_seconds=CONF.libvirt.vol_upload_migration_stall_timeout)
 
     def _error(self, volume: str, error: Exception) -> TransferError:
         # What libvirt says of a connection that its keepalive has closed is

@@ -14,6 +14,8 @@
 import itertools
 import os
 import shutil
+import threading
+import time
 from unittest import mock
 
 import ddt
@@ -403,6 +405,14 @@ class FailureTestCase(DriverTestCase):
         self._fail()
         self.assertEqual(0, self.instance.progress)
 
+    def test_destination_that_hangs_is_given_up(self):
+        self.flags(vol_upload_migration_stall_timeout=1, group='libvirt')
+        self.dest.faults.clear()
+        blocked = self.dest.block('stream.send')
+        self.addCleanup(blocked.release)
+        self.assertIn('nothing moved for 1 seconds', str(self._fail()))
+        self.calls.power_on.assert_called_once()
+
     def test_stopped_server_stays_stopped(self):
         self.info.return_value.state = power_state.SHUTDOWN
         self._fail()
@@ -443,6 +453,56 @@ class FailureTestCase(DriverTestCase):
         self.calls.power_on.assert_not_called()
         self._assert_nothing_on_destination()
         self.assertEqual([], self.source.volume_names('nova-disks'))
+
+
+class ShutdownTestCase(DriverTestCase):
+    """What nova-compute's end does to a copy that is under way."""
+
+    def setUp(self):
+        super().setUp()
+        self._add_disk(picture='A' * 64)
+        self.blocked = self.dest.block('stream.send')
+        self.addCleanup(self.blocked.release)
+        self.cleanup = self.useFixture(fixtures.MockPatchObject(
+            driver.LibvirtDriver, 'cleanup_host')).mock
+
+    def _shut_down_while_copying(self):
+        """Return the migration's error, and the order of what happened."""
+        order = []
+        self.calls.power_on.side_effect = lambda *args: order.append('on')
+        self.cleanup.side_effect = lambda host: order.append('cleanup')
+        errors = []
+
+        def migrate():
+            try:
+                self._migrate()
+            except Exception as error:
+                errors.append(error)
+
+        migration = threading.Thread(target=migrate)
+        migration.start()
+        self.assertTrue(self.blocked.wait_reached())
+        started = time.monotonic()
+        self.driver.cleanup_host('source')
+        self.assertLess(time.monotonic() - started, 5)
+        migration.join(5)
+        return errors[0], order
+
+    def test_server_runs_again_before_nova_cleans_up(self):
+        error, order = self._shut_down_while_copying()
+        self.assertIsInstance(error, exception.InstanceFaultRollback)
+        self.assertIn('nova-compute on source ended', str(error))
+        self.assertEqual(['on', 'cleanup'], order)
+
+    def test_server_that_was_off_stays_off(self):
+        self.info.return_value.state = power_state.SHUTDOWN
+        error, order = self._shut_down_while_copying()
+        self.assertIsInstance(error, exception.InstanceFaultRollback)
+        self.assertEqual(['cleanup'], order)
+
+    def test_nova_cleans_up_when_nothing_is_copied(self):
+        self.driver.cleanup_host('source')
+        self.cleanup.assert_called_once_with('source')
 
 
 class FinishTestCase(DriverTestCase):

@@ -14,7 +14,6 @@ import typing as ty
 from unittest import mock
 
 import ddt
-import fixtures
 import libvirt
 from oslo_utils.fixture import uuidsentinel as uuids
 
@@ -100,10 +99,11 @@ class _PeerTestCase(test.NoDBTestCase):
 class OpenConnectionTestCase(_PeerTestCase):
 
     def test_keepalive_bounds_every_wait(self):
+        self.flags(vol_upload_migration_keepalive_interval=7, group='libvirt')
+
         connection = peer.open_connection(URI)
 
-        self.assertEqual((peer.KEEPALIVE_INTERVAL, peer.KEEPALIVE_COUNT),
-                         connection.keepalive)
+        self.assertEqual((7, peer.KEEPALIVE_COUNT), connection.keepalive)
         self.assertEqual([URI], self.hosts.opened)
 
     def test_nobody_is_asked_for_credentials(self):
@@ -124,8 +124,7 @@ class OpenConnectionTestCase(_PeerTestCase):
         self.assertEqual(TLS_ERROR[2], str(error))
 
     def test_daemon_that_does_not_answer(self):
-        self.useFixture(fixtures.MonkeyPatch(
-            'nova.virt.libvirt.storage.peer.CONNECT_TIMEOUT', 0.1))
+        self.flags(vol_upload_migration_connect_timeout=1, group='libvirt')
         blocked = self.dest.block('open')
         self.addCleanup(blocked.release)
 
@@ -153,8 +152,7 @@ class ConnectTestCase(_PeerTestCase):
             'not trusted', self.destination().connect)
 
     def test_daemon_that_does_not_answer(self):
-        self.useFixture(fixtures.MonkeyPatch(
-            'nova.virt.libvirt.storage.peer.CONNECT_TIMEOUT', 0.1))
+        self.flags(vol_upload_migration_connect_timeout=1, group='libvirt')
         blocked = self.dest.block('open')
         self.addCleanup(blocked.release)
 
