@@ -190,6 +190,25 @@ Related options:
 * ``vol_upload_migration``
 * ``vol_upload_migration_stall_timeout``
 """),
+    cfg.StrOpt(
+        'vol_upload_migration_verify',
+        default='size',
+        choices=[
+            ('size', 'Look each volume up again and compare its size.'),
+            ('checksum', 'Read each volume back from the destination as well, '
+             'and compare all of its bytes.'),
+        ],
+        help="""
+How to check what arrived on the destination of a migration.
+
+Reading back takes about as long as the copy, in which the server is off; holes
+cost nothing. What is read may still be in the memory of the destination: this
+finds what went wrong on the way, not a disk that does not keep its data.
+
+Related options:
+
+* ``vol_upload_migration``
+"""),
 ]
 
 ALL_OPTS = storage_pool_opts + migration_opts

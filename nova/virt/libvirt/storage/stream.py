@@ -226,19 +226,63 @@ def copy(
     :raises: Cancelled if ``cancel`` was set
     """
     started = time.monotonic()
+    sent: list[int] = []
+
+    def write(queue: _Queue) -> None:
+        sent.append(_write(destination, length, queue, progress, bandwidth))
+
+    _run(source, destination.path(), length, write, cancel, stall_seconds)
+    return Result(length, sent[0], time.monotonic() - started, source.kind)
+
+
+def compare(
+    source: Source,
+    destination: 'libvirt.virStorageVol',
+    length: int,
+    cancel: CancelEvent | None = None,
+    stall_seconds: float = STALL_SECONDS,
+) -> None:
+    """Read a copy back, and compare its bytes with those of the source.
+
+    It does not matter which zeros are holes, and holes cost nothing. Blocks
+    the calling native thread as copy() does, whose parameters these are.
+
+    :raises: CopyError if either end fails, or if they differ
+    :raises: Cancelled if ``cancel`` was set
+    """
+    path = destination.path()
+
+    def check(queue: _Queue) -> None:
+        _compare(VolumeSource(destination, 'destination'), length, queue)
+
+    _run(source, path, length, check, cancel, stall_seconds)
+
+
+def _run(
+    source: Source,
+    destination_path: str,
+    length: int,
+    take: ty.Callable[['_Queue'], None],
+    cancel: CancelEvent | None,
+    stall_seconds: float,
+) -> None:
+    """Read a source in one thread, and take what was read in another.
+
+    :param destination_path: what to tell the path of the destination is
+    :param take: takes it out of the queue
+    """
     if cancel is not None and cancel.is_set():
         raise Cancelled()
     queue = _Queue(QUEUE_BYTES)
-    sent: list[int] = []
 
     def read() -> None:
         _read(source, length, queue)
 
     def write() -> None:
-        sent.append(_write(destination, length, queue, progress, bandwidth))
+        take(queue)
 
     workers = [_start(read, queue), _start(write, queue)]
-    last_move, moved = started, 0
+    last_move, moved = time.monotonic(), 0
     while queue.error is None and any(
             worker.is_alive() for worker in workers):
         workers[-1].join(POLL_SECONDS)
@@ -248,11 +292,11 @@ def copy(
         if cancel is not None and cancel.is_set():
             queue.fail(Cancelled())
         elif now - last_move > stall_seconds:
-            queue.fail(_stalled(source, destination, queue, stall_seconds))
+            queue.fail(_stalled(
+                source.path, destination_path, queue, stall_seconds))
     if queue.error is not None:
         _join(workers, END_SECONDS)
         raise queue.error
-    return Result(length, sent[0], time.monotonic() - started, source.kind)
 
 
 def write(destination: 'libvirt.virStorageVol', data: bytes) -> None:
@@ -294,17 +338,14 @@ def _join(threads: list[ty.Any], seconds: float) -> None:
 
 
 def _stalled(
-    source: Source,
-    destination: 'libvirt.virStorageVol',
-    queue: '_Queue',
-    seconds: float,
+    source_path: str, destination_path: str, queue: '_Queue', seconds: float,
 ) -> CopyError:
     """The error of the end that the other one waits for."""
     reason = f'nothing moved for {seconds} seconds'
-    if queue.full:
+    if queue.full or queue.closed:
         return CopyError(
-            'destination', destination.path(), queue.taken, reason)
-    return CopyError('source', source.path, queue.put_in, reason)
+            'destination', destination_path, queue.taken, reason)
+    return CopyError('source', source_path, queue.put_in, reason)
 
 
 class _Queue:
@@ -318,11 +359,13 @@ class _Queue:
     :ivar full: whether the reader has to wait for the writer
     :ivar put_in: bytes that came in so far, holes included
     :ivar taken: bytes that went out so far, holes included
+    :ivar closed: whether no chunk will follow
     :ivar error: the first error of either side, which ends both
     """
 
     def __init__(self, budget: int):
         self.full = False
+        self.closed = False
         self.put_in = 0
         self.taken = 0
         self.error: Exception | None = None
@@ -330,7 +373,6 @@ class _Queue:
         self._chunks: collections.deque[bytes | int] = collections.deque()
         self._budget = budget
         self._bytes = 0
-        self._closed = False
 
     @property
     def moved(self) -> int:
@@ -351,7 +393,7 @@ class _Queue:
         """Yield the chunks until the queue is closed and empty."""
         while True:
             with self._changed:
-                self._wait_for(lambda: bool(self._chunks) or self._closed)
+                self._wait_for(lambda: bool(self._chunks) or self.closed)
                 if not self._chunks:
                     return
                 chunk = self._chunks.popleft()
@@ -365,7 +407,7 @@ class _Queue:
     def close(self) -> None:
         """Say that no chunk will follow."""
         with self._changed:
-            self._closed = True
+            self.closed = True
             self._changed.notify_all()
 
     def fail(self, error: Exception) -> None:
@@ -469,9 +511,14 @@ class VolumeSource:
     """A volume that is read through libvirt."""
     kind = 'volume'
 
-    def __init__(self, volume: 'libvirt.virStorageVol'):
+    def __init__(self, volume: 'libvirt.virStorageVol', end: str = 'source'):
+        """Say what to read.
+
+        :param end: whose errors a failure is one of
+        """
         self.path: str = volume.path()
         self._volume = volume
+        self._end = end
 
     def chunks(self, length: int) -> Chunks:
         done = 0
@@ -482,7 +529,7 @@ class VolumeSource:
                     done += length_of(chunk)
                     yield chunk
         except libvirt.libvirtError as error:
-            raise CopyError('source', self.path, done, error) from error
+            raise CopyError(self._end, self.path, done, error) from error
 
     def _window(self, offset: int, size: int) -> Chunks:
         """Yield the chunks of one window, ``size`` bytes in all."""
@@ -498,7 +545,7 @@ class VolumeSource:
                 yield chunk
             if left:
                 raise CopyError(
-                    'source', self.path, offset + size - left,
+                    self._end, self.path, offset + size - left,
                     f'the window of {size} bytes at {offset} came with '
                     f'{size - left} bytes; did the volume change its size?')
 
@@ -552,6 +599,8 @@ def _write(
 ) -> int:
     """Upload the chunks of the queue; return the bytes of data sent."""
     done = wire = hole = allowed = 0
+    # Its daemon has to be asked for it, and may be gone later.
+    path = volume.path()
     if not length:
         # An upload of length 0 would mean one without a limit.
         return 0
@@ -581,8 +630,44 @@ def _write(
             if progress:
                 progress(done, wire)
     except libvirt.libvirtError as error:
-        raise CopyError('destination', volume.path(), done, error) from error
+        raise CopyError('destination', path, done, error) from error
     return wire
+
+
+def _compare(destination: Source, length: int, queue: _Queue) -> None:
+    """Compare the chunks of the queue with those of a volume.
+
+    :raises: CopyError
+    """
+    done = 0
+    with contextlib.closing(destination.chunks(length)) as chunks:
+        there: bytes | int = 0
+        for here in queue:
+            while here:
+                there = there or next(chunks)
+                size = min(length_of(here), length_of(there))
+                first, here = _cut(here, size)
+                second, there = _cut(there, size)
+                if not _same(first, second):
+                    raise CopyError(
+                        'destination', destination.path, done,
+                        'it differs from the source')
+                done += size
+
+
+def _cut(chunk: bytes | int, size: int) -> tuple[bytes | int, bytes | int]:
+    if isinstance(chunk, int):
+        return size, chunk - size
+    return chunk[:size], chunk[size:]
+
+
+def _same(first: bytes | int, second: bytes | int) -> bool:
+    """Whether two chunks of one length read the same; holes are zeros."""
+    if isinstance(first, int):
+        return isinstance(second, int) or _ZEROS.startswith(second)
+    if isinstance(second, int):
+        return _ZEROS.startswith(first)
+    return first == second
 
 
 def _send_hole(stream: 'libvirt.virStream', length: int) -> None:

@@ -205,12 +205,17 @@ class Transfer:
         cancel: stream.CancelEvent | None,
         progress: stream.Progress | None = None,
     ) -> stream.Result:
-        return stream.copy(
-            stream.open_source(
-                source.libvirt_volume, length, self._direct_read),
-            volume.libvirt_volume, length, progress, cancel,
-            bandwidth=self._bandwidth,
-            stall_seconds=CONF.libvirt.vol_upload_migration_stall_timeout)
+        source_file = stream.open_source(
+            source.libvirt_volume, length, self._direct_read)
+        stall_seconds = CONF.libvirt.vol_upload_migration_stall_timeout
+        result = stream.copy(
+            source_file, volume.libvirt_volume, length, progress, cancel,
+            bandwidth=self._bandwidth, stall_seconds=stall_seconds)
+        if CONF.libvirt.vol_upload_migration_verify == 'checksum':
+            stream.compare(
+                source_file, volume.libvirt_volume, length, cancel,
+                stall_seconds)
+        return result
 
     def _error(self, volume: str, error: Exception) -> TransferError:
         # What libvirt says of a connection that its keepalive has closed is

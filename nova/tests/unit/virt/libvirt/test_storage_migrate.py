@@ -230,6 +230,17 @@ class MigrateTestCase(DriverTestCase):
         limit.assert_called_once_with(7 * units.Mi)
         limit.return_value.take_turn.assert_called()
 
+    @ddt.data('size', 'checksum')
+    def test_copy_is_read_back_if_the_operator_wants_it(self, verify):
+        self.flags(vol_upload_migration_verify=verify, group='libvirt')
+        volume = self._add_disk()
+
+        self._migrate()
+
+        self.assertEqual(
+            verify == 'checksum',
+            ('vol.download', volume) in self.dest.calls)
+
     def test_swap_disk_is_not_copied(self):
         volume = self._add_disk()
         swap = self._add_disk('disk.swap')
@@ -404,6 +415,15 @@ class FailureTestCase(DriverTestCase):
         self.instance.progress = 30
         self._fail()
         self.assertEqual(0, self.instance.progress)
+
+    def test_copy_that_differs_is_deleted(self):
+        self.flags(vol_upload_migration_verify='checksum', group='libvirt')
+        self.dest.faults.clear()
+        self.dest.call('vol.download', lambda: self.dest.volume(
+            'nova-disks', self.volume).content.write(0, b'x'))
+        self.assertIn('differs', str(self._fail()))
+        self.calls.power_on.assert_called_once()
+        self._assert_nothing_on_destination()
 
     def test_destination_that_hangs_is_given_up(self):
         self.flags(vol_upload_migration_stall_timeout=1, group='libvirt')

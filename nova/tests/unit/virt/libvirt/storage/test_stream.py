@@ -783,6 +783,27 @@ class CopyVolumeFailureTestCase(_CopyFailureTestCase):
         self.assertTrue(libvirt_storage.wait_for(
             lambda: set(self._threads()) == self.threads_before))
 
+    def test_daemon_that_hangs_at_the_end_is_named(self):
+        fault = self.dest.block('stream.finish')
+        source, dest = self.volumes(self.content)
+        known = dest.path()
+
+        def path() -> str:
+            # Nothing can be asked of it then.
+            self.assertFalse(fault.reached.is_set())
+            return known
+
+        with mock.patch.object(dest, 'path', path):
+            error = self.assertRaises(
+                stream.CopyError, utils.tpool_wrap(stream.copy), source,
+                dest, self.content.size, None, None, 0.3)
+
+        self.assertEqual(
+            ('destination', self.content.size), (error.end, error.done))
+        fault.release()
+        self.assertTrue(libvirt_storage.wait_for(
+            lambda: set(self._threads()) == self.threads_before))
+
     @ddt.data(WINDOW, 2 * WINDOW + 7, 5 * WINDOW - 1)
     def test_source_that_is_shorter_than_told_fails(self, size):
         source, dest = self.volumes(Content.of(patterned(size)), 5 * WINDOW)
@@ -1196,6 +1217,91 @@ class CopyHubTestCase(_CopyTestCase):
         self.assertGreater(len(ticks), 20)
         # A hub that is held up would be so for as long as the send.
         self.assertLess(latest, 0.8)
+
+
+@ddt.ddt
+class CompareTestCase(_CopyTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.set_sizes()
+
+    def compare(self, here: Content, there: Content,
+                **kwargs: ty.Any) -> None:
+        source = self.open_source(here, 'disk')
+        self.dest.add_volume('disks', 'disk', there)
+        utils.tpool_wrap(stream.compare)(
+            source, self.lookup(self.dest, 'disk'), here.size, **kwargs)
+
+    @ddt.data('', 'A', 'A-B', '-A-', '---', 'AB-CD--E' * 4)
+    def test_same(self, picture):
+        content = Content.draw(picture, UNIT)
+        self.compare(content, Content.draw(picture, UNIT))
+
+    def test_sizes_of_chunks_do_not_matter(self):
+        content = Content.of(patterned(3 * WINDOW + 7))
+        self.dest.recv_limit = 1000
+        self.compare(content, content)
+
+    @ddt.data((b'a' * UNIT + bytes(2 * UNIT) + b'b', 'hole'),
+              (bytes(5 * UNIT), 'all'), (bytes(3), 'few'))
+    @ddt.unpack
+    def test_it_does_not_matter_which_zeros_are_holes(self, data, _name):
+        dense = Content.of(data)
+        sparse = Content(len(data))
+        for offset, byte in ((0, b'a' * UNIT), (3 * UNIT, b'b')):
+            if data[offset:].startswith(byte):
+                sparse.write(offset, byte)
+        self.compare(dense, sparse)
+        self.compare(sparse, dense)
+
+    @ddt.data((0, b'x'), (UNIT, b'x'), (UNIT * 5 - 1, b'x'), (7, bytes(9)))
+    @ddt.unpack
+    def test_one_difference_is_found(self, offset, data):
+        here = Content.draw('A-B-C', UNIT)
+        there = Content.draw('A-B-C', UNIT)
+        there.write(offset, data)
+
+        error = self.assertRaises(
+            stream.CopyError, self.compare, here, there)
+
+        self.assertEqual('destination', error.end)
+        self.assertIn('differs', str(error))
+        self.assertLessEqual(error.done, offset)
+        self.assertLess(offset - error.done, UNIT)
+
+    def test_data_that_came_as_a_hole_is_found(self):
+        self.assertRaises(
+            stream.CopyError, self.compare,
+            Content.draw('AB', UNIT), Content.draw('A-', UNIT))
+
+    def test_volume_that_is_too_short_is_the_destination_s_failure(self):
+        error = self.assertRaises(
+            stream.CopyError, self.compare,
+            Content.draw('AB', UNIT), Content.draw('A', UNIT))
+        self.assertEqual('destination', error.end)
+
+    def test_holes_are_cheap(self):
+        size = 1 << 40
+        self.set_sizes(window=size)
+        self.compare(Content(size), Content(size))
+
+    def test_cancel(self):
+        cancel = threading.Event()
+        cancel.set()
+        self.assertRaises(
+            stream.Cancelled, self.compare, Content.draw('A', UNIT),
+            Content.draw('A', UNIT), cancel=cancel)
+
+    def test_stall(self):
+        blocked = self.dest.block('stream.recv')
+        error = self.assertRaises(
+            stream.CopyError, self.compare, Content.draw('A', UNIT),
+            Content.draw('A', UNIT), stall_seconds=0.3)
+        self.assertEqual('destination', error.end)
+        blocked.release()
+        self.assertTrue(libvirt_storage.wait_for(
+            lambda: set(self._threads()) == self.threads_before))
 
 
 class WriteTestCase(_CopyTestCase):
