@@ -328,7 +328,7 @@ class LibvirtDriver(driver.LibvirtDriver):
 
         :raises: InvalidSharedStorage if they are, and their formats not
         """
-        if os.path.exists(image.volume_path(instance, peer.CLAIM)):
+        if image.list_paths(image.volume_name(instance, peer.CLAIM)):
             LOG.info('Deleting what a migration brought that did not end',
                      instance=instance)
             self.delete_instance_files(instance)
@@ -498,6 +498,9 @@ class LibvirtDriver(driver.LibvirtDriver):
 
         :raises: ResizeError, MigrationPreCheckError
         """
+        if instance.uuid in self._cancel_events:
+            raise exception.MigrationPreCheckError(reason=_(
+                'The disks of the server are being copied already.'))
         for path in image.list_kept(instance):
             raise exception.MigrationPreCheckError(reason=_(
                 'An earlier resize kept %(kept)s and was neither confirmed '

@@ -47,8 +47,9 @@ KEEPALIVE_COUNT = 5
 FILE_MODE = 0o644
 DIRECTORY_MODE = 0o755
 
-# This volume says that the server's other volumes on the destination are
-# those of a copy that is under way, or was when its source host died.
+# What the name of a volume begins with that says that the server's other
+# volumes on the destination are those of a copy that is under way, or was when
+# its source host died. It ends with an id that tells one attempt from others.
 CLAIM = 'incoming'
 
 
@@ -110,6 +111,8 @@ class Destination:
         self._pool_name = pool_name
         self._uuid = uuid
         self._prefix = f'{uuid}_'
+        self._claim_name = (
+            f'{self._prefix}{CLAIM}-{uuidutils.generate_uuid()}')
         self._directory_path = directory
         self._directory_pool = f'nova-{uuid}'
         self._connection: 'libvirt.virConnect | None' = None
@@ -199,15 +202,30 @@ class Destination:
             if self.pool.volumes(self._prefix):
                 self._clear()
             claim = self.pool.create_volume(
-                self._prefix + CLAIM, 0, self._permissions(FILE_MODE))
+                self._claim_name, 0, self._permissions(FILE_MODE))
             try:
+                self._check_claim()
                 self._directory = self._make_directory()
-            except libvirt.libvirtError as error:
+            except (libvirt.libvirtError, Unsuitable) as error:
                 try:
                     claim.delete()
                 except libvirt.libvirtError as second:
                     error.add_note(f'Deleting the claim failed: {second}')
                 raise
+
+    def _check_claim(self) -> None:
+        """Check that what is there is still that of this attempt.
+
+        :raises: Unsuitable
+        """
+        self.pool.refresh()
+        claims = [volume.name
+                  for volume in self.pool.volumes(self._prefix + CLAIM)]
+        if claims != [self._claim_name]:
+            raise self._unsuitable(
+                'another attempt to migrate the server has taken over what '
+                'this one made', 'Wait for its end.' if claims else
+                'Find out which volumes of the server are needed there.')
 
     def create_disk(self, name: str, length: int) -> storage_pool.Volume:
         """Create a volume in the disks pool.
@@ -236,7 +254,7 @@ class Destination:
 
         :raises: Unsuitable
         """
-        self.pool.refresh()
+        self._check_claim()
         actual = self.pool.volume(name).length
         if actual != length:
             raise self._unsuitable(
@@ -248,7 +266,10 @@ class Destination:
         """Let go of the instance directory; all files have arrived.
 
         The claim stays until the destination has taken the server over.
+
+        :raises: Unsuitable
         """
+        self._check_claim()
         assert self._directory is not None
         self._directory.detach()
 
@@ -260,11 +281,15 @@ class Destination:
         """Delete all that the migration made on the host.
 
         Over a connection of its own: the other one may be why it is needed.
+
+        :raises: Unsuitable, also if another attempt has taken over
         """
         self.close()
         self._connection = self._open()
         self.pool = self._find_pool()
-        self._clear()
+        with self._explained():
+            self._check_claim()
+            self._clear()
 
     def close(self) -> None:
         """Close the connection to the host."""
@@ -305,7 +330,8 @@ class Destination:
         return True
 
     def _is_claimed(self, volumes: list[storage_pool.Volume]) -> bool:
-        return any(volume.name == self._prefix + CLAIM for volume in volumes)
+        return any(volume.name.startswith(self._prefix + CLAIM)
+                   for volume in volumes)
 
     def _shares(self, source_pool: storage_pool.Pool) -> bool:
         """Whether a new volume in this host's pool shows up in the other's.
@@ -334,7 +360,7 @@ class Destination:
         directory.remove()
         self.pool.refresh()
         for volume in sorted(self.pool.volumes(self._prefix),
-                             key=lambda volume: volume.name.endswith(CLAIM)):
+                             key=lambda volume: self._is_claimed([volume])):
             volume.delete()
 
     def _make_directory(self) -> storage_pool.Pool:

@@ -262,9 +262,9 @@ class MigrateTestCase(DriverTestCase):
     def test_claim_stays_until_the_destination_takes_over(self):
         volume = self._add_disk()
         self._migrate()
-        self.assertEqual(
-            {volume, f'{uuids.instance}_{peer.CLAIM}'},
-            set(self.dest.volume_names('nova-disks')))
+        claim, = set(self.dest.volume_names('nova-disks')) - {volume}
+        self.assertTrue(
+            claim.startswith(f'{uuids.instance}_{peer.CLAIM}-'), claim)
 
     def test_all_connections_are_closed(self):
         self._add_disk()
@@ -310,6 +310,18 @@ class RefusalTestCase(DriverTestCase):
         for dest in 'dest', 'source':
             self._assert_refused(
                 original, image.volume_path(self.instance, 'disk'), dest=dest)
+
+    def test_second_attempt_while_the_first_copies(self):
+        errors = []
+
+        def migrate_again(*args):
+            errors.append(self.assertRaises(
+                exception.InstanceFaultRollback, self._migrate))
+
+        self.calls.unplug_vifs.side_effect = migrate_again
+        self._migrate()
+        self.assertIn('being copied already', str(errors[0].inner_exception))
+        self.assertIn(self.volume, self.dest.volume_names('nova-disks'))
 
     def test_smaller_root_disk(self):
         error = self._assert_refused(flavor=self._flavor(root_gb=0))
@@ -538,7 +550,7 @@ class FinishTestCase(DriverTestCase):
 
     def test_volumes_are_flushed_and_the_claim_ends(self):
         volume = self._add_disk()
-        claim = image.volume_name(self.instance, peer.CLAIM)
+        claim = image.volume_name(self.instance, peer.CLAIM) + '-id'
         self.source.add_volume('nova-disks', claim)
         with mock.patch('os.fsync') as fsync:
             self._finish([{'path': os.path.join(self.pool_path, volume),
@@ -971,7 +983,7 @@ class SharedStorageTestCase(DriverTestCase):
     def test_unfinished_copy_is_deleted(self):
         path = self._volume_path()
         self._record(path)
-        self._add_disk(peer.CLAIM)
+        self._add_disk(peer.CLAIM + '-of-an-attempt')
         self.assertFalse(self._on_disk())
         self.assertEqual([], self.source.volume_names('nova-disks'))
         self.assertFalse(os.path.exists(self.directory))

@@ -83,6 +83,16 @@ class _PeerTestCase(test.NoDBTestCase):
                                  path, directory in
                                  self.dest.directories.items()})
 
+    def claims(self) -> list[str]:
+        return [name for name in self.dest.volume_names('disks')
+                if name.startswith(volume_name(peer.CLAIM))]
+
+    def assert_only_claimed(self) -> None:
+        """There is one claim, and nothing of the server besides."""
+        self.assertCountEqual(['other_disk', *self.claims()],
+                              self.dest.volume_names('disks'))
+        self.assertEqual(1, len(self.claims()))
+
     def assert_nothing_left(self) -> None:
         self.assertEqual(self.before, self.state())
 
@@ -328,8 +338,7 @@ class ClaimTestCase(_PeerTestCase):
     def test_claim_is_a_volume(self):
         self.claimed()
 
-        self.assertCountEqual(['other_disk', volume_name(peer.CLAIM)],
-                              self.dest.volume_names('disks'))
+        self.assert_only_claimed()
 
     def test_empty_directory_is_taken(self):
         self.dest.directories[DIRECTORY] = libvirt_storage.FakeDirectory()
@@ -344,8 +353,7 @@ class ClaimTestCase(_PeerTestCase):
 
         self.claimed()
 
-        self.assertCountEqual(['other_disk', volume_name(peer.CLAIM)],
-                              self.dest.volume_names('disks'))
+        self.assert_only_claimed()
         self.assertEqual([], [path for path in self.dest.files
                               if path.startswith(DIRECTORY)])
 
@@ -359,6 +367,44 @@ class ClaimTestCase(_PeerTestCase):
 
         self.assertEqual([], [path for path in self.dest.files
                               if path.startswith(DIRECTORY)])
+
+    def test_attempt_that_was_superseded_touches_nothing(self):
+        first = self.claimed()
+        first.create_disk(volume_name('disk'), 100)
+        second = self.claimed()
+        second.create_disk(volume_name('disk'), 100)
+        before = self.state()
+
+        for function, *args in (
+                (first.verify_disk, volume_name('disk'), 100),
+                (first.settle,), (first.discard,)):
+            self.assert_unsuitable('another attempt', function, *args)
+
+        self.assertEqual(before, self.state())
+        second.verify_disk(volume_name('disk'), 100)
+        second.settle()
+
+    def test_attempt_whose_claim_was_adopted_touches_nothing(self):
+        first = self.claimed()
+        first.create_disk(volume_name('disk'), 100)
+        claim, = self.claims()
+        self.dest.connect().storagePoolLookupByName(
+            'disks').storageVolLookupByName(claim).delete()
+        before = self.state()
+
+        self.assert_unsuitable('Find out which', first.discard)
+
+        self.assertEqual(before, self.state())
+
+    def test_of_two_claims_at_once_neither_is_made(self):
+        destination = self.connected()
+        rival = volume_name(peer.CLAIM) + '-of-another'
+        self.dest.call('pool.createXML', lambda: self.dest.add_volume(
+            'disks', rival))
+
+        self.assert_unsuitable('Wait for its end', destination.claim)
+
+        self.assertEqual([rival], self.claims())
 
     def test_claim_that_fails_leaves_nothing(self):
         self.dest.fail('conn.storagePoolCreateXML')
@@ -429,8 +475,7 @@ class TransferTestCase(_PeerTestCase):
 
         self.assertEqual(['disks'], sorted(self.dest.pools))
         self.assertIn(DIRECTORY + '/disk.info', self.dest.files)
-        self.assertIn(volume_name(peer.CLAIM),
-                      self.dest.volume_names('disks'))
+        self.assertEqual(1, len(self.claims()))
 
     def test_discard_removes_all_and_nothing_else(self):
         self.peer.create_disk(volume_name('disk'), 1)
@@ -472,12 +517,13 @@ class TransferTestCase(_PeerTestCase):
         self.peer.create_disk(volume_name('disk'), 1)
         self.peer.create_disk(volume_name('z'), 1)
         self.peer.create_file('disk.info', 10)
+        claim, = self.claims()
 
         self.peer.discard()
 
         deleted = [name for where, name in self.dest.calls
                    if where == 'vol.delete']
-        self.assertEqual(volume_name(peer.CLAIM), deleted[-1])
+        self.assertEqual(claim, deleted[-1])
         self.assertEqual(4, len(deleted))
 
     def test_discard_that_fails_names_the_host(self):
