@@ -213,9 +213,12 @@ class LibvirtDriver(driver.LibvirtDriver):
                 self.power_off(instance, timeout, retry_interval)
                 self._detach_from_host(
                     context, instance, network_info, block_device_info)
-                self._copy_disks(context, instance, move, disks, cancel)
-                _native(move.copy_instance_dir, disks, cancel)
-                self._keep_instance_dir(instance)
+                if move.destination.is_shared:
+                    move.record_disks(disks)
+                else:
+                    self._copy_disks(context, instance, move, disks, cancel)
+                    _native(move.copy_instance_dir, disks, cancel)
+                    self._keep_instance_dir(instance)
         finally:
             _native(move.close)
         return jsonutils.dumps(
@@ -278,7 +281,7 @@ class LibvirtDriver(driver.LibvirtDriver):
     def confirm_migration(self, context, migration, instance, network_info):
         """Delete what was kept on the source for a revert."""
         self._delete_volumes(image.kept_prefix(instance))
-        if instance.host != CONF.host:
+        if instance.host != CONF.host and self._is_instance_dir_kept(instance):
             self._delete_volumes(image.volume_prefix(instance))
         super().confirm_migration(context, migration, instance, network_info)
 
@@ -558,6 +561,15 @@ class LibvirtDriver(driver.LibvirtDriver):
         for disk in disks:
             watcher.watch(disk.volume, functools.partial(
                 _native, move.copy_disk, disk, cancel))
+
+    @staticmethod
+    def _is_instance_dir_kept(instance) -> bool:
+        """Whether the server has left copies behind here.
+
+        On shared storage it has not: its disks are those of the destination.
+        """
+        return os.path.exists(
+            libvirt_utils.get_instance_path(instance) + '_resize')
 
     def _keep_instance_dir(self, instance) -> None:
         """Put the instance directory where a revert will look for it."""

@@ -19,6 +19,8 @@ what bounds the wait. In eventlet mode call it through
 """
 
 import contextlib
+import os
+import tempfile
 import typing as ty
 
 from oslo_utils import uuidutils
@@ -95,6 +97,8 @@ class Destination:
     :ivar host: address of the host
     :ivar uri: its libvirt URI
     :ivar pool: its disks pool, once connected
+    :ivar is_shared: whether it shares both places of the server's disks with
+        this host, which check() finds out
     """
 
     def __init__(
@@ -118,6 +122,7 @@ class Destination:
         self._connection: 'libvirt.virConnect | None' = None
         self._directory: storage_pool.Pool | None = None
         self.pool: storage_pool.Pool
+        self.is_shared = False
 
     def connect(self) -> None:
         """Connect to the host and find its disks pool.
@@ -142,22 +147,42 @@ class Destination:
         """
         with self._explained():
             self.pool.refresh()
-            self._check_room(needed)
-            self._check_names(source_pool)
+            self._check_domain()
+            self.is_shared = self._find_shared(source_pool)
+            if not self.is_shared:
+                self._check_room(needed)
+                self._check_names()
 
-    def _check_names(self, source_pool: storage_pool.Pool) -> None:
-        """Check that nothing there has the names of what is to come."""
+    def _check_domain(self) -> None:
         if self._has_domain():
             raise self._unsuitable(
                 f'a domain with uuid {self._uuid} is there already',
                 'Find out where it comes from, and undefine it if it is '
                 'not needed.')
-        volumes = self.pool.volumes(self._prefix)
-        if volumes and self._shares(source_pool):
+
+    def _find_shared(self, source_pool: storage_pool.Pool) -> bool:
+        """Whether what the server has here is there already.
+
+        Where only one of its two places is, Nova could not tell what to
+        delete and what not.
+        """
+        shares_directory = self._shares_directory()
+        if not source_pool.volumes(self._prefix):
+            return shares_directory
+        if shares_directory != self._shares_pool(source_pool):
+            pool, directory = (
+                f'storage pool {self.pool.name}',
+                f'instance directory {self._directory_path}')
+            shared, other = ((directory, pool) if shares_directory else
+                             (pool, directory))
             raise self._unsuitable(
-                f'storage pool {self.pool.name} is on storage that both '
-                f'hosts share', 'Migrating with shared pools is not '
-                'supported. Give each host a pool of its own.')
+                f'{shared} is on storage that both hosts share, and {other} '
+                f'is not', 'Share both, or give each host its own of both.')
+        return shares_directory
+
+    def _check_names(self) -> None:
+        """Check that nothing there has the names of what is to come."""
+        volumes = self.pool.volumes(self._prefix)
         if not self._is_claimed(volumes):
             if volumes:
                 raise self._unsuitable(
@@ -167,17 +192,20 @@ class Destination:
             self._check_directory()
 
     def _check_directory(self) -> None:
-        directory = self._find_directory()
-        if directory is None:
-            return
-        files = directory.volumes()
-        directory.detach()
-        if files:
+        if self._list_directory():
             raise self._unsuitable(
                 f'instance directory {self._directory_path} is not empty',
-                'If both hosts share it, give each a directory of its own. '
-                'If not, find out whose files these are, and delete them if '
-                'they are not needed.')
+                'Find out whose files these are, and delete them if they are '
+                'not needed.')
+
+    def _list_directory(self) -> list[str]:
+        """The names of the files in the instance directory, if it is there."""
+        directory = self._find_directory()
+        if directory is None:
+            return []
+        files = [file.name for file in directory.volumes()]
+        directory.detach()
+        return files
 
     def _check_room(self, needed: int) -> None:
         # What a dead attempt left there will go.
@@ -192,12 +220,16 @@ class Destination:
     def claim(self) -> None:
         """Take possession of the volume names and the instance directory.
 
+        Not on shared storage, where they are those of the source.
+
         Clears what an attempt left there whose source host died. The claim
         is made when nothing of anybody else's is there, and before anything
         of ours: all that is found under it later is ours.
 
         :raises: Unsuitable
         """
+        if self.is_shared:
+            return
         with self._explained():
             if self.pool.volumes(self._prefix):
                 self._clear()
@@ -284,6 +316,8 @@ class Destination:
 
         :raises: Unsuitable, also if another attempt has taken over
         """
+        if self.is_shared:
+            return
         self.close()
         self._connection = self._open()
         self.pool = self._find_pool()
@@ -333,12 +367,18 @@ class Destination:
         return any(volume.name.startswith(self._prefix + CLAIM)
                    for volume in volumes)
 
-    def _shares(self, source_pool: storage_pool.Pool) -> bool:
-        """Whether a new volume in this host's pool shows up in the other's.
+    def _shares_directory(self) -> bool:
+        """Whether a new file in the instance directory shows up there."""
+        if not (os.path.isdir(self._directory_path) and
+                self._list_directory()):
+            return False
+        with tempfile.NamedTemporaryFile(dir=self._directory_path) as marker:
+            return os.path.basename(marker.name) in self._list_directory()
 
-        Only asked when the other has volumes of the server, without which
-        the two can not be the same.
-        """
+    def _shares_pool(self, source_pool: storage_pool.Pool) -> bool:
+        """Whether a new volume in this host's pool shows up in the other's."""
+        if not self.pool.volumes(self._prefix):
+            return False
         name = self._prefix + uuidutils.generate_uuid()
         marker = source_pool.create_volume(
             name, 0, source_pool.permissions)

@@ -21,6 +21,7 @@ Every call here blocks. In eventlet mode call it through
 import contextlib
 import dataclasses
 import os
+import tempfile
 import typing as ty
 
 from oslo_serialization import jsonutils
@@ -154,6 +155,19 @@ class Transfer:
             raise
         except Exception as error:
             raise self._error(name, error) from error
+
+    def record_disks(self, disks: list[Disk]) -> None:
+        """Add the paths over there to the record of formats, which is shared.
+
+        :raises: OSError
+        """
+        formats = self._disk_info() | {
+            self.destination_path(disk): disk.format for disk in disks}
+        with tempfile.NamedTemporaryFile('w', dir=self._directory,
+                                         delete=False) as record:
+            record.write(jsonutils.dumps(formats) + '\n')
+        os.chmod(record.name, peer.FILE_MODE)
+        os.replace(record.name, os.path.join(self._directory, 'disk.info'))
 
     def destination_path(self, disk: Disk) -> str:
         """Path of a disk on the destination."""

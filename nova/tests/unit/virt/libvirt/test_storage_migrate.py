@@ -844,8 +844,15 @@ class DeleteTestCase(DriverTestCase):
     def test_confirm_deletes_what_the_source_kept(self):
         self.source.add_volume('nova-disks', f'{uuids.other}_disk')
         self.instance.host = 'dest'
+        os.rename(self.directory, self.directory + '_resize')
         self._confirm()
         self.assertEqual([f'{uuids.other}_disk'],
+                         self.source.volume_names('nova-disks'))
+
+    def test_confirm_on_shared_storage_deletes_nothing(self):
+        self.instance.host = 'dest'
+        self._confirm()
+        self.assertEqual([self.volume],
                          self.source.volume_names('nova-disks'))
 
     def test_confirm_on_the_same_host_deletes_nothing(self):

@@ -289,10 +289,11 @@ class CheckTestCase(_PeerTestCase):
     def test_no_room(self):
         self.assert_refused('bytes available', self.dest.available + 1)
 
-    def test_shared_pool_is_refused(self):
+    def test_pool_that_is_shared_without_the_directory_is_refused(self):
         self.share()
 
-        self.assert_refused('share')
+        self.assert_refused(
+            'both hosts share, and instance directory ' + DIRECTORY)
 
         self.assertEqual(['/disks/' + volume_name('disk')],
                          sorted(self.source.files))
