@@ -22,6 +22,10 @@ import pkgutil
 import suites.upstream  # noqa: F401
 
 from nova.tests.functional import libvirt
+from nova.virt.libvirt import storage_migrate
+
+# The tests put mocks into Nova's driver, which tell of no parameters.
+storage_migrate.check_hooks = lambda nova_driver: None
 
 
 def load_tests(loader, tests, pattern):

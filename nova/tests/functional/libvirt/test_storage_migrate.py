@@ -1,0 +1,438 @@
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""From Nova's API to our driver and back, on faked libvirt daemons."""
+
+import functools
+import os
+import pathlib
+import threading
+from unittest import mock
+
+import ddt
+import fixtures
+from oslo_utils import fileutils
+from oslo_utils import units
+
+from nova.tests.fixtures import libvirt
+from nova.tests.fixtures import libvirt_storage
+from nova.tests.functional.libvirt import base
+from nova.virt.libvirt import driver
+from nova.virt.libvirt import imagebackend
+from nova.virt.libvirt.storage import image
+from nova.virt.libvirt.storage import transfer
+from nova.virt.libvirt import storage_migrate
+from nova.virt.libvirt import utils as libvirt_utils
+
+POOL = 'nova-disks'
+
+# The calls of Nova's to a driver for which it matters which host it is on.
+CALLS = ('spawn', 'destroy', 'cleanup', 'get_host_ip_addr',
+         'migrate_disk_and_power_off', 'finish_migration',
+         'confirm_migration', 'finish_revert_migration',
+         'check_instance_shared_storage_local',
+         'check_instance_shared_storage_remote',
+         'check_instance_shared_storage_cleanup', 'delete_instance_files',
+         'get_available_resource')
+
+
+class DirectoryHost(libvirt_storage.FakeHost):
+    """A host whose files and directories are real ones.
+
+    :param seen: the path that leads to its file system while its driver runs
+    :param root: where that is
+    """
+
+    def __init__(self, name, meter, seen: str, root: pathlib.Path):
+        super().__init__(name, meter)
+        self._seen = seen
+        self._root = root
+        self.files = Entries(self._write, self._unlink)
+        self.directories = Entries(self._mkdir, self._rmdir)
+
+    def real(self, path: str) -> pathlib.Path:
+        """Where what the host has at a path is."""
+        return self._root / os.path.relpath(path, self._seen)
+
+    def refresh(self, pool):
+        directory = self.real(pool.path)
+        if directory.is_dir():
+            self.directories.setdefault(
+                pool.path, libvirt_storage.FakeDirectory())
+            here = {os.path.join(pool.path, file.name): file
+                    for file in directory.iterdir() if file.is_file()}
+            for path in list(self.files):
+                if os.path.dirname(path) == pool.path and path not in here:
+                    super(Entries, self.files).__delitem__(path)
+            for path, file in here.items():
+                self._read(path, file)
+        super().refresh(pool)
+
+    def closed_upload(self, pool):
+        for path, file in self.files.items():
+            if os.path.dirname(path) == pool.path:
+                self._write(path, file)
+        super().closed_upload(pool)
+
+    def _read(self, path, file):
+        content = libvirt_storage.Content.of(file.read_bytes())
+        if path in self.files:
+            self.files[path].content = content
+        else:
+            self.files[path] = libvirt_storage.FakeFile(content)
+
+    def _write(self, path, file):
+        self.real(path).write_bytes(file.content.read(0, file.content.size))
+
+    def _unlink(self, path):
+        self.real(path).unlink()
+
+    def _mkdir(self, path, directory):
+        self.real(path).mkdir(parents=True, exist_ok=True)
+
+    def _rmdir(self, path):
+        self.real(path).rmdir()
+
+
+class Entries(dict):
+    """Says what is added and what is removed."""
+
+    def __init__(self, added, removed):
+        super().__init__()
+        self._added = added
+        self._removed = removed
+
+    def __setitem__(self, path, entry):
+        self._added(path, entry)
+        super().__setitem__(path, entry)
+
+    def __delitem__(self, path):
+        self._removed(path)
+        super().__delitem__(path)
+
+    def setdefault(self, path, entry):
+        if path not in self:
+            self[path] = entry
+        return self[path]
+
+
+class StorageMigrateTestCase(base.ServersTestBase):
+    """Compute hosts each with a file system and a libvirt daemon of its own.
+
+    Their drivers are in one process, with one configuration. While one of
+    them is called, it is that of its host.
+    """
+
+    ADMIN_API = True
+    microversion = 'latest'
+    CAST_AS_CALL = False
+    computes_to_start = ('source', 'dest')
+
+    def setUp(self):
+        of_nova = [(owner, name, getattr(owner, name)) for owner, name in (
+            (imagebackend.Backend, 'backend'),
+            (driver.LibvirtDriver, '_create_image'))]
+        super().setUp()
+        # What Nova's tests replace of it, our driver needs.
+        for owner, name, attribute in of_nova:
+            self.useFixture(fixtures.MockPatchObject(owner, name, attribute))
+        self.useFixture(fixtures.MockPatchObject(
+            storage_migrate.LibvirtDriver, '_create_image', create_disk))
+        # A mock already.
+        libvirt_utils.get_fs_info.return_value = {
+            'total': 128 * units.Gi, 'used': 0, 'free': 128 * units.Gi}
+        self.root = pathlib.Path(self.useFixture(fixtures.TempDir()).path)
+        seen = str(self.root / 'current')
+        self.flags(
+            compute_driver='libvirt.storage_migrate.LibvirtDriver',
+            instances_path=f'{seen}/instances', use_cow_images=False)
+        self.flags(
+            use_storage_pools=True, vol_upload_migration=True,
+            disks_pool_path=f'{seen}/disks', group='libvirt')
+        self.hosts = self.useFixture(libvirt_storage.LibvirtStorageFixture(
+            'source', ['dest']))
+        self.drivers_lock = threading.RLock()
+        for name in self.hosts.names:
+            self.hosts.hosts[name] = DirectoryHost(
+                name, self.hosts.meter, seen, self.root / name)
+            self._make_root(name)
+        self.source, self.dest = self.hosts['source'], self.hosts['dest']
+        for name in self.computes_to_start:
+            self._start(name)
+        self.flavors = {size: self._create_flavor(
+            name=f'flavor-{size}', disk=size, ephemeral=0) for size in (1, 2)}
+
+    def _make_root(self, name):
+        (self.root / name / 'instances').mkdir(parents=True)
+
+    def _start(self, name):
+        self._be(name)
+        self.start_compute(name)
+        there = self.computes[name].driver
+        for method in CALLS:
+            setattr(there, method, self._on_host(
+                name, getattr(there, method)))
+
+    def _on_host(self, name, method):
+        @functools.wraps(method)
+        def call(*args, **kwargs):
+            with self.drivers_lock:
+                self._be(name)
+                return method(*args, **kwargs)
+        return call
+
+    def _be(self, name):
+        current = self.root / 'current'
+        current.unlink(missing_ok=True)
+        current.symlink_to(self.root / name)
+        self.hosts.local = name
+        self.flags(host=name)
+        self.flags(migration_inbound_addr=name, group='libvirt')
+
+    # ---- what tests do and see
+
+    def _boot(self):
+        server = self._create_server(
+            flavor_id=self.flavors[1], host='source', networks='none')
+        self.disk = f'{server["id"]}_disk'
+        self.before = self._files(self.source)
+        self.assertEqual({f'disks/{self.disk}'}, self._disks(self.source))
+        return server
+
+    def _files(self, host):
+        """The content of all files of a host, by their paths."""
+        root = self.root / host.name
+        return {str(path.relative_to(root)): path.read_bytes()
+                for path in root.rglob('*')
+                if path.is_file() and 'locks' not in path.parts and
+                'compute_nodes' not in path.parts}
+
+    def _disks(self, host):
+        return {path for path in self._files(host) if 'disk.info' not in path}
+
+    def _assert_empty(self, host):
+        self.assertEqual({}, self._files(host))
+        self.assertEqual([POOL], list(host.pools))
+        self.assertEqual([], host.open_streams)
+
+    def _assert_domain(self, server, name, state=libvirt.VIR_DOMAIN_RUNNING,
+                       others=()):
+        """A host has the server's domain, in a state; and the other has not.
+
+        :param others: the states of those on the other host
+        """
+        self.assertEqual(name, self._get(server)['OS-EXT-SRV-ATTR:host'])
+        for host, compute in self.computes.items():
+            connection = compute.driver._host.get_connection()
+            self.assertEqual(
+                [state] if host == name else list(others),
+                [domain.info()[0] for domain in connection.listAllDomains(
+                    libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE |
+                    libvirt.VIR_CONNECT_LIST_DOMAINS_INACTIVE)])
+
+    def _get(self, server):
+        return self.api.get_server(server['id'])
+
+    def _assert_usage(self, **usage):
+        """Wait until placement has given so many GiB away on each host."""
+        def found():
+            return {name: self._get_provider_usages(
+                self.compute_rp_uuids[name])['DISK_GB'] for name in usage}
+
+        libvirt_storage.wait_for(lambda: usage == found())
+        self.assertEqual(usage, found())
+
+    def _try_to_migrate(self, server):
+        status = self._get(server)['status']
+        self.api.post_server_action(server['id'], {'migrate': None})
+        self._wait_for_migration_status(server, ['error'])
+        self._wait_for_state_change(server, status)
+
+
+def create_disk(self, context, instance, *args, **kwargs):
+    """What of Nova's making of disks is to be seen here; MiB for GiB."""
+    fileutils.ensure_tree(libvirt_utils.get_instance_path(instance))
+    path = image.volume_path(instance, 'disk')
+    with open(path, 'ab') as disk:
+        if not disk.tell():
+            disk.write(os.urandom(units.Mi))
+        disk.truncate(instance.flavor.root_gb * units.Mi)
+    # Records the format.
+    self.image_backend.by_name(instance, 'disk')
+    return False, False
+
+
+@ddt.ddt
+class MigrateTestCase(StorageMigrateTestCase):
+
+    def test_migrate_and_confirm(self):
+        server = self._boot()
+        self._migrate_server(server)
+        self._assert_kept()
+        self._assert_domain(
+            server, 'dest', others=[libvirt.VIR_DOMAIN_SHUTOFF])
+        self._confirm_resize(server)
+        self._assert_domain(server, 'dest')
+        self._assert_empty(self.source)
+        self.assertEqual(
+            {f'disks/{self.disk}', f'instances/{server["id"]}/disk.info'},
+            set(self._files(self.dest)))
+        self._assert_usage(source=0, dest=1)
+
+    def test_resize_and_revert(self):
+        server = self._boot()
+        self._resize_server(server, self.flavors[2])
+        arrived = self._files(self.dest)[f'disks/{self.disk}']
+        self.assertEqual(
+            self.before[f'disks/{self.disk}'] + bytes(units.Mi), arrived)
+        self._revert_resize(server)
+        self._assert_domain(server, 'source')
+        self.assertEqual(self.before, self._files(self.source))
+        self._assert_empty(self.dest)
+        self._assert_usage(source=1, dest=0)
+
+    def test_there_and_back_again_and_delete(self):
+        server = self._boot()
+        for _host in 'dest', 'source':
+            self._migrate_server(server)
+            self._confirm_resize(server)
+        self.assertEqual(self.before, self._files(self.source))
+        self._delete_server(server)
+        self._assert_empty(self.source)
+        self._assert_empty(self.dest)
+
+    @ddt.data(libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_SHUTOFF)
+    def test_failure_before_power_off(self, state):
+        server = self._boot_into(state)
+        self.dest.pools[POOL].active = False
+        self._try_to_migrate(server)
+        self.assertEqual(0, self.powered_off)
+        self._assert_as_before(server, state)
+
+    @ddt.data(libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_SHUTOFF)
+    def test_failure_after_power_off(self, state):
+        server = self._boot_into(state)
+        fault = self.dest.fail('stream.send', nth=2)
+        self._try_to_migrate(server)
+        self.assertTrue(fault.reached)
+        self.assertEqual(1, self.powered_off)
+        self._assert_as_before(server, state)
+        # Nothing of it is in the way of the next attempt.
+        self._migrate_server(server)
+        self._assert_kept()
+
+    def _boot_into(self, state):
+        server = self._boot()
+        if state == libvirt.VIR_DOMAIN_SHUTOFF:
+            server = self._stop_server(server)
+        source = self.computes['source'].driver
+        self.powered_off = 0
+        power_off = source.power_off
+
+        def count(*args, **kwargs):
+            self.powered_off += 1
+            return power_off(*args, **kwargs)
+
+        self.useFixture(fixtures.MockPatchObject(
+            source, 'power_off', count))
+        return server
+
+    def _assert_kept(self):
+        """Both hosts have the disk as it was."""
+        for host in self.source, self.dest:
+            self.assertEqual(self.before[f'disks/{self.disk}'],
+                             self._files(host)[f'disks/{self.disk}'])
+
+    def _assert_as_before(self, server, state):
+        self._assert_domain(server, 'source', state)
+        self.assertEqual(self.before, self._files(self.source))
+        self.dest.pools[POOL].active = True
+        self._assert_empty(self.dest)
+        self._assert_usage(source=1, dest=0)
+
+
+class SameHostTestCase(StorageMigrateTestCase):
+
+    computes_to_start = ('source',)
+
+    def setUp(self):
+        super().setUp()
+        self.flags(allow_resize_to_same_host=True)
+
+    def test_confirm(self):
+        server = self._boot()
+        self._resize_server(server, self.flavors[2])
+        self._assert_domain(server, 'source')
+        self._confirm_resize(server)
+        self.assertEqual(
+            self.before[f'disks/{self.disk}'] + bytes(units.Mi),
+            self._files(self.source)[f'disks/{self.disk}'])
+        self.assertEqual(set(self.before), set(self._files(self.source)))
+        self._assert_usage(source=2)
+        self._delete_server(server)
+        self._assert_empty(self.source)
+
+    def test_revert(self):
+        server = self._boot()
+        self._resize_server(server, self.flavors[2])
+        self._revert_resize(server)
+        self._assert_domain(server, 'source')
+        self.assertEqual(self.before, self._files(self.source))
+        self._assert_usage(source=1)
+
+
+class SharedStorageTestCase(StorageMigrateTestCase):
+    """Both hosts have one file system."""
+
+    def _make_root(self, name):
+        if name == 'source':
+            super()._make_root(name)
+        else:
+            (self.root / name).symlink_to(self.root / 'source')
+
+    def _assert_all_there(self):
+        files = self._files(self.source)
+        self.assertEqual(set(self.before), set(files))
+        disk = f'disks/{self.disk}'
+        self.assertEqual(self.before[disk], files[disk][:units.Mi])
+        self.assertEqual([], self.source.streams + self.dest.streams)
+
+    def test_migrate_confirm_and_delete(self):
+        server = self._boot()
+        self._migrate_server(server)
+        self._assert_all_there()
+        self._confirm_resize(server)
+        self._assert_domain(server, 'dest')
+        self._assert_all_there()
+        self._delete_server(server)
+        self._assert_empty(self.dest)
+
+    def test_resize_and_revert(self):
+        server = self._boot()
+        self._resize_server(server, self.flavors[2])
+        self._assert_all_there()
+        self._revert_resize(server)
+        self._assert_domain(server, 'source')
+        self._assert_all_there()
+        self._delete_server(server)
+        self._assert_empty(self.source)
+
+    def test_failure_after_power_off(self):
+        server = self._boot()
+        with mock.patch.object(
+                transfer.Transfer, 'record_disks',
+                side_effect=OSError('injected')) as record:
+            self._try_to_migrate(server)
+        record.assert_called_once()
+        self._assert_domain(server, 'source')
+        self._assert_all_there()
