@@ -21,6 +21,7 @@ from unittest import mock
 
 import ddt
 import fixtures
+from oslo_serialization import jsonutils
 from oslo_utils import fileutils
 from oslo_utils import units
 
@@ -137,6 +138,8 @@ class StorageMigrateTestCase(base.ServersTestBase):
     microversion = 'latest'
     CAST_AS_CALL = False
     computes_to_start = ('source', 'dest')
+    # name and group of an option -> its value, by host
+    differing: dict = {}
 
     def setUp(self):
         of_nova = [(owner, name, getattr(owner, name)) for owner, name in (
@@ -152,7 +155,7 @@ class StorageMigrateTestCase(base.ServersTestBase):
         libvirt_utils.get_fs_info.return_value = {
             'total': 128 * units.Gi, 'used': 0, 'free': 128 * units.Gi}
         self.root = pathlib.Path(self.useFixture(fixtures.TempDir()).path)
-        seen = str(self.root / 'current')
+        self.seen = seen = str(self.root / 'current')
         self.flags(
             compute_driver='libvirt.storage_migrate.LibvirtDriver',
             instances_path=f'{seen}/instances', use_cow_images=False)
@@ -198,6 +201,8 @@ class StorageMigrateTestCase(base.ServersTestBase):
         self.hosts.local = name
         self.flags(host=name)
         self.flags(migration_inbound_addr=name, group='libvirt')
+        for (option, group), values in self.differing.items():
+            self.flags(**{option: values[name], 'group': group})
 
     # ---- what tests do and see
 
@@ -436,3 +441,71 @@ class SharedStorageTestCase(StorageMigrateTestCase):
         record.assert_called_once()
         self._assert_domain(server, 'source')
         self._assert_all_there()
+
+
+class TransitionTestCase(StorageMigrateTestCase):
+    """The two hosts are not, or not yet, configured alike."""
+
+    def _differ(self, option, source, dest, group='libvirt'):
+        self.differing = {
+            (option, group): {'source': source, 'dest': dest}}
+
+    def _assert_refused(self, server, *texts):
+        self._try_to_migrate(server)
+        event = self._wait_for_action_fail_completion(
+            server, 'migrate', 'compute_resize_instance')
+        for text in texts:
+            self.assertIn(text, event['details'])
+        self._assert_domain(server, 'source')
+        self.assertEqual(self.before, self._files(self.source))
+        self.assertEqual({}, self._files(self.dest))
+
+    def test_destination_has_no_pool_yet(self):
+        server = self._boot()
+        del self.dest.pools[POOL]
+        self._assert_refused(
+            server, f'there is no storage pool {POOL}', 'use_storage_pools')
+
+    def test_source_may_not_migrate_over_libvirt_yet(self):
+        server = self._boot()
+        self._differ('vol_upload_migration', False, True)
+        self._assert_refused(server, 'vol_upload_migration = True')
+
+    def test_pools_are_switched_off_at_the_destination(self):
+        server = self._boot()
+        self._differ('use_storage_pools', True, False)
+        self._migrate_server(server)
+        self._confirm_resize(server)
+        self._assert_domain(server, 'dest')
+        self.assertEqual(self.before[f'disks/{self.disk}'],
+                         self._files(self.dest)[f'disks/{self.disk}'])
+        self._assert_empty(self.source)
+
+    def test_pools_have_different_directories(self):
+        self.dest.pools.clear()
+        self.dest.add_pool(POOL, f'{self.seen}/elsewhere')
+        server = self._boot()
+        self._differ('disks_pool_path', f'{self.seen}/disks',
+                     f'{self.seen}/elsewhere')
+        self._migrate_server(server)
+        self._confirm_resize(server)
+        self.assertEqual({f'elsewhere/{self.disk}'}, self._disks(self.dest))
+        self._migrate_server(server)
+        self._confirm_resize(server)
+        self.assertEqual(self.before, self._files(self.source))
+        self._assert_empty(self.dest)
+
+    def test_raw_disk_stays_raw_where_others_are_overlays(self):
+        self._differ('use_cow_images', False, True, group=None)
+        server = self._boot()
+        path = self.root / 'source/disks' / self.disk
+        with path.open('r+b') as disk:
+            disk.write(libvirt_storage.qcow2_header(1, '/etc/shadow'))
+        arriving = path.read_bytes()
+        self._migrate_server(server)
+        self._confirm_resize(server)
+        files = self._files(self.dest)
+        self.assertEqual(arriving, files[f'disks/{self.disk}'])
+        self.assertEqual(
+            {f'{self.seen}/disks/{self.disk}': 'raw'}, jsonutils.loads(
+                files[f'instances/{server["id"]}/disk.info']))

@@ -28,6 +28,7 @@ from oslo_serialization import jsonutils
 
 import nova.conf
 from nova.conf import storage_migrate  # noqa: F401 (registers the options)
+from nova.virt.libvirt.storage import image
 from nova.virt.libvirt.storage import peer
 from nova.virt.libvirt.storage import pool as storage_pool
 from nova.virt.libvirt.storage import stream
@@ -85,6 +86,7 @@ class Transfer:
         self._source_uri = source_uri
         self._pool_name = pool_name
         self._directory = directory
+        self._record = os.path.join(directory, 'disk.info')
         self._direct_read = direct_read
         self._bandwidth = bandwidth
         self._connection: ty.Any = None
@@ -161,13 +163,13 @@ class Transfer:
 
         :raises: OSError
         """
-        formats = self._disk_info() | {
+        formats = image.recorded_formats(self._record) | {
             self.destination_path(disk): disk.format for disk in disks}
         with tempfile.NamedTemporaryFile('w', dir=self._directory,
                                          delete=False) as record:
             record.write(jsonutils.dumps(formats) + '\n')
         os.chmod(record.name, peer.FILE_MODE)
-        os.replace(record.name, os.path.join(self._directory, 'disk.info'))
+        os.replace(record.name, self._record)
 
     def destination_path(self, disk: Disk) -> str:
         """Path of a disk on the destination."""
@@ -181,20 +183,14 @@ class Transfer:
             self._connection = None
 
     def _write_disk_info(self, disks: list[Disk]) -> None:
-        formats = {path: format for path, format in self._disk_info().items()
+        formats = {path: format for path, format in
+                   image.recorded_formats(self._record).items()
                    if os.path.dirname(path) == self._directory}
         for disk in disks:
             formats[self.destination_path(disk)] = disk.format
         data = (jsonutils.dumps(formats) + '\n').encode()
         file = self.destination.create_file('disk.info', len(data))
         stream.write(file.libvirt_volume, data)
-
-    def _disk_info(self) -> dict[str, str]:
-        try:
-            with open(os.path.join(self._directory, 'disk.info')) as record:
-                return jsonutils.loads(record.read())
-        except FileNotFoundError:
-            return {}
 
     def _copy_file(self, name: str, cancel: stream.CancelEvent | None) -> None:
         # Through a pool here too: libvirt may have given the file to QEMU,
