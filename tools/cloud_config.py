@@ -161,6 +161,7 @@ def nova_common(site: Site) -> Options:
         'DEFAULT': {'transport_url': site.transport,
                     'service_down_time': 30,
                     'report_interval': 5,
+                    'allow_resize_to_same_host': True,
                     # A guest in software emulation takes long to end.
                     'shutdown_timeout': 0},
         # Where a link was cut, a connection is found dead, and made anew,

@@ -13,6 +13,7 @@
 """A server of the small cloud, as demonstration and tests handle it."""
 
 from collections.abc import Iterator
+import contextlib
 import hashlib
 from pathlib import Path
 import re
@@ -24,6 +25,9 @@ import daemons
 # Where disks are on a host: Nova's own place, and the disks pool's.
 INSTANCES = '/var/lib/nova/instances'
 POOL = '/var/lib/nova/disks'
+POOL_NAME = 'nova-disks'
+# What Nova keeps among the instance directories.
+NOT_OF_SERVERS = {'_base', 'compute_nodes', 'locks', 'snapshots'}
 # A guest in software emulation on a busy machine.
 BOOT_SECONDS = 180
 # The states of a migration that is over.
@@ -99,11 +103,27 @@ class Server:
         self.compute.migrate_server(self.id, host=host)
         self._wait_for_task(status)
 
-    def resize(self, flavor: str, status: str = 'VERIFY_RESIZE') -> None:
-        """Resize it, which migrates it too."""
-        self.compute.resize_server(
-            self.id, self.compute.find_flavor(flavor).id)
-        self._wait_for_task(status)
+    def resize(self, flavor: str, host: str,
+               status: str = 'VERIFY_RESIZE') -> None:
+        """Resize it, to another host or on its own."""
+        with self._only(host):
+            self.compute.resize_server(
+                self.id, self.compute.find_flavor(flavor).id)
+            self._wait_for_task(status)
+
+    @contextlib.contextmanager
+    def _only(self, host: str) -> Iterator[None]:
+        """Let the scheduler choose no host but this."""
+        others = [service for service in
+                  self.compute.services(binary='nova-compute')
+                  if service.host != host]
+        try:
+            for service in others:
+                self.compute.disable_service(service)
+            yield
+        finally:
+            for service in others:
+                self.compute.enable_service(service)
 
     def _wait_for_task(self, status: str) -> None:
         """Wait until the task that the API began is over.

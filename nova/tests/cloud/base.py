@@ -125,6 +125,19 @@ class CloudTestCase(testtools.TestCase):
         where = self.cloud.lab.host(host).path(servers.INSTANCES)
         self.assertEqual([], list(where.glob(f'{server.id}*')))
 
+    def assert_hosts_are_empty(self) -> None:
+        """Check that no server has left anything on any host."""
+        for host in self.cloud.lab.hosts:
+            for what, nothing in (
+                    (['list', '--all', '--name'], []),
+                    (['pool-list', '--all', '--name'], [servers.POOL_NAME]),
+                    (['-q', 'secret-list'], [])):
+                found = host.run(['virsh', *what]).stdout.split()
+                self.assertEqual(nothing, found, f'{what} on {host.name}')
+            self.assertEqual([], os.listdir(host.path(servers.POOL)))
+            self.assertEqual(set(), set(os.listdir(host.path(
+                servers.INSTANCES))) - servers.NOT_OF_SERVERS)
+
     def assert_same_disks(self, server: servers.Server,
                           names: set[str]) -> None:
         """Check that a server that is off has the same disks on both hosts."""

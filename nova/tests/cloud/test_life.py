@@ -15,6 +15,8 @@ from openstack import exceptions
 
 from nova.tests.cloud import base
 
+GIB = 1024 ** 3
+
 
 class TestLife(base.CloudTestCase):
     """What else operators do with a server whose disks are in the pool."""
@@ -68,3 +70,32 @@ class TestLifeRaw(TestLife):
     """The same with disks that are no overlays."""
 
     options = {'DEFAULT': {'use_cow_images': 'False'}}
+
+
+class TestSameHost(base.CloudTestCase):
+    """A server is resized on its host, and nothing is left of it then."""
+
+    def setUp(self):
+        super().setUp()
+        self.addCleanup(self.assert_hosts_are_empty)
+        self.server = self.create_booted(flavor='small-ephemeral')
+
+    def test_revert_and_confirm(self):
+        before = self.server.disks(base.SOURCE)
+        self.server.resize('large-ephemeral', base.SOURCE)
+        self.assertEqual(base.SOURCE, self.server.host)
+        self.assert_counts(self.server, vda=2, vdb=2)
+        self.assertEqual({'vda': 2 * GIB, 'vdb': 2 * GIB},
+                         self.server.sizes())
+        self.server.revert()
+        # The second boot was from the copies, and went with them.
+        self.assert_counts(self.server, vda=2, vdb=2)
+        self.assertEqual({'vda': GIB, 'vdb': GIB}, self.server.sizes())
+        self.assertEqual(before, self.server.disks(base.SOURCE))
+        self.server.stop()
+        self.server.resize('large-ephemeral', base.SOURCE)
+        self.server.confirm('SHUTOFF')
+        self.assertEqual(before, self.server.disks(base.SOURCE))
+        self.server.start()
+        self.assert_counts(self.server, vda=3, vdb=3)
+        self.assert_no_disks(self.server, base.DESTINATION)

@@ -72,7 +72,7 @@ class TestResize(base.CloudTestCase):
 
     def test_confirm_gives_the_guest_bigger_disks(self):
         server = self.create_booted(flavor='small-ephemeral')
-        server.resize('large-ephemeral')
+        server.resize('large-ephemeral', base.DESTINATION)
         self.assertEqual(base.DESTINATION, server.host)
         self.assert_counts(server, vda=2, vdb=2)
         self.assertEqual({'vda': 2 * GIB, 'vdb': 2 * GIB}, server.sizes())
@@ -81,7 +81,7 @@ class TestResize(base.CloudTestCase):
 
     def test_revert_gives_the_old_disk_back(self):
         server = self.create_booted(flavor='small')
-        server.resize('large')
+        server.resize('large', base.DESTINATION)
         self.assert_counts(server, vda=2)
         server.revert()
         self.assert_counts(server, vda=2)
@@ -91,7 +91,7 @@ class TestResize(base.CloudTestCase):
     def test_a_smaller_disk_is_refused(self):
         # A smaller root disk the API refuses by itself.
         server = self.create(flavor='small-ephemeral')
-        server.resize('small', status='ACTIVE')
+        server.resize('small', base.DESTINATION, 'ACTIVE')
         self.assertEqual(base.SOURCE, server.host)
         self.assertIn('resize disk down', server.failure())
         self.assert_no_disks(server, base.DESTINATION)
