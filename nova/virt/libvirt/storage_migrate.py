@@ -535,12 +535,13 @@ class LibvirtDriver(driver.LibvirtDriver):
             self._uri(), destination, CONF.libvirt.disks_pool, directory,
             CONF.libvirt.vol_upload_migration_direct_read, self._bandwidth)
 
-    def _storage_migration_uri(self, dest) -> str:
+    @staticmethod
+    def _storage_migration_uri(dest) -> str:
         """The libvirt URI of a destination."""
         uri = CONF.libvirt.vol_upload_migration_uri
         if not uri and (CONF.libvirt.live_migration_uri or
                         CONF.libvirt.live_migration_scheme):
-            return self._live_migration_uri(dest)
+            return LibvirtDriver._live_migration_uri(dest)
         uri = uri or 'qemu+tls://%s/system'
         return uri.replace('%s', netutils.escape_ipv6(dest))
 

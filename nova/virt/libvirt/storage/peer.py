@@ -60,12 +60,16 @@ class Unsuitable(Exception):
 
     :ivar host: address of the destination
     :ivar uri: libvirt URI of the destination
+    :ivar reason: why not
+    :ivar remedy: what to do about it
     """
 
     def __init__(self, host: str, uri: str, reason: ty.Any, remedy: str):
         super().__init__(f'host {host} ({uri}): {reason}. {remedy}')
         self.host = host
         self.uri = uri
+        self.reason = str(reason)
+        self.remedy = remedy
 
 
 def open_connection(uri: str) -> 'libvirt.virConnect':

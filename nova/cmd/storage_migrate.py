@@ -1,0 +1,170 @@
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Look whether servers could be migrated to other hosts over libvirt."""
+
+import argparse
+import collections.abc
+import contextlib
+import fcntl
+import os
+import signal
+import sys
+import termios
+
+from oslo_serialization import jsonutils
+from oslo_utils import units
+
+import nova.conf
+from nova.conf import storage_migrate as options  # noqa: F401 (registers)
+from nova import config
+from nova.virt.libvirt.storage import check
+from nova.virt.libvirt.storage import stream
+from nova.virt.libvirt import storage_migrate
+
+try:
+    import libvirt
+except ImportError:
+    libvirt = None
+
+CONF = nova.conf.CONF
+
+EPILOG = """\
+A line for each check tells whether it is ok, whether migrations work but
+should not go on like this (warn), or whether they do not work (fail), and
+what to do about it. The exit status is 1 if any failed, 2 for wrong usage,
+and else 0. Nothing stays on the other host. Run it as the user of
+nova-compute.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    arguments = _parse(sys.argv[1:] if argv is None else argv)
+    hosts = arguments.host + _read_hosts(arguments.all)
+    _forbid_prompts()
+    _configure(arguments)
+    _run_event_loop()
+    signal.signal(signal.SIGTERM, lambda *args: sys.exit(1))
+    findings = []
+    with contextlib.closing(_check(hosts, arguments.size)) as found:
+        for finding in found:
+            findings.append(finding)
+            if not arguments.json:
+                print(finding, flush=True)
+    if arguments.json:
+        print(jsonutils.dumps([vars(each) for each in findings], indent=2))
+    return int(any(each.status == check.FAIL for each in findings))
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog='nova-storage-migrate', description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser(
+        'check', help='check other hosts', description=__doc__,
+        epilog=EPILOG)
+    command.add_argument(
+        'host', nargs='*', help='address of another compute host, as in its '
+        '[libvirt]migration_inbound_addr, which is my_ip by default')
+    command.add_argument(
+        '--all', metavar='FILE', type=argparse.FileType(), help='also check '
+        'the hosts in FILE, one to a line; - is the standard input. This '
+        'host is left out')
+    command.add_argument(
+        '--size', metavar='GIB', type=_size, default=0, help='check that '
+        'there is room for a disk of so many GiB, and tell how long it takes')
+    command.add_argument(
+        '--json', action='store_true', help='print a list of objects with '
+        'host, status, what, finding and remedy')
+    command.add_argument(
+        '--config-file', action='append', default=[], help='as nova-compute')
+    command.add_argument(
+        '--config-dir', action='append', default=[], help='as nova-compute')
+    arguments = parser.parse_args(argv)
+    if not arguments.host and not arguments.all:
+        command.error('name a host, or a file with --all')
+    return arguments
+
+
+def _size(text: str) -> int:
+    size = float(text)
+    if size < 0:
+        raise ValueError(text)
+    return int(size * units.Gi)
+
+
+def _read_hosts(
+    lines: collections.abc.Iterable[str] | None,
+) -> list[str]:
+    """The hosts of a file; empty lines and comments are none."""
+    found = [line.partition('#')[0].strip() for line in lines or ()]
+    return [host for host in found if host]
+
+
+def _forbid_prompts() -> None:
+    """Let nothing that libvirt starts ask anybody."""
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    # ssh asks on the terminal, whatever its standard input is.
+    with contextlib.suppress(OSError), open('/dev/tty') as terminal:
+        fcntl.ioctl(terminal, termios.TIOCNOTTY)
+
+
+def _configure(arguments: argparse.Namespace) -> None:
+    argv = ['nova-compute']
+    for name in 'config_file', 'config_dir':
+        for path in getattr(arguments, name):
+            argv += [f'--{name.replace("_", "-")}', path]
+    config.parse_args(argv, configure_db=False, init_rpc=False)
+
+
+def _run_event_loop() -> None:
+    """Run libvirt's event loop, without which nothing is kept alive."""
+    # Errors are printed as findings.
+    libvirt.registerErrorHandler(lambda context, error: None, None)
+    libvirt.virEventRegisterDefaultImpl()
+
+    def loop() -> None:
+        while True:
+            libvirt.virEventRunDefaultImpl()
+
+    stream.native_threading().Thread(target=loop, daemon=True).start()
+
+
+def _check(
+    hosts: list[str], size: int,
+) -> collections.abc.Generator[check.Finding, None, None]:
+    settings = check.Settings(
+        uri=storage_migrate.LibvirtDriver._uri(),
+        pool=CONF.libvirt.disks_pool,
+        pool_path=CONF.libvirt.disks_pool_path,
+        instances_path=CONF.instances_path,
+        enabled=(CONF.libvirt.use_storage_pools and
+                 CONF.libvirt.vol_upload_migration),
+        bandwidth=CONF.libvirt.vol_upload_migration_bandwidth * units.Mi)
+    ours = {CONF.host, CONF.my_ip, CONF.libvirt.migration_inbound_addr}
+    source = check.Source(CONF.host, settings)
+    with contextlib.closing(source):
+        yield from source.run()
+        for host in hosts:
+            if host not in ours:
+                uri = storage_migrate.LibvirtDriver._storage_migration_uri(
+                    host)
+                yield from check.Destination(
+                    host, uri, source, settings, size).run()
+
+
+if __name__ == '__main__':
+    sys.exit(main())

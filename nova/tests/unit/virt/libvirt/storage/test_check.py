@@ -1,0 +1,328 @@
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+import os
+import socket
+from unittest import mock
+
+import ddt
+import fixtures
+from oslo_utils import units
+
+from nova import test
+from nova.tests.fixtures import libvirt_storage
+from nova.virt.libvirt.storage import check
+from nova.virt.libvirt.storage import peer
+
+libvirt = libvirt_storage.libvirt
+
+INSTANCES = '/var/lib/nova/instances'
+
+
+class _CheckTestCase(test.NoDBTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.hosts = self.useFixture(libvirt_storage.LibvirtStorageFixture())
+        self.source, self.dest = self.hosts['source'], self.hosts['dest']
+        self.instances = self.useFixture(fixtures.TempDir()).path
+        self.source.add_pool('nova-disks', '/disks', os.getuid(), 0, 0o755)
+        self.dest.add_pool('nova-disks', '/srv/disks', 64060, 64061, 0o755)
+        self.dest.directories[self.instances] = (
+            libvirt_storage.FakeDirectory(64060, 64061, 0o755))
+        self.settings = dict(
+            uri='qemu:///system', pool='nova-disks', pool_path='/disks',
+            instances_path=self.instances, enabled=True, bandwidth=0)
+
+    def _source(self):
+        source = check.Source('source', check.Settings(**self.settings))
+        self.addCleanup(source.close)
+        return source
+
+    def _statuses(self, findings):
+        return {each.what: each.status for each in findings}
+
+    def _only_failure(self, findings, *texts, status=check.FAIL):
+        """One check has this status, and says what is wrong in one line."""
+        failure, = [each for each in findings if each.status != check.OK]
+        self.assertEqual(status, failure.status)
+        self.assertTrue(failure.remedy)
+        for text in texts:
+            self.assertIn(text, str(failure))
+        self.assertNotIn('\n', str(failure))
+        return failure
+
+
+class SourceTestCase(_CheckTestCase):
+
+    def _run(self):
+        self.checked = self._source()
+        return list(self.checked.run())
+
+    def test_good_host(self):
+        findings = self._run()
+        self.assertEqual(
+            dict.fromkeys(['user', 'options', 'libvirt', 'pool'], check.OK),
+            self._statuses(findings))
+        self.assertEqual('nova-disks', self.checked.pool.name)
+
+    def test_another_user(self):
+        with mock.patch('os.geteuid', return_value=12345):
+            self._only_failure(self._run(), 'uid 12345', 'sudo -u nova',
+                               status=check.WARN)
+
+    def test_not_enabled(self):
+        self.settings['enabled'] = False
+        self._only_failure(
+            self._run(), 'vol_upload_migration', status=check.WARN)
+
+    def test_libvirt_that_refuses(self):
+        self.source.open_error = libvirt_storage.DEFAULT_ERROR
+        self._only_failure(self._run(), 'qemu:///system', 'injected failure')
+
+    def test_pool_that_is_not_there(self):
+        self.source.pools.clear()
+        self._only_failure(self._run(), 'no active storage pool nova-disks',
+                           'Restart nova-compute')
+
+    def test_pool_of_another_path(self):
+        self.settings['pool_path'] = '/other'
+        self._only_failure(self._run(), '/disks', 'disks_pool_path')
+
+
+@ddt.ddt
+class DestinationTestCase(_CheckTestCase):
+    """What is asked of libvirt; the network comes before."""
+
+    def setUp(self):
+        super().setUp()
+        self.useFixture(fixtures.MockPatchObject(
+            check.Destination, '_network_steps', return_value=[]))
+        self.checked_source = self._source()
+        list(self.checked_source.run())
+        self.volumes = self.dest.volume_names('nova-disks')
+
+    def _run(self, uri='qemu+tls://dest/system', size=0):
+        findings = list(check.Destination(
+            'dest', uri, self.checked_source,
+            check.Settings(**self.settings), size).run())
+        self.assertEqual(
+            self.volumes, self.dest.volume_names('nova-disks'))
+        self.assertTrue(all(connection.closed
+                            for connection in self.dest.connections))
+        self.assertEqual([], self.dest.open_streams)
+        self.assertLessEqual(set(self.dest.pools), {'nova-disks'})
+        return findings
+
+    def test_good_host(self):
+        findings = self._run(size=units.Gi)
+        self.assertEqual(
+            dict.fromkeys(['libvirt', 'encryption', 'pool', 'owner', 'space',
+                           'shared storage', 'probe copy'], check.OK),
+            self._statuses(findings))
+        self.assertRegex(
+            findings[-1].finding, r'^16 MiB written at \d+ MiB/s, read back, '
+            r'deleted; 1\.0 GiB take about 0 h \d+ min \d+ s$')
+
+    def test_estimate_keeps_to_the_bandwidth(self):
+        self.settings['bandwidth'] = 2 * units.Mi
+        self.assertIn('0 h 8 min 32 s', self._run(size=units.Gi)[-1].finding)
+
+    def test_host_that_is_not_there(self):
+        findings = list(check.Destination(
+            'gone', 'qemu+tls://gone/system', self.checked_source,
+            check.Settings(**self.settings), 0).run())
+        self._only_failure(findings, 'gone: libvirt', 'No route to host')
+
+    def test_connection_that_is_not_encrypted(self):
+        findings = self._run('qemu+tcp://dest/system')
+        self._only_failure(findings, 'qemu+tcp://dest/system',
+                           'not encrypted', 'qemu+tls', status=check.WARN)
+        self.assertIn('probe copy', self._statuses(findings))
+
+    def test_connection_by_ssh(self):
+        self._only_failure(
+            self._run('qemu+ssh://dest/system'), 'does not go over TLS',
+            'qemu+tls', status=check.WARN)
+
+    def test_old_libvirt(self):
+        self.dest.version = 7_000_000
+        self._only_failure(self._run(), '7000000', '8000000')
+
+    def test_pool_that_is_not_there(self):
+        del self.dest.pools['nova-disks']
+        findings = list(check.Destination(
+            'dest', 'qemu+tls://dest/system', self.checked_source,
+            check.Settings(**self.settings), 0).run())
+        self._only_failure(findings, 'there is no storage pool nova-disks',
+                           'use_storage_pools')
+
+    def test_pool_that_is_not_active(self):
+        self.dest.pools['nova-disks'].active = False
+        findings = list(check.Destination(
+            'dest', 'qemu+tls://dest/system', self.checked_source,
+            check.Settings(**self.settings), 0).run())
+        self._only_failure(findings, 'not active',
+                           'virsh pool-start nova-disks')
+
+    def test_pool_of_another_owner(self):
+        self.dest.directories['/srv/disks'].owner = 0
+        self._only_failure(
+            self._run(), '/srv/disks there belongs to uid 0', 'uid 64060',
+            'chown 64060:64061 /srv/disks on dest')
+
+    def test_pool_that_its_owner_can_not_use(self):
+        self.dest.directories['/srv/disks'].mode = 0o500
+        self._only_failure(self._run(), 'mode 0500', 'chmod 0755 /srv/disks')
+
+    def test_instances_in_another_directory(self):
+        del self.dest.directories[self.instances]
+        self._only_failure(self._run(), self.instances, 'instances_path')
+
+    @ddt.data(0, units.Ti)
+    def test_no_room(self, size):
+        available = 0 if not size else units.Gi
+        with mock.patch.object(type(self.dest), 'available', available):
+            self._only_failure(self._run(size=size), 'are free',
+                               'Free some space')
+
+    def _share_pool(self):
+        volumes = check.storage_pool.Pool.volumes
+
+        def shared(pool, prefix=''):
+            return volumes(pool, prefix) + (
+                [mock.sentinel.volume]
+                if pool is self.checked_source.pool else [])
+
+        self.useFixture(fixtures.MockPatchObject(
+            check.storage_pool.Pool, 'volumes', shared))
+
+    def _share_directory(self):
+        make = check.tempfile.NamedTemporaryFile
+
+        def shared(**kwargs):
+            file = make(**kwargs)
+            self.dest.add_file(file.name)
+            return file
+
+        self.useFixture(fixtures.MockPatchObject(
+            check.tempfile, 'NamedTemporaryFile', shared))
+
+    def test_shared_storage(self):
+        self._share_pool()
+        self._share_directory()
+        findings = self._run()
+        self.assertEqual({check.OK}, {each.status for each in findings})
+        self.assertIn('nothing will be copied', str(findings[-2]))
+        self.assertEqual([], os.listdir(self.instances))
+
+    def test_only_the_pool_is_shared(self):
+        self._share_pool()
+        self._only_failure(
+            self._run(), f'/disks is on storage that both hosts share, and '
+            f'{self.instances} is not', 'Share both')
+
+    def test_only_the_instance_directories_are_shared(self):
+        self._share_directory()
+        self._only_failure(
+            self._run(), f'{self.instances} is on storage that both hosts '
+            f'share, and /disks is not')
+
+    def test_probe_that_fails_is_deleted(self):
+        self.dest.fail('stream.send', after=units.Mi)
+        self._only_failure(self._run(), 'probe copy', 'injected failure')
+
+    def test_probe_that_comes_back_wrong(self):
+        def corrupt():
+            name, = self.dest.volume_names('nova-disks')
+            self.dest.volume('nova-disks', name).content.write(
+                units.Mi, bytes(units.Ki))
+
+        self.dest.call('vol.download', corrupt)
+        self._only_failure(self._run(), 'probe copy',
+                           'it differs from the source')
+
+    def test_probe_that_can_not_be_deleted(self):
+        self.dest.fail('vol.delete')
+        findings = list(check.Destination(
+            'dest', 'qemu+tls://dest/system', self.checked_source,
+            check.Settings(**self.settings), 0).run())
+        name, = self.dest.volume_names('nova-disks')
+        self._only_failure(
+            findings, f'volume {name} is left there',
+            f'virsh vol-delete --pool nova-disks {name} on dest')
+
+    def test_step_that_hangs(self):
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.check.STEP_SECONDS', 0.2))
+        fault = self.dest.block('conn.getLibVersion')
+        self.addCleanup(fault.release)
+        findings = list(check.Destination(
+            'dest', 'qemu+tls://dest/system', self.checked_source,
+            check.Settings(**self.settings), 0).run())
+        self._only_failure(findings, 'no answer within 0.2 seconds')
+
+    def test_interruption_deletes_the_probe(self):
+        with mock.patch.object(
+                check.Destination, '_probe', side_effect=KeyboardInterrupt):
+            with mock.patch.object(
+                    peer, '_within', lambda seconds, step: step()):
+                self.assertRaises(KeyboardInterrupt, self._run)
+        self.assertEqual(
+            self.volumes, self.dest.volume_names('nova-disks'))
+
+
+class NetworkTestCase(_CheckTestCase):
+
+    def _findings(self, uri):
+        destination = check.Destination(
+            'it', uri, self._source(), check.Settings(**self.settings), 0)
+        return list(destination.run())
+
+    def _listen(self):
+        # Of eventlet's nothing but itself keeps it open.
+        self.listener = socket.create_server(('127.0.0.1', 0))
+        self.addCleanup(self.listener.close)
+        return self.listener.getsockname()[1]
+
+    def test_name_that_is_not_known(self):
+        with mock.patch('socket.getaddrinfo',
+                        side_effect=socket.gaierror(-2, 'not known')):
+            self._only_failure(self._findings('qemu+tls://nowhere/system'),
+                               'nowhere has no address: not known', 'DNS')
+
+    def test_nothing_listens(self):
+        with mock.patch.dict(check.PORTS, tcp=1):
+            self._only_failure(
+                self._findings('qemu+tls://127.0.0.1:2/system'),
+                'nothing listens on port 2', 'virtproxyd-tls.socket')
+
+    def test_only_the_port_without_encryption_is_open(self):
+        with mock.patch.dict(check.PORTS, tcp=self._listen()):
+            self._only_failure(
+                self._findings('qemu+tls://127.0.0.1:2/system'),
+                'which is not encrypted', 'listen_tls = 1')
+
+    def test_host_that_does_not_answer(self):
+        with mock.patch('socket.create_connection',
+                        side_effect=TimeoutError('timed out')):
+            self._only_failure(
+                self._findings('qemu+tls://127.0.0.1/system'),
+                'does not answer on port 16514: timed out', 'firewall')
+
+    def test_our_certificate_is_not_there(self):
+        port = self._listen()
+        self._only_failure(
+            self._findings(
+                f'qemu+tls://127.0.0.1:{port}/system?pkipath=/not/there'),
+            '/not/there/clientcert.pem can not be read')

@@ -1,0 +1,544 @@
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Look whether servers could be migrated to another host, before they are.
+
+What a migration checks before it changes anything is checked by the same code
+here. Every wait has a bound, and nothing stays on the other host.
+"""
+
+import contextlib
+import dataclasses
+import os
+import socket
+import tempfile
+import typing as ty
+from urllib import parse
+
+from oslo_utils import units
+from oslo_utils import uuidutils
+
+from nova.virt.libvirt.storage import certificates
+from nova.virt.libvirt.storage import peer
+from nova.virt.libvirt.storage import pool as storage_pool
+from nova.virt.libvirt.storage import stream
+
+try:
+    import libvirt
+except ImportError:
+    libvirt = None
+
+OK = 'ok'
+WARN = 'warn'
+FAIL = 'fail'
+
+# By the transport of a URI.
+PORTS = {'tls': 16514, 'tcp': 16509}
+
+# Bytes of the probe copy.
+PROBE_BYTES = 16 * units.Mi
+
+# Seconds that a step may take: more than an attempt to connect, and than the
+# keepalive of a connection.
+STEP_SECONDS = 60
+PROBE_SECONDS = 300
+
+# Days before its end from which on a certificate is warned of.
+EXPIRY_DAYS = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What came of one check.
+
+    :ivar host: what was looked at, as it was named
+    :ivar status: OK, WARN: migrations work, FAIL: they do not
+    :ivar what: was checked
+    :ivar finding: what was found
+    :ivar remedy: what to do about it, empty if all is well
+    """
+    host: str
+    status: str
+    what: str
+    finding: str
+    remedy: str = ''
+
+    def __str__(self) -> str:
+        text = f'{self.status:<5} {self.host}: {self.what}: {self.finding}'
+        return f'{text}; {self.remedy}' if self.remedy else text
+
+
+class Problem(Exception):
+    """Something is not as it has to be.
+
+    :ivar reason: what
+    :ivar remedy: what to do about it
+    """
+
+    def __init__(self, reason: str, remedy: str, status: str = FAIL):
+        super().__init__(f'{reason}; {remedy}')
+        self.reason = reason
+        self.remedy = remedy
+        self.status = status
+
+
+# A step says what it found, or raises what is wrong.
+Step = tuple[str, ty.Callable[[], str]]
+
+
+class Checks:
+    """Checks in their order.
+
+    :ivar host: what is looked at
+    """
+
+    host: str
+
+    def __init__(self) -> None:
+        self._failed = False
+
+    def _run(self, steps: list[Step]) -> ty.Iterator[Finding]:
+        """Yield what steps find that do not depend on each other."""
+        for what, step in steps:
+            finding = self._try(what, step)
+            self._failed |= finding.status == FAIL
+            yield finding
+
+    def _run_until_failure(self, steps: list[Step]) -> ty.Iterator[Finding]:
+        """Yield what steps find each of which needs those before it."""
+        for step in steps:
+            if self._failed:
+                return
+            yield from self._run([step])
+
+    def _try(self, what: str, step: ty.Callable[[], str],
+             seconds: float | None = None) -> Finding:
+        try:
+            return Finding(self.host, OK, what, peer._within(
+                seconds or STEP_SECONDS, step))
+        except Problem as problem:
+            return self._finding(problem.status, what, problem)
+        except (peer.Unsuitable, certificates.Unusable) as problem:
+            return self._finding(FAIL, what, problem)
+        except TimeoutError as error:
+            return Finding(
+                self.host, FAIL, what, str(error),
+                'Look whether libvirt, its storage and the network hang')
+        except Exception as error:
+            return Finding(
+                self.host, FAIL, what, str(error) or repr(error),
+                "Look into libvirt's log on both hosts")
+
+    def _finding(self, status: str, what: str, problem: ty.Any) -> Finding:
+        return Finding(self.host, status, what, str(problem.reason),
+                       problem.remedy.rstrip('.'))
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What nova.conf says.
+
+    :ivar uri: libvirt URI of this host
+    :ivar pool: name of the disks pool
+    :ivar pool_path: its directory on this host
+    :ivar instances_path: directory of the instance directories
+    :ivar enabled: whether disks go to the pool, and migrate from there
+    :ivar bandwidth: limit in bytes per second, 0 for none
+    """
+    uri: str
+    pool: str
+    pool_path: str
+    instances_path: str
+    enabled: bool
+    bandwidth: int
+
+
+class Source(Checks):
+    """The host that this runs on.
+
+    :ivar version: of its libvirt, once run
+    :ivar pool: its disks pool, if it has one
+    """
+
+    def __init__(self, host: str, settings: Settings):
+        super().__init__()
+        self.host = host
+        self.version = 0
+        self.pool: storage_pool.Pool | None = None
+        self._settings = settings
+        self._connection: ty.Any = None
+
+    def run(self) -> ty.Iterator[Finding]:
+        """Yield what is found, one after the other."""
+        yield from self._run([('user', self._user),
+                              ('options', self._options)])
+        yield from self._run_until_failure([('libvirt', self._libvirt),
+                                            ('pool', self._pool)])
+
+    def close(self) -> None:
+        """Close the connection to this host's libvirt."""
+        _close(self._connection)
+
+    def _user(self) -> str:
+        owner = os.stat(self._settings.instances_path).st_uid
+        if os.geteuid() != owner:
+            raise Problem(
+                f'this runs with uid {os.geteuid()}, and '
+                f'{self._settings.instances_path} belongs to uid {owner}',
+                'Run it as the user of nova-compute, whose access counts: '
+                'sudo -u nova', WARN)
+        return f'uid {owner}, as nova-compute'
+
+    def _options(self) -> str:
+        if not self._settings.enabled:
+            raise Problem(
+                'servers of this host do not migrate over libvirt',
+                'Set [libvirt]use_storage_pools and '
+                '[libvirt]vol_upload_migration', WARN)
+        return 'use_storage_pools and vol_upload_migration are set'
+
+    def _libvirt(self) -> str:
+        try:
+            self._connection = peer.open_connection(self._settings.uri)
+        except libvirt.libvirtError as error:
+            raise Problem(f'{self._settings.uri}: {error}',
+                          'Start libvirt, and let this user connect to it')
+        self.version = self._connection.getLibVersion()
+        return f'version {_version(self.version)}'
+
+    def _pool(self) -> str:
+        name = self._settings.pool
+        try:
+            self.pool = storage_pool.Pool.lookup(self._connection, name)
+        except (storage_pool.PoolNotFound, storage_pool.PoolInactive):
+            raise Problem(f'there is no active storage pool {name}',
+                          'Restart nova-compute on this host')
+        if self.pool.path != self._settings.pool_path.rstrip('/'):
+            raise Problem(
+                f'{name} has the directory {self.pool.path}',
+                'Set [libvirt]disks_pool_path to that')
+        return _describe(self.pool)
+
+
+class Destination(Checks):
+    """A host to which servers may have to go."""
+
+    def __init__(self, host: str, uri: str, source: Source,
+                 settings: Settings, size: int):
+        """Name the host; nothing happens yet.
+
+        :param uri: its libvirt URI
+        :param size: bytes of a disk that it has to take
+        """
+        super().__init__()
+        self.host = host
+        self._source = source
+        self._settings = settings
+        self._connection: ty.Any = None
+        self._size = size
+        self._uri = parse.urlsplit(uri)
+        self._name = self._uri.hostname or ''
+        _driver, plus, transport = self._uri.scheme.partition('+')
+        self._transport = transport if plus else 'tls'
+        self._pool: storage_pool.Pool
+        self._shares_directory = False
+        self._port = self._uri.port or PORTS.get(self._transport, 0)
+        self._probe_name = f'nova-check-{uuidutils.generate_uuid()}'
+        self._peer = peer.Destination(
+            host, uri, settings.pool, self._probe_name,
+            settings.instances_path)
+
+    def run(self) -> ty.Iterator[Finding]:
+        """Yield what is found, one after the other."""
+        try:
+            yield from self._run_until_failure(self._network_steps())
+            yield from self._run_until_failure([
+                ('libvirt', self._connect),
+                ('encryption', self._encryption),
+                ('pool', self._look_at_pool)])
+            if self._failed:
+                return
+            yield from self._run([('owner', self._owner),
+                                  ('space', self._space)])
+            if not self._failed:
+                yield from self._run_probe()
+        finally:
+            peer._within(STEP_SECONDS, self._peer.close)
+
+    def _network_steps(self) -> list[Step]:
+        if not self._name:
+            return []
+        steps: list[Step] = [('name', self._resolve)]
+        if self._port:
+            steps.append(('port', self._reach))
+        if self._transport == 'tls':
+            steps += [('our certificate', self._own_certificate),
+                      ('its certificate', self._its_certificate)]
+        return steps
+
+    def _resolve(self) -> str:
+        try:
+            found = {str(entry[4][0]) for entry in socket.getaddrinfo(
+                self._name, None, type=socket.SOCK_STREAM)}
+        except OSError as error:
+            raise Problem(
+                f'{self._name} has no address: {error.strerror}',
+                'Check the name in DNS or /etc/hosts, and its '
+                '[libvirt]migration_inbound_addr')
+        return ', '.join(sorted(found))
+
+    def _reach(self) -> str:
+        try:
+            _reach(self._name, self._port)
+        except ConnectionRefusedError:
+            raise self._no_listener()
+        except OSError as error:
+            raise Problem(
+                f'{self._name} does not answer on port {self._port}: {error}',
+                'Check the network, and the firewall on both hosts')
+        return f'{self._port} is open'
+
+    def _no_listener(self) -> Problem:
+        reason = f'nothing listens on port {self._port} of {self._name}'
+        if self._transport != 'tls':
+            return Problem(reason, 'Start libvirtd there with --listen')
+        remedy = ('Start virtproxyd-tls.socket there, or libvirtd with '
+                  '--listen')
+        try:
+            _reach(self._name, PORTS['tcp'])
+        except OSError:
+            return Problem(reason, remedy)
+        return Problem(
+            f'{reason}, only on {PORTS["tcp"]}, which is not encrypted',
+            f'{remedy} and listen_tls = 1')
+
+    def _own_certificate(self) -> str:
+        certificate = certificates.read(self._files.certificate)
+        return _check_expiry(certificate, self._files.certificate,
+                             'Give this host a new one')
+
+    def _its_certificate(self) -> str:
+        host = certificates.Peer(self._name, self._port, self._files)
+        certificate = host.fetch()
+        host.verify(certificate)
+        return _check_expiry(
+            certificate, 'servercert.pem there',
+            'Give it a new servercert.pem, and restart libvirt there')
+
+    @property
+    def _files(self) -> certificates.Files:
+        parameters = parse.parse_qs(self._uri.query.replace(';', '&'))
+        return certificates.find_files(parameters.get('pkipath', [None])[0])
+
+    def _connect(self) -> str:
+        self._peer.connect()
+        self._connection = self._peer.pool.libvirt_pool.connect()
+        version = self._connection.getLibVersion()
+        return (f'version {_version(version)} there, '
+                f'{_version(self._source.version)} here')
+
+    def _encryption(self) -> str:
+        uri = self._uri.geturl()
+        if not self._name or self._connection.isEncrypted():
+            return uri
+        reason = 'does not go over TLS'
+        if self._transport == 'tcp':
+            reason = ('is not encrypted: who can listen on the network gets '
+                      'the disks, and control of the host')
+        raise Problem(
+            f'{uri} {reason}', 'Let libvirt listen for TLS there, and set '
+            '[libvirt]vol_upload_migration_uri = qemu+tls://%s/system', WARN)
+
+    def _look_at_pool(self) -> str:
+        self._peer.pool.refresh()
+        # With what the refresh found about its directory.
+        self._pool = storage_pool.Pool.lookup(
+            self._connection, self._settings.pool)
+        return _describe(self._pool)
+
+    def _owner(self) -> str:
+        pool, path = self._pool, self._settings.instances_path
+        try:
+            with _marker(path) as marker:
+                nova, files = self._look_into(path)
+        except libvirt.libvirtError as error:
+            raise Problem(
+                f'the directory {path} there can not be looked at: {error}',
+                'Set [DEFAULT]instances_path to the same on both hosts')
+        self._shares_directory = marker in files
+        owner = pool.permissions.owner
+        if owner != nova.owner:
+            raise Problem(
+                f'{pool.path} there belongs to uid {owner}, and {path}, '
+                f'which is of nova-compute, to uid {nova.owner}',
+                f'chown {nova.owner}:{nova.group} {pool.path} on {self.host}')
+        if pool.permissions.mode & 0o700 != 0o700:
+            raise Problem(
+                f'{pool.path} there has mode {pool.permissions.mode:04o}',
+                f'chmod 0755 {pool.path} on {self.host}')
+        return (f'uid {owner}, mode {pool.permissions.mode:04o}, as '
+                f'nova-compute there')
+
+    def _look_into(
+        self, path: str,
+    ) -> tuple[storage_pool.Permissions, set[str]]:
+        """Who owns a directory there, and what is in it."""
+        name = f'nova-check-{uuidutils.generate_uuid()}'
+        directory = storage_pool.Pool.attach(self._connection, name, path)
+        try:
+            directory.refresh()
+            return directory.permissions, {
+                file.name for file in directory.volumes()}
+        finally:
+            directory.detach()
+
+    def _space(self) -> str:
+        available = self._pool.available
+        needed = max(self._size, PROBE_BYTES)
+        if available < needed:
+            raise Problem(
+                f'{_gib(available)} are free in {self._pool.path}, '
+                f'{_gib(needed)} are needed',
+                f'Free some space on {self.host}, or choose another host')
+        return f'{_gib(available)} free'
+
+    def _run_probe(self) -> ty.Iterator[Finding]:
+        """Look what becomes of a volume, and delete it in any case."""
+        try:
+            yield from self._run_until_failure([
+                ('shared storage', self._shared)])
+            if not self._failed:
+                yield self._try('probe copy', self._probe, PROBE_SECONDS)
+        finally:
+            removal = self._try('probe copy', self._remove_probe)
+            if removal.status != OK:
+                yield removal
+
+    def _shared(self) -> str:
+        self._peer.create_disk(self._probe_name, PROBE_BYTES)
+        if self._source.pool is None:
+            raise Problem('unknown, as this host has no pool',
+                          'See above', WARN)
+        self._source.pool.refresh()
+        shares_pool = bool(self._source.pool.volumes(self._probe_name))
+        if shares_pool != self._shares_directory:
+            both = self._source.pool.path, self._settings.instances_path
+            shared, other = both if shares_pool else reversed(both)
+            raise Problem(
+                f'{shared} is on storage that both hosts share, and {other} '
+                f'is not', 'Share both, or give each host its own of both')
+        if shares_pool:
+            return 'pool and instance directories, nothing will be copied'
+        return 'none, disks will be copied'
+
+    def _probe(self) -> str:
+        source = MemorySource(os.urandom(PROBE_BYTES))
+        volume = self._peer.pool.volume(self._probe_name).libvirt_volume
+        result = stream.copy(source, volume, PROBE_BYTES)
+        stream.compare(source, volume, PROBE_BYTES)
+        speed = PROBE_BYTES / result.seconds
+        text = (f'{PROBE_BYTES // units.Mi} MiB written at '
+                f'{speed / units.Mi:.0f} MiB/s, read back, deleted')
+        if self._size:
+            limit = self._settings.bandwidth or speed
+            text += (f'; {_gib(self._size)} take about '
+                     f'{_duration(self._size / min(speed, limit))}')
+        return text
+
+    def _remove_probe(self) -> str:
+        """Over a connection of its own: the other may be what is broken."""
+        cleaner = peer.Destination(
+            self.host, self._uri.geturl(), self._settings.pool,
+            self._probe_name, self._settings.instances_path)
+        try:
+            cleaner.connect()
+            cleaner.pool.refresh()
+            for volume in cleaner.pool.volumes(self._probe_name):
+                volume.delete()
+        except Exception as error:
+            raise Problem(
+                f'volume {self._probe_name} is left there: {error}',
+                f'virsh vol-delete --pool {self._settings.pool} '
+                f'{self._probe_name} on {self.host}')
+        finally:
+            cleaner.close()
+        return 'deleted'
+
+
+class MemorySource:
+    """Bytes to copy that are on no disk."""
+    path = kind = 'memory'
+
+    def __init__(self, data: bytes):
+        self._data = data
+
+    def chunks(self, length: int) -> stream.Chunks:
+        """Yield the first bytes, a message at a time."""
+        for start in range(0, length, stream.MESSAGE_BYTES):
+            yield self._data[start:min(start + stream.MESSAGE_BYTES, length)]
+
+
+@contextlib.contextmanager
+def _marker(path: str) -> ty.Iterator[str | None]:
+    """A new file in a directory of this host, if this user may make one."""
+    try:
+        file = tempfile.NamedTemporaryFile(prefix='nova-check-', dir=path)
+    except OSError:
+        yield None
+        return
+    with file:
+        yield os.path.basename(file.name)
+
+
+def _check_expiry(certificate: ty.Any, name: str, remedy: str) -> str:
+    days = certificates.days_left(certificate)
+    text = f'{name} ({certificates.describe(certificate)})'
+    if days < 0:
+        raise Problem(f'{text} expired', remedy)
+    if days < EXPIRY_DAYS:
+        raise Problem(f'{text} expires in {days} days', remedy, WARN)
+    return text
+
+
+def _describe(pool: storage_pool.Pool) -> str:
+    return (f'{pool.name} is active, in {pool.path}, owner '
+            f'{pool.permissions.owner}:{pool.permissions.group}, mode '
+            f'{pool.permissions.mode:04o}')
+
+
+def _version(number: int) -> str:
+    """A version as libvirt tells it, 9000000, as people do, 9.0.0."""
+    return f'{number // 1000000}.{number // 1000 % 1000}.{number % 1000}'
+
+
+def _gib(size: int) -> str:
+    return f'{size / units.Gi:.1f} GiB'
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours} h {minutes} min {seconds} s'
+
+
+def _reach(host: str, port: int) -> None:
+    """Connect to a port.
+
+    :raises: OSError
+    """
+    socket.create_connection((host, port), certificates.TIMEOUT).close()
+
+
+def _close(connection: ty.Any) -> None:
+    if connection is not None:
+        peer._within(STEP_SECONDS, connection.close)
