@@ -204,3 +204,57 @@ class ProgressTestCase(test.NoDBTestCase):
         first, second = self._messages()
         self.assertIn('6.0 MiB/s, time left: 90 s', first)
         self.assertIn('10.0 MiB/s, time left: 20 s', second)
+
+
+class DatabaseTestCase(test.TestCase):
+    """What is saved is what others read, from a real database."""
+
+    def setUp(self):
+        super().setUp()
+        self.context = nova_context.get_admin_context()
+        self.instance = objects.Instance(
+            self.context, uuid=uuids.instance, project_id='project',
+            progress=0, task_state=task_states.RESIZE_MIGRATING)
+        self.instance.create()
+        self.migration = objects.Migration(
+            self.context, instance_uuid=uuids.instance, status='migrating',
+            migration_type='migration')
+        self.migration.create()
+        self.instance.migration_context = objects.MigrationContext(
+            self.context, instance_uuid=uuids.instance,
+            migration_id=self.migration.id)
+
+    def _watch(self, length):
+        progress.Progress(
+            self.context, self.instance, 'dest', length).watch(
+                'disk', lambda note: stream.Result(length, 1, 1.0, 'file'))
+
+    def _saved(self):
+        return objects.Instance.get_by_uuid(self.context, uuids.instance)
+
+    def test_server_and_migration(self):
+        size = 8 << 40
+        self._watch(size)
+        self.assertEqual(100, self._saved().progress)
+        saved = objects.Migration.get_by_id(self.context, self.migration.id)
+        self.assertEqual((size, size, 0), (
+            saved.disk_total, saved.disk_processed, saved.disk_remaining))
+        # Nova goes on with an object that knows nothing of all this.
+        self.migration.status = 'post-migrating'
+        self.migration.save()
+        self.assertEqual(0, self.migration.disk_remaining)
+
+    def test_server_that_is_being_deleted_is_left_alone(self):
+        deleting = self._saved()
+        deleting.task_state = task_states.DELETING
+        deleting.save()
+        self._watch(1000)
+        self.assertIn('Failed to save', self.stdlog.logger.output)
+        self.assertEqual(
+            (0, task_states.DELETING),
+            (self._saved().progress, self._saved().task_state))
+
+    def test_server_that_is_gone(self):
+        self._saved().destroy()
+        self._watch(1000)
+        self.assertIn('could not be found', self.stdlog.logger.output)
