@@ -46,6 +46,7 @@ import nova.conf
 from nova import exception
 from nova.i18n import _
 import nova.privsep.utils
+from nova import thread_pool_factory
 from nova import utils
 from nova import version
 from nova.virt import driver as virt_driver
@@ -109,6 +110,7 @@ HOOKS = {
     '_is_booted_from_volume': ('block_device_info',),
     'get_host_ip_addr': (),
     'cleanup_host': ('host',),
+    'get_available_resource': ('nodename',),
     '_live_migration_uri': ('dest',),
     '_uri': (),
 }
@@ -149,6 +151,8 @@ class LibvirtDriver(driver.LibvirtDriver):
         self.image_backend = image.Backend(CONF.use_cow_images)
         self.image_cache_manager = imagecache.ImageCacheManager()
         self._cancel_events: dict[str, _Cancel] = {}
+        # What deletes an unfinished copy, by uuid of the server and host.
+        self._leftovers: dict[tuple[str, str], ty.Callable[[], None]] = {}
         self._bandwidth = stream.Bandwidth(
             CONF.libvirt.vol_upload_migration_bandwidth * units.Mi)
 
@@ -636,9 +640,31 @@ class LibvirtDriver(driver.LibvirtDriver):
         try:
             _native(discard)
         except Exception:
-            # The server is safe; the next attempt will clear this up.
+            # The server is safe, and this is tried again.
             LOG.exception('Failed to delete the unfinished copy on %s', host,
                           instance=instance)
+            self._leftovers[instance.uuid, host] = discard
+
+    def get_available_resource(self, nodename):
+        """What Nova asks for every minute, and a time to clear up."""
+        if self._leftovers:
+            thread_pool_factory.spawn(self._discard_leftovers)
+        return super().get_available_resource(nodename)
+
+    def _discard_leftovers(self) -> None:
+        """Delete what migrations that failed had to leave on other hosts."""
+        leftovers, self._leftovers = self._leftovers, {}
+        for (uuid, host), discard in leftovers.items():
+            try:
+                _native(discard)
+            except peer.Superseded as error:
+                LOG.info('Nothing to delete for server %(uuid)s: %(error)s',
+                         {'uuid': uuid, 'error': error})
+            except Exception as error:
+                LOG.info('The unfinished copy of server %(uuid)s can not be '
+                         'deleted yet: %(error)s',
+                         {'uuid': uuid, 'error': error})
+                self._leftovers.setdefault((uuid, host), discard)
 
     @contextlib.contextmanager
     def _restored_on_error(

@@ -72,6 +72,10 @@ class Unsuitable(Exception):
         self.remedy = remedy
 
 
+class Superseded(Unsuitable):
+    """What an attempt made on the destination is not its own any more."""
+
+
 def open_connection(uri: str) -> 'libvirt.virConnect':
     """Open a connection to a libvirt daemon, with a bound on every wait.
 
@@ -258,7 +262,8 @@ class Destination:
         claims = [volume.name
                   for volume in self.pool.volumes(self._prefix + CLAIM)]
         if claims != [self._claim_name]:
-            raise self._unsuitable(
+            raise Superseded(
+                self.host, self.uri,
                 'another attempt to migrate the server has taken over what '
                 'this one made', 'Wait for its end.' if claims else
                 'Find out which volumes of the server are needed there.')
@@ -318,16 +323,20 @@ class Destination:
 
         Over a connection of its own: the other one may be why it is needed.
 
-        :raises: Unsuitable, also if another attempt has taken over
+        :raises: Unsuitable
+        :raises: Superseded if that is not all this attempt's
         """
         if self.is_shared:
             return
         self.close()
         self._connection = self._open()
-        self.pool = self._find_pool()
-        with self._explained():
-            self._check_claim()
-            self._clear()
+        try:
+            self.pool = self._find_pool()
+            with self._explained():
+                self._check_claim()
+                self._clear()
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Close the connection to the host."""

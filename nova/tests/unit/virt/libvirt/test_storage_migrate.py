@@ -466,6 +466,39 @@ class FailureTestCase(DriverTestCase):
         self.assertNotIn('second error', str(error))
         self.calls.power_on.assert_called_once()
 
+    def _fail_and_leave(self):
+        self.dest.fail('vol.delete', error=(
+            libvirt_storage.libvirt.VIR_ERR_SYSTEM_ERROR,
+            libvirt_storage.libvirt.VIR_FROM_STORAGE, 'second error'))
+        self._fail()
+        self.assertIn(self.volume, self.dest.volume_names('nova-disks'))
+
+    @mock.patch.object(driver.LibvirtDriver, 'get_available_resource')
+    def test_what_is_left_is_deleted_when_that_can_be(self, nova):
+        self._fail_and_leave()
+        self.dest.disconnect()
+        self.driver._discard_leftovers()
+        self.dest.reconnect()
+        self.assertIn(self.volume, self.dest.volume_names('nova-disks'))
+
+        self.assertEqual(
+            nova.return_value, self.driver.get_available_resource('node'))
+
+        self.assertTrue(libvirt_storage.wait_for(
+            lambda: not self.dest.volume_names('nova-disks')))
+        self._assert_nothing_on_destination()
+        self.assertEqual({}, self.driver._leftovers)
+
+    def test_what_is_left_is_not_taken_for_the_next_attempt_s(self):
+        self._fail_and_leave()
+        self._migrate()
+        before = self.dest.volume_names('nova-disks')
+
+        self.driver._discard_leftovers()
+
+        self.assertEqual(before, self.dest.volume_names('nova-disks'))
+        self.assertEqual({}, self.driver._leftovers)
+
     def test_next_attempt_clears_what_is_left(self):
         self.dest.fail('vol.delete', error=(
             libvirt_storage.libvirt.VIR_ERR_SYSTEM_ERROR,

@@ -506,7 +506,7 @@ class TransferTestCase(_PeerTestCase):
 
         self.assert_nothing_left()
         self.assertEqual([URI, URI], self.hosts.opened)
-        self.assertEqual([True, False],
+        self.assertEqual([True, True],
                          [c.closed for c in self.dest.connections])
 
     def test_discard_of_what_was_never_copied(self):
