@@ -84,6 +84,25 @@ class TransferTestCase(base.LiveTestCase):
     def _copy(self, cancel=None):
         return self._start().copy_disk(self.disk, cancel)
 
+    def start_copier(self, disable_eventlet='true'):
+        """Copy in a process of its own, that has begun on return."""
+        environment = dict(
+            os.environ, OS_NOVA_DISABLE_EVENTLET_PATCHING=disable_eventlet)
+        process = subprocess.Popen(
+            [sys.executable, '-W', 'ignore', '-m', 'nova.tests.live.copier'],
+            env=environment, text=True, cwd='/', stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.addCleanup(process.kill)
+        process.stdin.write(jsonutils.dumps({
+            'source_uri': 'qemu+unix:///system?socket=%s' % self.source.path(
+                '/run/libvirt/libvirt-sock'),
+            'destination_uri': self._uri(self.destination),
+            'pool': self.pool_name, 'uuid': self.uuid,
+            'directory': self.directory}) + '\n')
+        process.stdin.flush()
+        self.assertEqual('started\n', process.stdout.readline())
+        return process
+
     def _assert_arrived(self):
         self.assertEqual(self.sha256(self._path(self.source)),
                          self.sha256(self._path(self.destination)))
@@ -176,11 +195,66 @@ class CopyTestCase(TransferTestCase):
         self._copy()
         self._assert_arrived()
 
+    def test_qcow2_with_internal_snapshots_arrives_with_them(self):
+        path = self._path(self.source)
+        self.addCleanup(path.unlink, missing_ok=True)
+        subprocess.run(
+            ['qemu-img', 'create', '-q', '-f', 'qcow2', path, '64M'],
+            check=True)
+        for number in (1, 2):
+            subprocess.run(
+                ['qemu-io', '-f', 'qcow2', '-c',
+                 f'write -P {number} {number}M 5M', path],
+                check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(
+                ['qemu-img', 'snapshot', '-c', f'number{number}', path],
+                check=True)
+        self._copy()
+        self._assert_arrived()
+        said = subprocess.run(
+            ['qemu-img', 'snapshot', '-l', self._path(self.destination)],
+            check=True, stdout=subprocess.PIPE, text=True).stdout
+        self.assertIn('number1', said)
+        self.assertIn('number2', said)
+
+    def test_holes_wherever_they_are(self):
+        size = 8 * units.Mi
+        for name, extents in (
+                ('trailing', [(0, units.Mi)]),
+                ('leading', [(7 * units.Mi, units.Mi)]),
+                ('all', []), ('middle', [(0, 1), (size - 1, 1)])):
+            with self.subTest(name):
+                self._make_disk(size, extents)
+                move = self._start()
+                move.copy_disk(self.disk, None)
+                self._assert_arrived()
+                self.assertLessEqual(
+                    self.allocated(self._path(self.destination)),
+                    self.allocated(self._path(self.source)) + 8192)
+                move.destination.discard()
+
+    def test_names_that_xml_has_to_escape(self):
+        self.volume = f'{self.uuid}_a&b<c>"d\'e;--\u00e4'
+        self.disk = transfer.Disk(self.volume, 'raw')
+        self.directory += '&<\'">'
+        self.addCleanup(
+            shutil.rmtree, self.destination.path(self.directory),
+            ignore_errors=True)
+        self._make_disk(units.Mi, [(0, units.Mi)])
+        move = self._start()
+        move.copy_disk(self.disk, None)
+        move.copy_instance_dir([self.disk], None)
+        self._assert_arrived()
+        self.assertEqual(['disk.info'], os.listdir(
+            self.destination.path(self.directory)))
+        move.destination.discard()
+        self._assert_nothing_on_destination()
+
     def test_raw_disk_with_a_hostile_header_arrives_byte_by_byte(self):
         path = self._make_disk(8 * units.Mi, [(0, units.Mi)])
         subprocess.run(
             ['qemu-img', 'create', '-q', '-u', '-f', 'qcow2', '-F', 'raw',
-             '-b', '/etc/shadow', f'{path}.header', '8M'], check=True)
+             '-b', '/etc/shadow', f'{path}.header', '1T'], check=True)
         with open(f'{path}.header', 'rb') as header:
             data = header.read()
         os.unlink(f'{path}.header')
@@ -313,21 +387,7 @@ class SlowDestinationTestCase(TransferTestCase):
 
     def _run(self, disable_eventlet):
         self._make_big_disk()
-        environment = dict(
-            os.environ, OS_NOVA_DISABLE_EVENTLET_PATCHING=disable_eventlet)
-        process = subprocess.Popen(
-            [sys.executable, '-W', 'ignore', '-m', 'nova.tests.live.copier'],
-            env=environment, text=True, cwd='/', stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        self.addCleanup(process.kill)
-        process.stdin.write(jsonutils.dumps({
-            'source_uri': 'qemu+unix:///system?socket=%s' % self.source.path(
-                '/run/libvirt/libvirt-sock'),
-            'destination_uri': self._uri(self.destination),
-            'pool': self.pool_name, 'uuid': self.uuid,
-            'directory': self.directory}) + '\n')
-        process.stdin.flush()
-        self.assertEqual('started\n', process.stdout.readline())
+        process = self.start_copier(disable_eventlet)
         stopped_at = self._stop_for_a_while()
         out, err = process.communicate(timeout=300)
         self.assertEqual(0, process.returncode, err)

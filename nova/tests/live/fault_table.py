@@ -1,0 +1,51 @@
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""The table of faults in the documentation, written by the tests of them.
+
+The live and the cloud tests put what they saw into the file that
+NOVA_FAULT_TABLE names in their environment. The one that is in the
+documentation is doc/source/admin/fault-table.csv.
+"""
+
+import csv
+import os
+import pathlib
+
+COLUMNS = ('Fault', 'When', 'Outcome', 'Seconds until known')
+
+
+def record(fault: str, when: str, outcome: str, seconds: float) -> None:
+    """Add a row to the table, or replace that of this fault at this time.
+
+    :param when: what was under way
+    :param outcome: where the server is in the end
+    :param seconds: from the fault until the migration ended
+    """
+    if 'NOVA_FAULT_TABLE' not in os.environ:
+        return
+    path = pathlib.Path(os.environ['NOVA_FAULT_TABLE'])
+    rows = {(row[0], row[1]): row for row in _rows(path)}
+    rows[fault, when] = [fault, when, outcome, f'{seconds:.1f}']
+    with path.open('w', newline='') as table:
+        writer = csv.writer(table, lineterminator='\n')
+        writer.writerow(COLUMNS)
+        writer.writerows(rows[key] for key in sorted(rows))
+
+
+def _rows(path: pathlib.Path) -> list[list[str]]:
+    try:
+        with path.open(newline='') as table:
+            return list(csv.reader(table))[1:]
+    except FileNotFoundError:
+        return []

@@ -1,0 +1,680 @@
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Every fault of a migration's disks, on two real libvirt daemons.
+
+After each the server is whole at its source, with nothing of it at the
+destination, or whole at the destination.
+"""
+
+import collections
+import contextlib
+import os
+import random
+import signal
+import sys
+import threading
+import time
+import typing as ty
+
+import ddt
+import fixtures
+import libvirt
+from oslo_config import cfg
+from oslo_config import fixture as config_fixture
+from oslo_utils import units
+
+from nova.tests.live import fault_table
+from nova.tests.live import test_transfer
+from nova.virt.libvirt.storage import peer
+from nova.virt.libvirt.storage import stream
+from nova.virt.libvirt.storage import transfer
+
+SIZE = 48 * units.Mi
+
+# When a fault may happen.
+CONNECTING = 'before connecting'
+CREATING = 'before the volume is created'
+COPYING = 'in the middle of the copy'
+FINISHING = 'when all was sent, before the end of the stream'
+CHECKING = 'after the end of the stream, before the check'
+
+# What may come of it.
+AT_SOURCE = 'server at the source, nothing at the destination'
+CLEARED = 'server at the source, the destination is cleared when it is back'
+NEXT = 'server at the source, the next attempt clears the destination'
+MOVED = 'server at the destination'
+
+DOMAIN = """\
+<domain type='qemu'>
+  <name>rival</name><uuid>{uuid}</uuid><memory unit='MiB'>64</memory>
+  <os><type arch='x86_64'>hvm</type></os>
+</domain>
+"""
+
+
+class Source:
+    """Has something done when a part of the disk was read, or all of it."""
+
+    def __init__(self, source: stream.Source, part: float,
+                 moments: dict[str, ty.Callable]):
+        self.path = source.path
+        self._source = source
+        self._part = part
+        self._moments = moments
+
+    def chunks(self, length: int) -> stream.Chunks:
+        done = 0
+        for chunk in self._source.chunks(length):
+            done += stream.length_of(chunk)
+            if done > length * self._part:
+                self._moments[COPYING]()
+            yield chunk
+        self._moments[FINISHING]()
+
+
+class FaultTestCase(test_transfer.TransferTestCase):
+    """Migrates as the driver does, and has a fault happen at some moment.
+
+    :ivar direct: whether the disk's file is read, past libvirt
+    :ivar part: of the disk that was read when it is in the middle of a copy
+    """
+
+    direct = True
+    part = 0.5
+
+    def setUp(self):
+        super().setUp()
+        self.config = self.useFixture(config_fixture.Config(cfg.CONF)).config
+        self.set_limits(stall_timeout=20, connect_timeout=2,
+                        keepalive_interval=1)
+        self.moments: dict[str, ty.Callable] = {
+            moment: lambda: None for moment in (
+                CONNECTING, CREATING, COPYING, FINISHING, CHECKING)}
+        self.path = self._make_disk(SIZE, [(0, SIZE)])
+        self.sha = self.sha256(self.path)
+        self.happened: float | None = None
+        self._hook()
+
+    def set_limits(self, **limits: int) -> None:
+        self.config(group='libvirt', **{
+            f'vol_upload_migration_{name}': value
+            for name, value in limits.items()})
+
+    def _hook(self) -> None:
+        """Reach the moments while a real migration passes them."""
+        create_disk = peer.Destination.create_disk
+        verify_disk = peer.Destination.verify_disk
+
+        def create(destination, *args):
+            self.moments[CREATING]()
+            return create_disk(destination, *args)
+
+        def verify(destination, *args):
+            self.moments[CHECKING]()
+            return verify_disk(destination, *args)
+
+        for name, function in (
+                ('peer.Destination.create_disk', create),
+                ('peer.Destination.verify_disk', verify),
+                ('stream.open_source', self._open_source)):
+            self.useFixture(fixtures.MonkeyPatch(
+                'nova.virt.libvirt.storage.' + name, function))
+
+    def _open_source(self, volume, *args) -> stream.Source:
+        # The path of a volume is one of its host's, which this process is
+        # not on.
+        source = (stream.FileSource(str(self.path)) if self.direct else
+                  stream.VolumeSource(volume))
+        return Source(source, self.part, self.moments)
+
+    # ---- what happens
+
+    def at(self, moment: str, break_it: ty.Callable[[], None]) -> None:
+        """Have a fault happen once, at a moment."""
+
+        def happen() -> None:
+            if self.happened is not None:
+                return
+            if moment == COPYING:
+                # What is at half of the disk has read, has not arrived.
+                self.wait_for(lambda: self.arrived() > 0)
+            elif moment == FINISHING:
+                self.wait_for(lambda: self.arrived() >= SIZE)
+            self.happened = time.monotonic()
+            break_it()
+
+        self.moments[moment] = happen
+        self.moment = moment
+
+    def arrived(self) -> int:
+        """Bytes that the destination has of the disk."""
+        try:
+            return self.allocated(self._path(self.destination))
+        except FileNotFoundError:
+            return 0
+
+    def migrate(self, cancel=None) -> None:
+        """What the driver does with the disks of a server, in its order."""
+        self.moments[CONNECTING]()
+        move = self.move = self._transfer()
+        try:
+            move.check([self.disk])
+            move.destination.claim()
+            try:
+                move.copy_disk(self.disk, cancel)
+                move.copy_instance_dir([self.disk], cancel)
+            except Exception:
+                self.ended = time.monotonic()
+                self.discard(move)
+                raise
+        finally:
+            move.close()
+
+    def discard(self, move: transfer.Transfer) -> None:
+        self.discarded = False
+        with contextlib.suppress(libvirt.libvirtError, peer.Unsuitable):
+            move.destination.discard()
+            self.discarded = True
+
+    def wait_for(self, condition: ty.Callable[[], bool],
+                 seconds: float = 30) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            self.assertLess(time.monotonic(), deadline, 'not in time')
+            time.sleep(0.01)
+
+    # ---- what comes of it
+
+    def fail(self, fault: str, heal: ty.Callable[[], None] = lambda: None,
+             text: str = '', cancel=None, within: float = 30) -> None:
+        """The migration fails, and the server is as it was."""
+        self.ended = None
+        error = self.assertRaises(
+            (peer.Unsuitable, transfer.TransferError, stream.Cancelled),
+            self.migrate, cancel)
+        ended = self.ended or time.monotonic()
+        self.assertIsNotNone(self.happened, 'there was no fault')
+        self.assertIn(text, str(error))
+        self.assertLess(ended - self.happened, within)
+        heal()
+        self.assertEqual(self.sha, self.sha256(self.path))
+        outcome = AT_SOURCE
+        if self.ended and not self.discarded:
+            outcome = CLEARED
+            # As the driver does every minute.
+            self.move.destination.discard()
+        self.assert_nothing_there()
+        fault_table.record(
+            fault, self.moment, outcome, ended - self.happened)
+
+    def succeed(self, fault: str,
+                heal: ty.Callable[[], None] = lambda: None) -> None:
+        """The migration goes on, in spite of what happens."""
+        self.migrate()
+        self.assertIsNotNone(self.happened, 'there was no fault')
+        self.assertEqual(self.sha, self.sha256(self.path))
+        self.assertEqual(self.sha, self.sha256(self._path(self.destination)))
+        fault_table.record(
+            fault, self.moment, MOVED, time.monotonic() - self.happened)
+        heal()
+        self.clear()
+
+    def assert_next_attempt_works(self) -> None:
+        self.migrate()
+        self.assertEqual(self.sha, self.sha256(self._path(self.destination)))
+        self.clear()
+
+    def clear(self) -> None:
+        """Delete what arrived, as one who starts anew."""
+        move = self._transfer()
+        move.check([self.disk])
+        move.destination.claim()
+        move.destination.discard()
+        move.close()
+        self.assert_nothing_there()
+
+    def assert_nothing_there(self) -> None:
+        self._assert_nothing_on_destination()
+        pools = self.connect(self.destination).listAllStoragePools()
+        self.assertNotIn(f'nova-{self.uuid}', [p.name() for p in pools])
+
+    def restart(self, host) -> None:
+        """Have a libvirtd that works, with the pool in it active."""
+        if host.libvirtd_pid is None:
+            host.start_libvirtd()
+        pool = self.connect_local(host).storagePoolLookupByName(
+            self.pool_name)
+        if not pool.isActive():
+            pool.create()
+
+    def pool_there(self) -> libvirt.virStoragePool:
+        return self.connect_local(self.destination).storagePoolLookupByName(
+            self.pool_name)
+
+    def volume_there(self) -> libvirt.virStorageVol:
+        return self.pool_there().storageVolLookupByName(self.volume)
+
+    def signal(self, signum: int) -> None:
+        os.kill(self.destination.libvirtd_pid, signum)
+
+
+@ddt.ddt
+class DestinationDaemonTestCase(FaultTestCase):
+
+    @ddt.data(CONNECTING, CREATING, COPYING, FINISHING, CHECKING)
+    def test_killed(self, moment):
+        self.addCleanup(self.restart, self.destination)
+        self.at(moment, lambda: self.destination.stop_libvirtd(
+            signal.SIGKILL))
+        self.fail('libvirtd of the destination is killed',
+                  heal=lambda: self.restart(self.destination))
+
+    @ddt.data(CONNECTING, CREATING, COPYING, FINISHING)
+    def test_stopped_for_longer_than_the_limits(self, moment):
+        self.set_limits(stall_timeout=2)
+        self.at(moment, lambda: self.signal(signal.SIGSTOP))
+        self.addCleanup(self.signal, signal.SIGCONT)
+        self.fail('libvirtd of the destination stands still for long',
+                  heal=lambda: self.signal(signal.SIGCONT), within=10,
+                  text='nothing moved for 2 seconds'
+                  if moment in (COPYING, FINISHING) else '')
+
+    @ddt.data(CREATING, COPYING, FINISHING)
+    def test_stopped_for_a_while(self, moment):
+        self.at(moment, lambda: self.for_a_while(
+            lambda: self.signal(signal.SIGSTOP),
+            lambda: self.signal(signal.SIGCONT)))
+        self.succeed('libvirtd of the destination stands still for a while')
+
+    def for_a_while(self, break_it, heal, seconds=1.5) -> None:
+        """Break something now, and have it healed in the background."""
+        timer = threading.Timer(seconds, heal)
+        self.addCleanup(timer.join)
+        break_it()
+        timer.start()
+
+    @ddt.data(CONNECTING, CREATING, COPYING, FINISHING)
+    def test_link_down_for_long(self, moment):
+        self.addCleanup(self.destination.link, True)
+        self.at(moment, lambda: self.destination.link(False))
+        self.fail('link is down for longer than the keepalive',
+                  heal=lambda: self.destination.link(True), within=15)
+
+    @ddt.data(CREATING, COPYING, FINISHING)
+    def test_link_down_for_a_while(self, moment):
+        self.set_limits(keepalive_interval=5)
+        self.addCleanup(self.destination.link, True)
+        self.at(moment, lambda: self.for_a_while(
+            lambda: self.destination.link(False),
+            lambda: self.destination.link(True)))
+        self.succeed('link is down for less than the keepalive')
+
+
+@ddt.ddt
+class DestinationPoolTestCase(FaultTestCase):
+
+    def test_missing(self):
+        pool = self.pool_there()
+        xml = pool.XMLDesc()
+
+        def remove():
+            pool.destroy()
+            pool.undefine()
+
+        def heal():
+            self.connect_local(self.destination).storagePoolDefineXML(
+                xml).create()
+
+        self.at(CONNECTING, remove)
+        self.fail('pool of the destination is missing', heal=heal,
+                  text='there is no storage pool')
+
+    @ddt.data(CONNECTING, CREATING, COPYING, FINISHING, CHECKING)
+    def test_inactive(self, moment):
+        self.at(moment, lambda: self.pool_there().destroy())
+        self.fail('pool of the destination is stopped',
+                  heal=lambda: self.restart(self.destination),
+                  text='active')
+
+    @ddt.data(CONNECTING, CREATING)
+    def test_read_only(self, moment):
+        path = f'/var/lib/nova/{self.pool_name}'
+
+        def protect():
+            self.destination.run(['mount', '--bind', path, path])
+            self.destination.run(
+                ['mount', '-o', 'remount,bind,ro', path])
+
+        self.at(moment, protect)
+        self.fail('pool of the destination is read-only',
+                  heal=lambda: self.destination.run(['umount', path]),
+                  text='Read-only file system')
+
+    def test_refreshed_all_the_time_by_somebody_else(self):
+        ended = threading.Event()
+        refreshed = []
+
+        def refresh():
+            pool = self.pool_there()
+            while not ended.is_set():
+                with contextlib.suppress(libvirt.libvirtError):
+                    pool.refresh()
+                    refreshed.append(time.monotonic())
+
+        thread = threading.Thread(target=refresh)
+        self.addCleanup(thread.join)
+        self.addCleanup(ended.set)
+        self.at(CONNECTING, thread.start)
+        self.succeed('pool of the destination is refreshed all the time')
+        self.assertGreater(len(refreshed), 10)
+
+
+class DestinationFullTestCase(FaultTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.directory_there = f'/var/lib/nova/{self.pool_name}'
+        self.inside = f'/proc/{self.destination.pid}/root'
+        self.destination.run([
+            'mount', '-t', 'tmpfs', '-o', f'size={SIZE + 8 * units.Mi},'
+            f'uid={self.destination.nova_uid},mode=755', 'tmpfs',
+            self.directory_there])
+        self.addCleanup(self.destination.run,
+                        ['umount', '-l', self.directory_there])
+        self.pool_there().refresh()
+
+    def _path(self, host, name=None):
+        path = super()._path(host, name)
+        if host is not self.destination:
+            return path
+        # The machine does not see the mount.
+        return type(path)(self.inside, self.directory_there.lstrip('/'),
+                          name or self.volume)
+
+    def _fill(self):
+        filler = self._path(self.destination, 'filler')
+        room = os.statvfs(filler.parent)
+        with open(filler, 'wb') as file:
+            os.posix_fallocate(
+                file.fileno(), 0, room.f_bavail * room.f_frsize)
+
+    def _empty(self):
+        self._path(self.destination, 'filler').unlink()
+        self.pool_there().refresh()
+
+    def test_full_before(self):
+        self.at(CONNECTING, self._fill)
+        self.fail('disk of the destination is full', heal=self._empty,
+                  text='bytes available')
+
+    def test_fills_up(self):
+        self.at(COPYING, self._fill)
+        self.fail('disk of the destination is full', heal=self._empty,
+                  text='No space left on device')
+
+
+@ddt.ddt
+class DestinationVolumeTestCase(FaultTestCase):
+
+    @ddt.data(COPYING, FINISHING, CHECKING)
+    def test_deleted(self, moment):
+        self.at(moment, lambda: self.volume_there().delete())
+        self.fail('volume of the destination is deleted')
+
+    @ddt.data(FINISHING, CHECKING)
+    def test_truncated(self, moment):
+        self.at(moment, lambda: os.truncate(
+            self._path(self.destination), SIZE // 2))
+        self.fail('volume of the destination is truncated',
+                  text=f'has {SIZE // 2} bytes after {SIZE} were written')
+
+    def test_truncated_in_the_middle(self):
+        # What is written behind the end makes it grow again.
+        self.config(vol_upload_migration_verify='checksum', group='libvirt')
+        self.at(COPYING, lambda: os.truncate(
+            self._path(self.destination), 0))
+        self.fail('volume of the destination is truncated (checksum)',
+                  text='it differs from the source')
+
+    def test_changed(self):
+        self.config(vol_upload_migration_verify='checksum', group='libvirt')
+
+        def change():
+            with open(self._path(self.destination), 'r+b') as disk:
+                disk.seek(SIZE // 4)
+                disk.write(b'changed')
+
+        self.at(FINISHING, change)
+        self.fail('volume of the destination is changed (checksum)',
+                  text='it differs from the source')
+
+    def test_somebody_else_s_is_left_alone(self):
+        path = self._path(self.destination)
+        self.at(CONNECTING, lambda: path.write_bytes(b'precious'))
+        self.fail('volume of that name at the destination',
+                  text='is in the way', heal=lambda: (
+                      self.assertEqual(b'precious', path.read_bytes()),
+                      path.unlink()))
+
+    def test_domain_of_that_uuid(self):
+        connection = self.connect_local(self.destination)
+        self.at(CONNECTING, lambda: connection.defineXML(
+            DOMAIN.format(uuid=self.uuid)))
+        self.fail('domain of that uuid at the destination',
+                  text='is there already',
+                  heal=lambda: connection.lookupByUUIDString(
+                      self.uuid).undefine())
+
+    def test_domain_that_came_when_a_copy_was_left(self):
+        connection = self.connect_local(self.destination)
+        self.migrate()
+        self.at(CONNECTING, lambda: connection.defineXML(
+            DOMAIN.format(uuid=self.uuid)))
+
+        error = self.assertRaises(peer.Unsuitable, self.migrate)
+
+        connection.lookupByUUIDString(self.uuid).undefine()
+        self.assertIsNotNone(self.happened)
+        self.assertIn('is there already', str(error))
+        self.assertEqual(
+            self.sha, self.sha256(self._path(self.destination)))
+
+
+@ddt.ddt
+class SourceTestCase(FaultTestCase):
+
+    def test_volume_is_gone(self):
+        self.at(CREATING, self.path.unlink)
+        self.fail('volume of the source is gone', heal=self._mend,
+                  text='source failed after 0 bytes')
+
+    def test_volume_is_truncated(self):
+        self.at(COPYING, lambda: os.truncate(self.path, SIZE // 2 + 1))
+        self.fail('volume of the source is truncated', heal=self._mend,
+                  text='did the volume change its size?')
+
+    def _mend(self):
+        self._make_disk(SIZE, [(0, SIZE)])
+
+    @ddt.data(CREATING, COPYING)
+    def test_libvirtd_killed(self, moment):
+        self.direct = False
+        self.addCleanup(self.restart, self.source)
+        self.at(moment, lambda: self.source.stop_libvirtd(signal.SIGKILL))
+        self.fail('libvirtd of the source is killed',
+                  heal=lambda: self.restart(self.source))
+
+    def test_libvirtd_killed_that_has_no_part_in_the_copy(self):
+        self.addCleanup(self.restart, self.source)
+        self.at(COPYING, lambda: self.source.stop_libvirtd(signal.SIGKILL))
+        self.succeed('libvirtd of the source is killed (direct read)',
+                     heal=lambda: self.restart(self.source))
+
+    def test_server_is_deleted(self):
+        cancel = threading.Event()
+        self.at(COPYING, cancel.set)
+        self.fail('server is deleted', cancel=cancel, within=1)
+
+    def test_second_attempt(self):
+        def attempt_again():
+            move = self._transfer()
+            move.check([self.disk])
+            move.destination.claim()
+            move.copy_disk(self.disk, None)
+            move.copy_instance_dir([self.disk], None)
+
+        self.at(COPYING, attempt_again)
+        error = self.assertRaises(transfer.TransferError, self.migrate)
+        self.assertIsNotNone(self.happened)
+        self.assertIn('another attempt', str(error))
+        self.assertFalse(self.discarded)
+        self.assertEqual(
+            self.sha, self.sha256(self._path(self.destination)))
+        fault_table.record('second attempt for the server', COPYING,
+                           'that of the second attempt counts',
+                           self.ended - self.happened)
+        self.clear()
+
+    def test_process_killed(self):
+        copier = self.start_copier()
+        self.wait_for(lambda: self.arrived() > 0)
+        self.happened = time.monotonic()
+        copier.kill()
+        copier.communicate()
+        self.assertEqual(-signal.SIGKILL, copier.returncode)
+        self.assertTrue(self._path(self.destination).exists())
+        self.assert_next_attempt_works()
+        self.assertEqual(self.sha, self.sha256(self.path))
+        fault_table.record('process that copies is killed', COPYING, NEXT,
+                           time.monotonic() - self.happened)
+
+
+FAULTS = ('kill', 'stop', 'link', 'delete', 'truncate', 'cancel',
+          'kill source', 'kill process')
+
+
+class RandomFaultsTestCase(FaultTestCase):
+    """Faults in a row, each at a moment that nobody thought of.
+
+    NOVA_FAULT_RUNS says how many there are. A run that fails names its seed:
+    NOVA_FAULT_RUNS=1 NOVA_FAULT_SEED=<seed> is the same one again.
+    """
+
+    def test_faults_in_a_row(self):
+        first = int(os.environ.get('NOVA_FAULT_SEED', '1'))
+        runs = int(os.environ.get('NOVA_FAULT_RUNS', '10'))
+        self.set_limits(stall_timeout=4)
+        # What truncates a volume in the middle of its copy is not seen else.
+        self.config(vol_upload_migration_verify='checksum', group='libvirt')
+        self.addCleanup(self.restart, self.destination)
+        self.addCleanup(self.restart, self.source)
+        self.addCleanup(self.destination.link, True)
+        happened, violations = collections.Counter(), []
+        for seed in range(first, first + runs):
+            try:
+                happened[self.run_one(random.Random(seed))] += 1
+            except Exception as error:
+                violations.append((seed, error))
+                self.heal()
+                self.clear()
+        print(dict(happened), file=sys.stderr)
+        self.assertEqual([], violations)
+        self.assertEqual(runs, happened.total())
+
+    def run_one(self, choice: random.Random) -> tuple[str, str]:
+        """Return the fault, and how the migration ended."""
+        self.happened = None
+        self.direct = choice.random() < 0.5
+        self.part = choice.random()
+        length = choice.randrange(1, 24 * units.Mi)
+        self._make_random_disk(choice, length)
+        fault = choice.choice(FAULTS)
+        # What is not there can not be damaged.
+        moment = choice.choice([CHECKING] + 6 * [COPYING] + (
+            [] if fault in ('delete', 'truncate') else [CREATING]))
+        seconds = choice.uniform(0.1, 8)
+        if fault == 'kill process':
+            self._kill_process(choice.uniform(0, 0.5))
+            self.assert_next_attempt_works()
+            return fault, 'killed'
+        cancel = threading.Event()
+        self.at(moment, lambda: self._break(fault, seconds, cancel))
+        try:
+            self.migrate(cancel)
+        except (peer.Unsuitable, transfer.TransferError, stream.Cancelled):
+            ending = 'failed'
+        else:
+            ending = 'moved'
+            self.assertEqual(
+                self.sha, self.sha256(self._path(self.destination)))
+        self.heal()
+        self.assertIsNotNone(self.happened, 'there was no fault')
+        self.assertEqual(self.sha, self.sha256(self.path))
+        if ending == 'failed' and self.discarded:
+            self.assert_nothing_there()
+        self.assert_next_attempt_works()
+        return fault, ending
+
+    def at(self, moment, break_it):
+        def happen():
+            if self.happened is None:
+                self.happened = time.monotonic()
+                break_it()
+
+        for each in self.moments:
+            self.moments[each] = happen if each == moment else lambda: None
+
+    def _make_random_disk(self, choice: random.Random, length: int) -> None:
+        ends = sorted(choice.randrange(length + 1)
+                      for _index in range(2 * choice.randrange(1, 20)))
+        self.path = self._make_disk(length, [
+            (start, end - start) for start, end in zip(ends[::2], ends[1::2])])
+        self.sha = self.sha256(self.path)
+
+    def _break(self, fault: str, seconds: float,
+               cancel: threading.Event) -> None:
+        if fault == 'kill':
+            self.destination.stop_libvirtd(signal.SIGKILL)
+        elif fault == 'kill source':
+            self.source.stop_libvirtd(signal.SIGKILL)
+        elif fault == 'stop':
+            self.signal(signal.SIGSTOP)
+            self._heal_later(seconds, lambda: self.signal(signal.SIGCONT))
+        elif fault == 'link':
+            self.destination.link(False)
+            self._heal_later(seconds, lambda: self.destination.link(True))
+        elif fault == 'delete':
+            self._path(self.destination).unlink()
+        elif fault == 'truncate':
+            os.truncate(self._path(self.destination), 0)
+        else:
+            cancel.set()
+
+    def _heal_later(self, seconds, heal) -> None:
+        self.healer = threading.Timer(seconds, heal)
+        self.healer.start()
+
+    def _kill_process(self, seconds: float) -> None:
+        copier = self.start_copier()
+        time.sleep(seconds)
+        self.happened = time.monotonic()
+        copier.kill()
+        copier.communicate()
+
+    def heal(self) -> None:
+        healer = getattr(self, 'healer', None)
+        if healer is not None:
+            healer.join()
+        for host in self.source, self.destination:
+            self.restart(host)
