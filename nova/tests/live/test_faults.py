@@ -69,6 +69,7 @@ class Source:
     def __init__(self, source: stream.Source, part: float,
                  moments: dict[str, ty.Callable]):
         self.path = source.path
+        self.kind = source.kind
         self._source = source
         self._part = part
         self._moments = moments
