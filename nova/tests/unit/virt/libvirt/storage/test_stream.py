@@ -1175,7 +1175,7 @@ class BandwidthTestCase(_CopyTestCase):
             lambda: not any(thread.is_alive() for thread in runs)))
 
         self.assertEqual({'big': 3 * units.Mi, 'small': 3 * units.Mi}, sent)
-        self.assertGreater(seen_at_end[0], units.Mi)
+        self.assertGreater(seen_at_end[0], units.Mi // 2)
 
     def test_cancel_while_the_copy_waits_for_its_turn(self):
         cancel = threading.Event()
