@@ -13,12 +13,15 @@
 
 import os
 import signal
+import time
 
 from oslo_utils import units
 
 from nova.tests.cloud import base
+from nova.tests.live import fault_table
 
 # Found by the path that base sets.
+import cloud
 import daemons
 import servers
 
@@ -28,34 +31,50 @@ NOISE_AT = 256 * units.Mi
 NOISE_BYTES = 512 * units.Mi
 
 
-class FailureTestCase(base.CloudTestCase):
-    """What breaks when a copy is under way leaves the server as it was."""
+class _FaultTestCase(base.CloudTestCase):
+    """A server with a disk that takes long enough to copy."""
 
-    options = {'DEFAULT': {'use_cow_images': 'False'}}
+    options: cloud.config.Options = {'DEFAULT': {
+        'use_cow_images': 'False', 'manager_shutdown_timeout': 20,
+        'update_resources_interval': 10}}
 
     def setUp(self):
         super().setUp()
         self.server = self.create_booted()
         self.counter = self.server.counters()['vda']
         self.disk = f'{servers.POOL}/{self.server.id}_disk'
-        with open(self.source.path(self.disk), 'r+b') as disk:
+        self.make_noise(self.server, self.source)
+
+    @staticmethod
+    def make_noise(server, host) -> None:
+        path = host.path(f'{servers.POOL}/{server.id}_disk')
+        with open(path, 'r+b') as disk:
             disk.seek(NOISE_AT)
             for _index in range(NOISE_BYTES // units.Mi):
                 disk.write(os.urandom(units.Mi))
 
-    def fail_when_copying(self, break_it) -> str:
-        """Migrate, break something on the way; return what is told of it."""
+    def break_when_copying(self, break_it) -> None:
+        """Migrate, and break something on the way."""
         self.server.compute.migrate_server(
             self.server.id, host=base.DESTINATION)
         copy = self.destination.path(self.disk)
         daemons.wait_for('the copy to begin', lambda: (
             copy.exists() and copy.stat().st_blocks * 512 > 32 * units.Mi),
             poll=0.05)
+        self.broken_at = time.monotonic()
         break_it()
         size = copy.stat().st_blocks * 512 if copy.exists() else 0
         self.assertLess(size, NOISE_BYTES)
+
+    def fail_when_copying(self, break_it) -> str:
+        """The same; return what is told of it."""
+        self.break_when_copying(break_it)
         self.server.wait('ACTIVE')
         return self.server.failure()
+
+    def record(self, fault, when, outcome) -> None:
+        fault_table.record(
+            fault, when, outcome, time.monotonic() - self.broken_at)
 
     def assert_as_before(self) -> None:
         """The server runs on the source, from the disk that it had."""
@@ -74,6 +93,10 @@ class FailureTestCase(base.CloudTestCase):
         self.assert_no_disks(self.server, base.SOURCE)
         self.server.wait_boot()
         self.assertEqual({'vda': self.counter + 2}, self.server.counters())
+
+
+class FailureTestCase(_FaultTestCase):
+    """What breaks when a copy is under way leaves the server as it was."""
 
     def test_daemon_of_the_destination_is_killed(self):
         def kill():
@@ -140,3 +163,52 @@ class FailureTestCase(base.CloudTestCase):
             domains = self.cloud.lab.host(host).run(
                 ['virsh', 'list', '--all', '--uuid']).stdout
             self.assertNotIn(self.server.id, domains)
+
+
+class ComputeTestCase(_FaultTestCase):
+    """nova-compute, or what it talks over, ends in a migration."""
+
+    def compute(self, name: str) -> daemons.Daemon:
+        return self.cloud.daemon(f'nova-compute-{name}')
+
+    def kill_compute(self, name: str) -> None:
+        daemon = self.compute(name)
+        pid = daemon.pid
+        os.killpg(pid, signal.SIGKILL)
+        daemons.wait_for(f'the end of nova-compute on {name}',
+                         lambda: daemons.gone(pid), poll=0.05)
+        self.addCleanup(self.start_compute, name)
+
+    def start_compute(self, name: str) -> None:
+        """Start it, unless it runs."""
+        self.cloud.start_compute(self.cloud.lab.host(name))
+
+    def wait_moved(self) -> None:
+        """Wait for the server on the destination, and its next boot."""
+        self.server.wait('VERIFY_RESIZE')
+        self.assertEqual(base.DESTINATION, self.server.host)
+        self.server.wait_boot()
+        self.assertEqual({'vda': self.counter + 1}, self.server.counters())
+
+    def test_destination_is_killed_before_the_end_of_the_copy(self):
+        self.break_when_copying(lambda: self.kill_compute(base.DESTINATION))
+        daemons.wait_for('the source to be done', lambda: (
+            self.server.get().task_state in ('resize_migrated',
+                                             'resize_finish')), poll=0.2)
+        self.start_compute(base.DESTINATION)
+        self.wait_moved()
+        self.record('nova-compute of the destination is killed and started',
+                    'before finish_migration', 'server at the destination')
+        self.assert_confirmed_when_the_source_is_back()
+
+    def assert_confirmed_when_the_source_is_back(self) -> None:
+        self.kill_compute(base.SOURCE)
+        self.broken_at = time.monotonic()
+        self.server.compute.confirm_server_resize(self.server.id)
+        time.sleep(2)
+        self.assertIn('disk', self.server.disks(base.SOURCE))
+        self.start_compute(base.SOURCE)
+        self.server.wait_confirmed()
+        self.record('nova-compute of the source is down', 'confirmation',
+                    'server at the destination')
+        self.assert_no_disks(self.server, base.SOURCE)
