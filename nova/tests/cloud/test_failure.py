@@ -212,3 +212,29 @@ class ComputeTestCase(_FaultTestCase):
         self.record('nova-compute of the source is down', 'confirmation',
                     'server at the destination')
         self.assert_no_disks(self.server, base.SOURCE)
+
+    def test_message_queue_is_away_at_the_end_of_the_copy(self):
+        def take_away():
+            self.cloud.daemon('rabbitmq').stop()
+            self.addCleanup(self.cloud.start_rabbitmq)
+
+        self.break_when_copying(take_away)
+        time.sleep(20)
+        self.assertIsNone(self.cloud.daemon('rabbitmq').pid)
+        self.cloud.start_rabbitmq()
+        self.wait_moved()
+        self.record('message queue is away for 20 seconds',
+                    'around finish_resize', 'server at the destination')
+        self.assert_reverted_when_the_destination_is_back()
+
+    def assert_reverted_when_the_destination_is_back(self) -> None:
+        self.kill_compute(base.DESTINATION)
+        self.broken_at = time.monotonic()
+        self.server.compute.revert_server_resize(self.server.id)
+        time.sleep(2)
+        self.start_compute(base.DESTINATION)
+        self.server.wait('ACTIVE')
+        self.record('nova-compute of the destination is down', 'revert',
+                    'server at the source, nothing at the destination')
+        self.assertEqual(base.SOURCE, self.server.host)
+        self.assert_no_disks(self.server, base.DESTINATION)
