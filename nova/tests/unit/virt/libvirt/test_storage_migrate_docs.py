@@ -1,0 +1,96 @@
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""What the documentation says of the code is so."""
+
+import ast
+import pathlib
+import re
+
+from docutils import core
+from docutils import nodes
+import testtools
+
+ROOT = pathlib.Path(__file__).resolve().parents[5]
+PAGE = ROOT / 'doc/source/admin/troubleshooting.rst'
+OPERATIONS = ROOT / 'doc/source/admin/operations.rst'
+
+# The messages here are not ours.
+LIBVIRT = 'What libvirt says'
+
+# Stands for what differs from one message to the next.
+ANY = '<>'
+
+
+def read_terms(page):
+    """The messages that a page explains, by its sections."""
+    tree = core.publish_doctree(
+        page.read_text(), settings_overrides={'report_level': 5})
+    return {section.next_node(nodes.title).astext():
+            [term.astext() for term in section.findall(nodes.term)]
+            for section in tree.findall(nodes.section)}
+
+
+def read_strings():
+    """Every string in the code, with ANY for what is put in."""
+    for path in sorted((ROOT / 'nova/virt').rglob('*.py')):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield re.sub(r'%(\(\w+\))?[ds]', ANY, node.value)
+            elif isinstance(node, ast.JoinedStr):
+                yield ''.join(
+                    part.value if isinstance(part, ast.Constant) else ANY
+                    for part in node.values)
+
+
+def read_tests():
+    """The names of tests in clouds and on hosts, inherited ones included."""
+    found = {}
+    for kind in ('cloud', 'live'):
+        for path in sorted((ROOT / 'nova/tests' / kind).glob('test_*.py')):
+            # Base classes come before what is derived from them.
+            for node in ast.parse(path.read_text()).body:
+                if isinstance(node, ast.ClassDef):
+                    names = {each.name for each in node.body
+                             if isinstance(each, ast.FunctionDef)}
+                    for base in node.bases:
+                        names |= found.get(ast.unparse(base), set())
+                    found[node.name] = names
+    return {f'{name}.{test}' for name, tests in found.items()
+            for test in tests}
+
+
+class OperationsTestCase(testtools.TestCase):
+
+    def test_tests_are_there(self):
+        tree = core.publish_doctree(OPERATIONS.read_text())
+        named = {literal.astext() for entry in tree.findall(nodes.entry)
+                 for literal in entry.findall(nodes.literal)}
+        self.assertGreater(len(named), 10)
+        self.assertEqual(set(), named - read_tests())
+
+
+class TroubleshootingTestCase(testtools.TestCase):
+
+    def test_messages_are_in_the_code(self):
+        strings = list(read_strings())
+        terms = read_terms(PAGE)
+        self.assertIn(LIBVIRT, terms)
+        del terms[LIBVIRT]
+        messages = [term for each in terms.values() for term in each]
+        self.assertGreater(len(messages), 20)
+        for message in messages:
+            text = re.sub('<.*?>', ANY, message)
+            self.assertTrue(
+                any(text in string for string in strings),
+                f'no message in the code is: {message}')
