@@ -75,7 +75,10 @@ class Finding:
 
     def __str__(self) -> str:
         text = f'{self.status:<5} {self.host}: {self.what}: {self.finding}'
-        return f'{text}; {self.remedy}' if self.remedy else text
+        if self.remedy:
+            text += f'; {self.remedy}'
+        # What libvirt says may have several lines.
+        return text.replace('\n', ' ')
 
 
 class Problem(Exception):
@@ -273,7 +276,7 @@ class Destination(Checks):
             if not self._failed:
                 yield from self._run_probe()
         finally:
-            peer._within(STEP_SECONDS, self._peer.close)
+            _close(self._peer)
 
     def _network_steps(self) -> list[Step]:
         if not self._name:
@@ -540,5 +543,7 @@ def _reach(host: str, port: int) -> None:
 
 
 def _close(connection: ty.Any) -> None:
+    # That it hangs was told of the step before: this is not to end the rest.
     if connection is not None:
-        peer._within(STEP_SECONDS, connection.close)
+        with contextlib.suppress(TimeoutError):
+            peer._within(STEP_SECONDS, connection.close)

@@ -272,6 +272,24 @@ class DestinationTestCase(_CheckTestCase):
             check.Settings(**self.settings), 0).run())
         self._only_failure(findings, 'no answer within 0.2 seconds')
 
+    def test_end_that_hangs(self):
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.check.STEP_SECONDS', 2))
+        done = libvirt_storage.native_threading().Event()
+        self.addCleanup(done.set)
+        with mock.patch.object(peer.Destination, 'close',
+                               lambda self: done.wait(10)):
+            self._only_failure(list(check.Destination(
+                'dest', 'qemu+tls://dest/system', self.checked_source,
+                check.Settings(**self.settings), 0).run()),
+                'no answer within 2 seconds')
+
+    def test_error_of_several_lines(self):
+        self.dest.fail('vol.upload', error=(
+            libvirt.VIR_ERR_INTERNAL_ERROR, libvirt.VIR_FROM_STORAGE,
+            'first line\nsecond line'))
+        self._only_failure(self._run(), 'first line second line')
+
     def test_interruption_deletes_the_probe(self):
         with mock.patch.object(
                 check.Destination, '_probe', side_effect=KeyboardInterrupt):
