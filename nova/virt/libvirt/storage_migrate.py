@@ -111,6 +111,7 @@ HOOKS = {
     'get_host_ip_addr': (),
     'cleanup_host': ('host',),
     'get_available_resource': ('nodename',),
+    '_finish_revert_migration_vtpm': ('context', 'instance'),
     '_live_migration_uri': ('dest',),
     '_uri': (),
 }
@@ -303,6 +304,13 @@ class LibvirtDriver(driver.LibvirtDriver):
         super().finish_revert_migration(
             context, instance, network_info, migration, block_device_info,
             power_on, share_info)
+
+    def _finish_revert_migration_vtpm(self, context, instance):
+        # Nova calls this also as it starts after it ended in the middle of a
+        # copy. The server has no old flavor then, which Nova's code stumbles
+        # over, and the server would stay off.
+        if instance.old_flavor is not None:
+            super()._finish_revert_migration_vtpm(context, instance)
 
     def delete_instance_files(self, instance):
         """Delete a server's files on this host, and its volumes.

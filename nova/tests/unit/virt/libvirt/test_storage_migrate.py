@@ -570,6 +570,18 @@ class ShutdownTestCase(DriverTestCase):
         self.cleanup.assert_called_once_with('source')
 
 
+class CrashTestCase(DriverTestCase):
+
+    @mock.patch.object(driver.LibvirtDriver, '_finish_revert_migration_vtpm')
+    def test_server_that_has_no_old_flavor_yet_is_put_back(self, nova):
+        self.instance.old_flavor = None
+        self.driver._finish_revert_migration_vtpm(self.context, self.instance)
+        nova.assert_not_called()
+        self.instance.old_flavor = self.instance.flavor
+        self.driver._finish_revert_migration_vtpm(self.context, self.instance)
+        nova.assert_called_once_with(self.context, self.instance)
+
+
 class FinishTestCase(DriverTestCase):
 
     def _finish(self, disk_info):
