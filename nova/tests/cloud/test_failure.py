@@ -190,6 +190,27 @@ class ComputeTestCase(_FaultTestCase):
         self.server.wait_boot()
         self.assertEqual({'vda': self.counter + 1}, self.server.counters())
 
+    def test_source_is_told_to_end(self):
+        stopped = []
+
+        def terminate():
+            os.killpg(self.compute(base.SOURCE).pid, signal.SIGTERM)
+            self.addCleanup(self.start_compute, base.SOURCE)
+            stopped.append(time.monotonic())
+
+        message = self.fail_when_copying(terminate)
+        self.assertLess(time.monotonic() - stopped[0], 30)
+        self.assertIn('nova-compute on host1 ended', message)
+        self.record('nova-compute of the source is told to end',
+                    'in the middle of the copy',
+                    'server at the source, nothing at the destination')
+        pid = self.compute(base.SOURCE).pid
+        daemons.wait_for('the end of nova-compute', lambda: (
+            pid is None or daemons.gone(pid)), poll=0.2)
+        self.assert_no_disks(self.server, base.DESTINATION)
+        self.start_compute(base.SOURCE)
+        self.assert_as_before()
+
     def test_destination_is_killed_before_the_end_of_the_copy(self):
         self.break_when_copying(lambda: self.kill_compute(base.DESTINATION))
         daemons.wait_for('the source to be done', lambda: (
