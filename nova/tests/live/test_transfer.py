@@ -403,8 +403,10 @@ class SlowDestinationTestCase(TransferTestCase):
             time.sleep(1)
             done = self.allocated(self._path(self.destination))
             time.sleep(4)
-            self.assertEqual(
-                done, self.allocated(self._path(self.destination)))
+            # The file system may still write down what it had allocated.
+            self.assertLess(
+                self.allocated(self._path(self.destination)) - done,
+                units.Mi)
         finally:
             os.kill(pid, signal.SIGCONT)
         return done

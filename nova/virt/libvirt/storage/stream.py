@@ -41,9 +41,9 @@ try:
 except ImportError:
     libvirt = None
 
-# The most bytes of data that one stream message of libvirt carries
-# (VIR_NET_MESSAGE_LEGACY_PAYLOAD_MAX less its header). recv() never returns
-# more, and a larger send() is only cut up again.
+# The most bytes of data that recv() returns, for that is what libvirtd sends
+# in one message (VIR_NET_MESSAGE_LEGACY_PAYLOAD_MAX less its header). send()
+# takes more, up to 32 MiB, but this was no faster.
 MESSAGE_BYTES = 262120
 
 # With an event loop in the process, and nova-compute always runs one, libvirt
@@ -61,6 +61,9 @@ ZERO_BYTES = 32 * 1024
 
 # How long a copy may stand still, in seconds, if nothing else is said.
 STALL_SECONDS = 60
+
+# After so many seconds without a byte a copy says that it pauses.
+PAUSE_SECONDS = 2
 
 # How often a copy is looked at, in seconds.
 POLL_SECONDS = 0.2
@@ -206,6 +209,7 @@ def copy(
     cancel: CancelEvent | None = None,
     stall_seconds: float = STALL_SECONDS,
     bandwidth: Bandwidth | None = None,
+    paused: ty.Callable[[], None] | None = None,
 ) -> Result:
     """Copy the first bytes of a volume into a fresh volume on another host.
 
@@ -222,6 +226,7 @@ def copy(
     :param cancel: stops the copy when set
     :param stall_seconds: how long the copy may stand still
     :param bandwidth: shared with the other copies that are given it
+    :param paused: called when nothing moved for PAUSE_SECONDS, once
     :raises: CopyError if either end fails; the first error is the one raised
     :raises: Cancelled if ``cancel`` was set
     """
@@ -231,7 +236,8 @@ def copy(
     def write(queue: _Queue) -> None:
         sent.append(_write(destination, length, queue, progress, bandwidth))
 
-    _run(source, destination.path(), length, write, cancel, stall_seconds)
+    _run(source, destination.path(), length, write, cancel, stall_seconds,
+         paused)
     return Result(length, sent[0], time.monotonic() - started, source.kind)
 
 
@@ -265,6 +271,7 @@ def _run(
     take: ty.Callable[['_Queue'], None],
     cancel: CancelEvent | None,
     stall_seconds: float,
+    paused: ty.Callable[[], None] | None = None,
 ) -> None:
     """Read a source in one thread, and take what was read in another.
 
@@ -289,6 +296,9 @@ def _run(
         now = time.monotonic()
         if queue.moved != moved:
             last_move, moved = now, queue.moved
+        if paused and now - last_move > PAUSE_SECONDS:
+            paused()
+            paused = None
         if cancel is not None and cancel.is_set():
             queue.fail(Cancelled())
         elif now - last_move > stall_seconds:

@@ -218,9 +218,11 @@ class Transfer:
         source_file = stream.open_source(
             source.libvirt_volume, length, self._direct_read)
         stall_seconds = CONF.libvirt.vol_upload_migration_stall_timeout
-        result = stream.copy(
-            source_file, volume.libvirt_volume, length, progress, cancel,
-            bandwidth=self._bandwidth, stall_seconds=stall_seconds)
+        with self.destination.writing(volume) as target:
+            result = stream.copy(
+                source_file, target, length, progress, cancel,
+                bandwidth=self._bandwidth, stall_seconds=stall_seconds,
+                paused=lambda: peer.start_keepalive(target.connect()))
         if CONF.libvirt.vol_upload_migration_verify == 'checksum':
             stream.compare(
                 source_file, volume.libvirt_volume, length, cancel,

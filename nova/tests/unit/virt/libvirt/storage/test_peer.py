@@ -116,6 +116,14 @@ class OpenConnectionTestCase(_PeerTestCase):
         self.assertEqual((7, peer.KEEPALIVE_COUNT), connection.keepalive)
         self.assertEqual([URI], self.hosts.opened)
 
+    def test_keepalive_can_start_later(self):
+        connection = peer.open_connection(URI, keepalive=False)
+        self.assertIsNone(connection.keepalive)
+
+        peer.start_keepalive(connection)
+
+        self.assertEqual((5, peer.KEEPALIVE_COUNT), connection.keepalive)
+
     def test_nobody_is_asked_for_credentials(self):
         peer.open_connection(URI)
 
@@ -440,6 +448,17 @@ class TransferTestCase(_PeerTestCase):
         file = self.file(DIRECTORY + '/disk.info')
         self.assertEqual((NOVA['owner'], NOVA['group'], 0o644),
                          (file.owner, file.group, file.mode))
+
+    def test_writing_has_a_connection_of_its_own(self):
+        disk = self.peer.create_disk(volume_name('disk'), 4097)
+
+        with self.peer.writing(disk) as volume:
+            connection = volume.connect()
+            self.assertEqual(disk.path, volume.path())
+            self.assertIsNone(connection.keepalive)
+            self.assertIsNot(disk.libvirt_volume.connect(), connection)
+
+        self.assertTrue(connection.closed)
 
     def test_disk_that_arrived(self):
         self.peer.create_disk(volume_name('disk'), 4097)

@@ -1190,6 +1190,29 @@ class BandwidthTestCase(_CopyTestCase):
         self.assertIsInstance(outcome.error, stream.Cancelled)
 
 
+class PauseTestCase(_CopyTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.stream.PAUSE_SECONDS', 0.3))
+        self.paused = mock.Mock()
+
+    def test_copy_that_pauses_says_so_once(self):
+        self.dest.slow('stream.send', 1.2, times=2)
+
+        self.copy(Content.draw('A-B', UNIT), paused=self.paused)
+
+        self.paused.assert_called_once_with()
+
+    def test_copy_that_is_slow_does_not_pause(self):
+        self.dest.slow('stream.send', 0.02, times=40)
+
+        self.copy(Content.draw('A-' * 40, UNIT), paused=self.paused)
+
+        self.paused.assert_not_called()
+
+
 class CopyHubTestCase(_CopyTestCase):
 
     def test_rest_of_the_process_runs_while_a_send_blocks(self):
