@@ -15,10 +15,13 @@
 
 All ways copy between the two hosts of the lab, as user nova, over TLS or SSH,
 one after the other in each round: what disturbs the machine disturbs all. The
-figures are medians, and medians of the ratios within a round. The disks are in
-the page cache.
+figures are medians, and medians of the ratios within a round. What takes
+minutes is measured in the first rounds only. The disks are in the page cache.
 
 Takes the lab of NOVA_LAB_DIR if it is up, and one of its own otherwise.
+
+What goes into the documentation is written with
+``--table doc/source/performance-table.inc``.
 """
 
 import argparse
@@ -33,6 +36,7 @@ import os
 import pathlib
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -46,10 +50,27 @@ POOL = 'bench'
 DIRECTORY = '/var/lib/nova/' + POOL
 MIB = 1024 ** 2
 TICKS = os.sysconf('SC_CLK_TCK')
-WAYS = ('direct', 'volume', 'memory', 'scp', 'scp -C', 'rsync --sparse',
-        'rsync --sparse --compress', 'virsh')
-COLUMNS = ('way', 'seconds', 'ratio', 'client CPU s', 'daemons CPU s',
-           'peak MiB', 'wire MiB', 'late ms')
+COLUMNS = ('way', 'rounds', 'seconds', 'of ours', 'client CPU s/GiB',
+           'all CPU s/GiB', 'peak MiB', 'wire MiB', 'used MiB',
+           'late ms 99 %', 'late ms at most')
+
+# What has to be so many times as fast as something else.
+GOALS = (
+    ('random', 'direct', 'scp', 1.4),
+    ('random', 'direct', 'rsync --sparse', 2.5),
+    ('random', 'direct', 'scp -C', 10),
+    ('random', 'direct', 'memory', 0.95),
+    ('random', 'volume', 'scp', 1.0),
+    ('sparse', 'direct', 'scp', 25),
+    ('sparse', 'direct', 'rsync --sparse', 20),
+    ('extents', 'direct', 'rsync --sparse', 5),
+    ('small', 'direct', 'ssh path', 1.5),
+)
+
+# How long the daemon of the destination is stopped for, and how long a copier
+# may take to import what it needs, in seconds.
+PAUSE = 5
+IMPORTS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +83,25 @@ class Disk:
 
     name: str
     size: int
-    extents: Sequence[tuple[int, int]]
+    extents: Sequence[tuple[float, float]]
     zeros: bool = False
+
+    @property
+    def data(self) -> float:
+        return sum(length for _offset, length in self.extents)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What is measured with a disk.
+
+    :ivar ways: the first is what the others are compared to
+    :ivar slow: ways that are measured in the first round only
+    """
+
+    disk: Disk
+    ways: Sequence[str]
+    slow: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +112,10 @@ class Sample:
     :ivar daemons: CPU seconds of both libvirtd, and of what sshd started
     :ivar memory: bytes that the biggest of the client's processes had
     :ivar wire: bytes that left the source host
+    :ivar used: bytes that the copy takes up
     :ivar late: seconds that a thread of the client was late at worst, which
         wanted to wake up every 10 ms
+    :ivar late_99: the same at the 99th percentile
     """
 
     seconds: float
@@ -83,12 +123,24 @@ class Sample:
     daemons: float
     memory: int
     wire: int
+    used: int
     late: float | None = None
+    late_99: float | None = None
 
 
-# Seconds, CPU seconds, peak memory and lateness of the client, and what
-# deletes the copy.
-Outcome = tuple[float, float, int, float | None, Callable[[], None]]
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What one way says of its copy.
+
+    :ivar end: deletes the copy
+    """
+
+    seconds: float
+    client: float
+    memory: int
+    end: Callable[[], None]
+    late: float | None = None
+    late_99: float | None = None
 
 
 class Bench:
@@ -98,15 +150,26 @@ class Bench:
         self.source, self.destination = lab.hosts[:2]
         self._sent = pathlib.Path(
             '/sys/class/net/%s-1/statistics/rx_bytes' % lab.bridge)
-        self._name = uuidutils.generate_uuid() + '_disk'
+        self._server = uuidutils.generate_uuid()
+        self._name = self._server + '_disk'
         self._path = '%s/%s' % (DIRECTORY, self._name)
-        self._compare = False
         target = '%s:%s' % (self.destination.name, self._path)
         there = 'virsh -q -c %s' % self.destination.uri
         self._ways: dict[str, Callable[[], Outcome]] = {
             'direct': lambda: self._ours('direct'),
             'volume': lambda: self._ours('volume'),
             'memory': lambda: self._ours('memory'),
+            'stalled': self._stalled,
+            'two at once': self._two_at_once,
+            'cp': lambda: self._shell('cp {0} {0}.cp && rm {0}.cp'.format(
+                self._path)),
+            'ssh path': lambda: self._shell(
+                'ssh {0} touch {2}.tmp && ssh {0} rm {2}.tmp && '
+                'ssh {0} mkdir -p {2} && scp -q -C {1} {3} && '
+                'scp -q -C /etc/hostname {0}:{2}/hostname && '
+                'ssh {0} rm -r {2}'.format(
+                    self.destination.name, self._path, DIRECTORY + '/x',
+                    target)),
             'scp': lambda: self._shell('scp -q %s %s' % (self._path, target)),
             'scp -C': lambda: self._shell(
                 'scp -q -C %s %s' % (self._path, target)),
@@ -153,9 +216,9 @@ class Bench:
                 file.write(bytes(MIB))
             file.truncate(disk.size * MIB)
             for offset, length in disk.extents:
-                file.seek(offset * MIB)
-                for _index in range(length):
-                    file.write(os.urandom(MIB))
+                file.seek(int(offset * MIB))
+                for start in range(0, int(length * MIB), MIB):
+                    file.write(os.urandom(min(MIB, int(length * MIB) - start)))
             os.fsync(file.fileno())
         os.chown(self._file, self.source.nova_uid, self.source.nova_gid)
 
@@ -164,20 +227,24 @@ class Bench:
 
         :param compare: whether to compare all of its bytes
         """
-        self._compare = compare and way != 'memory'
         before = self._daemons_cpu(), self._wire()
         with Watch(self.destination) as sshd:
-            seconds, client, memory, late, end = self._ways[way]()
+            outcome = self._ways[way]()
         daemons = self._daemons_cpu() - before[0] + sshd.seconds
         wire = self._wire() - before[1]
-        self._check_copy()
-        end()
-        return Sample(seconds, client, daemons, memory, wire, late)
+        used = 0
+        if way != 'cp':
+            self._check_copy(compare and way != 'memory')
+            used = self._copy.stat().st_blocks * 512
+        outcome.end()
+        return Sample(outcome.seconds, outcome.client, daemons,
+                      outcome.memory, wire, used, outcome.late,
+                      outcome.late_99)
 
-    def _check_copy(self) -> None:
+    def _check_copy(self, compare: bool) -> None:
         if self._copy.stat().st_size != self._file.stat().st_size:
             raise nova_lab.LabError('the copy has another size')
-        if self._compare and not filecmp.cmp(
+        if compare and not filecmp.cmp(
                 self._file, self._copy, shallow=False):
             raise nova_lab.LabError('the copy has other bytes')
 
@@ -191,37 +258,94 @@ class Bench:
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             raise nova_lab.LabError('failed: ' + command)
-        return (seconds, usage.ru_utime + usage.ru_stime,
-                usage.ru_maxrss * 1024, None, self._remove_copy)
+        return Outcome(seconds, usage.ru_utime + usage.ru_stime,
+                       usage.ru_maxrss * 1024, self._remove_copy)
 
     def _remove_copy(self) -> None:
-        self._copy.unlink()
+        self._copy.unlink(missing_ok=True)
         self.destination.run(['virsh', 'pool-refresh', POOL])
 
     def _ours(self, read: str) -> Outcome:
         """Copy as nova-compute does, in a process that is not Nova's."""
-        server = self._name.removesuffix('_disk')
+        return self._outcome(self._start(read, self._server))
+
+    def _stalled(self) -> Outcome:
+        """The same under eventlet, while the other daemon is stopped."""
+        process = self._start('direct', self._server, eventlet=True)
+        assert process.stdout
+        if not process.stdout.readline():
+            raise nova_lab.LabError('the copy did not begin')
+        time.sleep(0.5)
+        assert self.destination.libvirtd_pid
+        os.kill(self.destination.libvirtd_pid, signal.SIGSTOP)
+        try:
+            time.sleep(PAUSE)
+        finally:
+            os.kill(self.destination.libvirtd_pid, signal.SIGCONT)
+        outcome = self._outcome(process, begun=True)
+        if outcome.seconds < PAUSE:
+            raise nova_lab.LabError('the copy was over before the stall')
+        return outcome
+
+    def _two_at_once(self) -> Outcome:
+        """Copy the disk twice, for two servers; the CPU time is of both."""
+        other = uuidutils.generate_uuid()
+        link = self._file.with_name(other + '_disk')
+        os.link(self._file, link)
+        try:
+            both = [self._start('direct', server, wait=IMPORTS)
+                    for server in (self._server, other)]
+            outcomes = [self._outcome(process) for process in both]
+        finally:
+            link.unlink()
+
+        def end() -> None:
+            for outcome in outcomes:
+                outcome.end()
+
+        return Outcome(
+            max(outcome.seconds for outcome in outcomes),
+            sum(outcome.client for outcome in outcomes),
+            max(outcome.memory for outcome in outcomes), end)
+
+    def _start(self, read: str, server: str, eventlet: bool = False,
+               wait: float = 0) -> subprocess.Popen:
+        """Start a copy.
+
+        :param wait: seconds to wait for it to have imported all it needs
+        """
         process = self.source.popen(
             [sys.executable, '-W', 'ignore', '-m', 'nova.tests.live.copier'],
-            user='nova', env={'OS_NOVA_DISABLE_EVENTLET_PATCHING': 'true'},
-            cwd='/', text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE)
-        assert process.stdin and process.stdout and process.stderr
+            user='nova', cwd='/', text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={'OS_NOVA_DISABLE_EVENTLET_PATCHING': str(not eventlet)})
+        assert process.stdin
+        time.sleep(wait)
         process.stdin.write(json.dumps({  # noqa: N324
             'source_uri': 'qemu:///system', 'pool': POOL, 'uuid': server,
             'destination_uri': self.destination.uri, 'read': read,
             'directory': '/var/lib/nova/instances/' + server,
             'discard': True}) + '\n')
         process.stdin.flush()
-        if not process.stdout.readline():
+        return process
+
+    @staticmethod
+    def _outcome(process: subprocess.Popen, begun: bool = False) -> Outcome:
+        """Wait for a copy.
+
+        :param begun: whether its first line was read already
+        """
+        assert process.stdout and process.stderr
+        if not begun:
+            process.stdout.readline()
+        line = process.stdout.readline()
+        if not line:
             raise nova_lab.LabError(process.stderr.read())
-        seen = json.loads(process.stdout.readline())  # noqa: N324
-
-        def end() -> None:
-            process.communicate('\n')
-
-        return (seen['seconds'], seen['cpu'], seen['memory'], seen['late'],
-                end)
+        seen = json.loads(line)  # noqa: N324
+        return Outcome(
+            seen['seconds'], seen['cpu'], seen['memory'],
+            lambda: process.communicate('\n') and None,
+            seen['late'], seen['late_99'])
 
     def _wire(self) -> int:
         return int(self._sent.read_text())
@@ -272,37 +396,118 @@ def _cpu_seconds(pid: int) -> float:
     return sum(map(int, text.rpartition(')')[2].split()[11:13])) / TICKS
 
 
-def run(bench: Bench, disk: Disk, ways: Sequence[str],
-        rounds: int) -> dict[str, list[Sample]]:
+Samples = dict[str, list[Sample]]
+
+
+def run(bench: Bench, work: Work, rounds: int) -> Samples:
     """Measure all ways in each round, each time from another one on."""
-    bench.make(disk)
-    samples: dict[str, list[Sample]] = {way: [] for way in ways}
+    bench.make(work.disk)
+    samples: Samples = {way: [] for way in (*work.ways, *work.slow)}
     for number in range(rounds):
-        first = number % len(ways)
-        for way in [*ways[first:], *ways[:first]]:
+        first = number % len(work.ways)
+        ways = [*work.ways[first:], *work.ways[:first]]
+        for way in [*ways, *(work.slow if not number else ())]:
             sample = bench.measure(way, compare=not number)
             samples[way].append(sample)
             print('%s, round %d: %s %.2f s' % (
-                disk.name, number + 1, way, sample.seconds), file=sys.stderr)
+                work.disk.name, number + 1, way, sample.seconds),
+                file=sys.stderr)
     return samples
 
 
-def rows(samples: dict[str, list[Sample]]) -> Iterator[list[str]]:
-    """The lines of the table: medians; ratio to the first way's time."""
-    first = next(iter(samples.values()))
+def rows(work: Work, samples: Samples) -> Iterator[list[str]]:
+    """The lines of a table of all ways: medians."""
     for way, taken in samples.items():
-        def median(of: Callable[[Sample], float]) -> float:
-            return statistics.median(map(of, taken))
+        def median(of: Callable[[Sample], float | None]) -> float | None:
+            seen = [value for value in map(of, taken) if value is not None]
+            return statistics.median(seen) if seen else None
 
-        ratio = statistics.median(
-            own.seconds / theirs.seconds for own, theirs in zip(taken, first))
-        late = [1000 * s.late for s in taken if s.late is not None]
-        yield [way, '%.2f' % median(lambda s: s.seconds), '%.2f' % ratio,
-               '%.2f' % median(lambda s: s.client),
-               '%.2f' % median(lambda s: s.daemons),
-               '%.0f' % median(lambda s: s.memory / MIB),
-               '%.0f' % median(lambda s: s.wire / MIB),
-               '%.0f' % statistics.median(late) if late else '']
+        def text(form: str, value: float | None) -> str:
+            return form % value if value is not None else ''
+
+        gib = work.disk.data / 1024 * (2 if way == 'two at once' else 1)
+        yield [way, str(len(taken)),
+               text('%.2f', median(lambda s: s.seconds)),
+               '%.2f' % ratio(samples, way, work.ways[0]),
+               text('%.2f', median(lambda s: s.client / gib)),
+               text('%.2f', median(lambda s: (s.client + s.daemons) / gib)),
+               text('%.0f', median(lambda s: s.memory / MIB)),
+               text('%.0f', median(lambda s: s.wire / MIB)),
+               text('%.0f', median(lambda s: s.used / MIB)),
+               text('%.0f', median(lambda s: s.late_99 and s.late_99 * 1000)),
+               text('%.0f', median(lambda s: s.late and s.late * 1000))]
+
+
+def ratio(samples: Samples, way: str, to: str) -> float:
+    """How much longer one way takes than another: median of the rounds."""
+    return statistics.median(
+        one.seconds / other.seconds
+        for one, other in zip(samples[way], samples[to]))
+
+
+def median_of(samples: Samples, way: str, name: str) -> float:
+    return statistics.median(getattr(s, name) for s in samples[way])
+
+
+def figures(found: dict[str, tuple[Work, Samples]]) -> Iterator[list[str]]:
+    """The lines of a table of what has to be reached, and what was."""
+    for name, way, to, least in GOALS:
+        if name in found:
+            work, samples = found[name]
+            if to in samples:
+                yield ['%s, %s' % (describe(work.disk), way), to,
+                       '%.2f times its speed' % least,
+                       '%.2f' % ratio(samples, to, way)]
+    if 'random' in found:
+        work, samples = found['random']
+        client = median_of(samples, 'direct', 'client')
+        yield ['CPU seconds of our process per GiB', '', 'at most 1.8',
+               '%.2f' % (client / work.disk.data * 1024)]
+    if 'random' in found and 'sparse' in found:
+        dense, sparse = (
+            found[name][0].disk.data /
+            median_of(found[name][1], 'direct', 'seconds')
+            for name in ('random', 'sparse'))
+        yield ['%s, MiB/s of data' % describe(found['sparse'][0].disk),
+               'random, direct', '0.80 times its speed',
+               '%.2f' % (sparse / dense)]
+    if 'zeros written' in found:
+        work, samples = found['zeros written']
+        for what in ('wire', 'used'):
+            share = (median_of(samples, 'direct', what) / MIB /
+                     work.disk.data)
+            yield ['%s, bytes %s' % (
+                describe(work.disk),
+                'on the wire' if what == 'wire' else 'used there'),
+                'bytes of data', 'at most 1.02', '%.3f' % share]
+    if 'small' in found:
+        work, samples = found['small']
+        yield ['%s, connect to verified, seconds' % describe(work.disk), '',
+               'under 1', '%.2f' % median_of(samples, 'direct', 'seconds')]
+    sizes = [found[name] for name in found if name.startswith('size')]
+    if sizes:
+        speeds = [work.disk.data / median_of(samples, 'direct', 'seconds')
+                  for work, samples in sizes]
+        yield [', '.join('%g' % (work.disk.size / 1024)
+                         for work, _samples in sizes) + ' GiB, random',
+               'speed of the first', 'within 0.10', ', '.join(
+                   '%.2f' % (speed / speeds[0]) for speed in speeds)]
+    if 'two' in found:
+        yield ['two migrations at once, sum of speeds', 'one alone',
+               '0.95 times', '%.2f' % (
+                   2 / ratio(found['two'][1], 'two at once', 'direct'))]
+        samples = found['two'][1]
+        for text, name, bound in (
+                ('99th percentile', 'late_99', 'at most 20'),
+                ('at most', 'late', 'at most 100')):
+            yield ['green thread during a copy and a stall, late ms, ' + text,
+                   '', bound,
+                   '%.0f' % (1000 * median_of(samples, 'stalled', name))]
+
+
+def describe(disk: Disk) -> str:
+    return '%s: %g MiB with %g MiB of data' % (
+        disk.name, disk.size, round(disk.data, 1))
 
 
 def table(lines: Sequence[Sequence[str]]) -> str:
@@ -323,27 +528,60 @@ def machine() -> str:
         model, os.cpu_count() or 0, os.getloadavg()[0], platform.release())
 
 
-def disks(short: bool) -> list[Disk]:
-    """What is copied: a short run takes a minute, not an hour."""
+def works(short: bool) -> list[Work]:
+    """All that is measured."""
     scale = 4 if short else 1
     size, count = 8192 // scale, 64 // scale
     spread = [(index * 128, 8) for index in range(count)]
-    return [Disk('random', 1024 // scale, [(0, 1024 // scale)]),
-            Disk('sparse', size, spread),
-            Disk('zeros written', size, spread, zeros=True)]
+    wide = [(index * 256, 8) for index in range(count)]
+    extents = 20000 // scale
+    step = size * 256 // extents
+
+    def random(name: str, mib: int) -> Disk:
+        return Disk(name, mib, [(0, mib)])
+
+    return [
+        Work(random('random', 2048 // scale),
+             ('direct', 'volume', 'memory', 'scp', 'rsync --sparse'),
+             ('scp -C', 'rsync --sparse --compress', 'virsh', 'cp')),
+        Work(Disk('sparse', 2 * size, wide), ('direct', 'volume'),
+             ('scp', 'rsync --sparse')),
+        Work(Disk('zeros written', size, spread, zeros=True), ('direct',)),
+        Work(Disk('extents', size, [
+            (index * step / 256, 1 / 256) for index in range(extents)]),
+            ('direct',), ('rsync --sparse',)),
+        Work(random('small', 1), ('direct', 'ssh path')),
+        *(Work(random('size %d' % number, 1024 // scale * number),
+               ('direct',)) for number in (1, 2, 4, 8)),
+        Work(random('two', 1024), ('direct', 'two at once', 'stalled')),
+    ]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--short', action='store_true',
                         help='disks of a quarter of the size')
-    parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--rounds', type=int)
     parser.add_argument('--disks', nargs='+', help='of these names only')
-    parser.add_argument('--ways', nargs='+', choices=WAYS, default=WAYS,
-                        help='the first is what the others are compared to')
     parser.add_argument('--output', type=pathlib.Path, metavar='FILE',
                         help='write all samples as JSON')
-    return parser.parse_args(argv)
+    parser.add_argument('--table', type=pathlib.Path, metavar='FILE',
+                        help='write the tables as reStructuredText')
+    args = parser.parse_args(argv)
+    args.rounds = args.rounds or (3 if args.short else 5)
+    return args
+
+
+def report(found: dict[str, tuple[Work, Samples]], where: str) -> str:
+    """All tables, in reStructuredText."""
+    parts = ['Measured on %s.' % where,
+             table([('work', 'against', 'at least', 'measured'),
+                    *figures(found)])]
+    for work, samples in found.values():
+        parts += ['%s%s:' % (describe(work.disk)[0].upper(),
+                             describe(work.disk)[1:]),
+                  table([COLUMNS, *rows(work, samples)])]
+    return '\n\n'.join(parts) + '\n'
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -351,25 +589,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     lab = nova_lab.Lab(os.environ.get('NOVA_LAB_DIR', nova_lab.DEFAULT))
     was_up = lab.is_up
     lab.up()
+    where = machine()
+    found: dict[str, tuple[Work, Samples]] = {}
     try:
         lab.ssh(True)
         bench = Bench(lab)
-        print(machine() + '\n')
-        found: dict[str, dict[str, list[dict]]] = {}
         with bench.pools():
-            for disk in disks(args.short):
-                if args.disks and disk.name not in args.disks:
+            for work in works(args.short):
+                if args.disks and work.disk.name not in args.disks:
                     continue
-                samples = run(bench, disk, args.ways, args.rounds)
-                print('%s, %d MiB with %d MiB of data:\n\n%s\n' % (
-                    disk.name, disk.size, sum(n for _o, n in disk.extents),
-                    table([COLUMNS, *rows(samples)])), flush=True)
-                found[disk.name] = {
-                    way: [dataclasses.asdict(s) for s in taken]
-                    for way, taken in samples.items()}
+                found[work.disk.name] = work, run(bench, work, args.rounds)
+        print(report(found, where))
+        if args.table:
+            args.table.write_text(report(found, where))
         if args.output:
-            args.output.write_text(json.dumps(  # noqa: N324
-                {'machine': machine(), 'disks': found}, indent=1) + '\n')
+            args.output.write_text(json.dumps({  # noqa: N324
+                'machine': where, 'disks': {
+                    name: {way: [dataclasses.asdict(s) for s in taken]
+                           for way, taken in samples.items()}
+                    for name, (_work, samples) in found.items()},
+            }, indent=1) + '\n')
         return 0
     finally:
         if not was_up:

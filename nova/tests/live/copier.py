@@ -72,6 +72,7 @@ def main() -> None:
         'grown': memory('VmHWM') - before,
         'memory': memory('VmHWM'),
         'late': sleeper.late,
+        'late_99': sleeper.late_99,
         'wakes': sleeper.wakes,
     }), flush=True)
     if arguments.get('discard'):
@@ -122,21 +123,31 @@ class Sleeper(threading.Thread):
     """Wants to wake up every 10 ms; a green thread under eventlet.
 
     :ivar late: the seconds that it was late at worst
+    :ivar late_99: the seconds that it was late at the 99th percentile
     """
 
     def __init__(self):
         super().__init__(daemon=True)
-        self.late = 0.0
-        self.wakes = 0
+        self._late: list[float] = []
         self._running = True
+
+    @property
+    def wakes(self) -> int:
+        return len(self._late)
+
+    @property
+    def late(self) -> float:
+        return max(self._late, default=0.0)
+
+    @property
+    def late_99(self) -> float:
+        return sorted(self._late)[len(self._late) * 99 // 100]
 
     def run(self) -> None:
         while self._running:
             start = time.monotonic()
             time.sleep(INTERVAL)
-            self.wakes += 1
-            self.late = max(
-                self.late, time.monotonic() - start - INTERVAL)
+            self._late.append(time.monotonic() - start - INTERVAL)
 
     def stop(self) -> None:
         self._running = False
