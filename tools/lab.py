@@ -65,6 +65,9 @@ SSH_PORT = 22
 NOVA_HOME = '/var/lib/nova'
 PATH = '/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin'
 
+# Whose certificate the machine shows, which is outside of any host.
+CLIENT = 'lab client'
+
 # What a host has of its own; all the rest is the machine's.
 MOUNTS = (
     '/etc',
@@ -87,16 +90,15 @@ MOUNT_MARKER = '.made-by-nova-lab'
 START_TIMEOUT = 30
 STOP_TIMEOUT = 20
 
-LIBVIRTD_CONF = """\
-host_uuid = "{host_uuid}"
-listen_tls = 1
-listen_tcp = 0
-auth_unix_ro = "none"
-auth_unix_rw = "none"
-unix_sock_group = "libvirt"
-unix_sock_rw_perms = "0770"
-log_outputs = "3:stderr"
-"""
+LIBVIRTD_CONF = {
+    'listen_tls': 1,
+    'listen_tcp': 0,
+    'auth_unix_ro': 'none',
+    'auth_unix_rw': 'none',
+    'unix_sock_group': 'libvirt',
+    'unix_sock_rw_perms': '0770',
+    'log_outputs': '3:stderr',
+}
 
 # Users and ownership stay Debian's defaults (libvirt-qemu, dynamic_ownership)
 # on purpose. What is off here does not work in a container or wants systemd.
@@ -188,14 +190,27 @@ def make_certificate(ca: pathlib.Path, key: pathlib.Path,
 
 
 def make_client(ca: pathlib.Path, directory: str | os.PathLike,
-                name: str = 'client') -> pathlib.Path:
-    """Make a directory that libvirt takes as ``?pkipath=``."""
+                name: str = CLIENT) -> pathlib.Path:
+    """Make a directory that libvirt takes as ``?pkipath=``.
+
+    :param name: its common name; the hosts let only those in that they know
+    """
     directory = pathlib.Path(directory)
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     shutil.copy(ca / 'cacert.pem', directory / 'cacert.pem')
     make_certificate(ca, directory / 'clientkey.pem',
                      directory / 'clientcert.pem', name, 'clientAuth')
     return directory
+
+
+def expire(ca: pathlib.Path, key: pathlib.Path,
+           certificate: pathlib.Path) -> None:
+    """Sign a certificate anew, so that it expired a day ago."""
+    request = execute('openssl', 'x509', '-x509toreq', '-copy_extensions',
+                      'copyall', '-in', certificate, '-signkey', key).stdout
+    execute('openssl', 'x509', '-req', '-copy_extensions', 'copyall',
+            '-days', '-1', '-CA', ca / 'cacert.pem',
+            '-CAkey', ca / 'cakey.pem', '-out', certificate, input=request)
 
 
 def _openssl_req(key: pathlib.Path, certificate: pathlib.Path, name: str,
@@ -420,11 +435,12 @@ class Host:
 
     def down(self) -> None:
         """End every process of the host; the namespaces go with the last."""
-        self._end(self.processes())
+        self.end(self.processes())
         self._holder = None
         execute('ip', 'link', 'delete', self._port, check=False)
 
-    def _end(self, pids: Sequence[int]) -> None:
+    def end(self, pids: Sequence[int]) -> None:
+        """End processes of the host, by force where they do not."""
         for signum in (signal.SIGCONT, signal.SIGTERM, signal.SIGKILL):
             _kill(pids, signum)
             with contextlib.suppress(LabError):
@@ -520,9 +536,7 @@ class Host:
         (etc / 'hosts').write_text(self.lab.hosts_file())
         # Empty: a look-up that /etc/hosts cannot answer fails at once.
         (etc / 'resolv.conf').touch()
-        host_uuid = uuid.uuid5(uuid.NAMESPACE_URL, str(self.directory))
-        (etc / 'libvirt/libvirtd.conf').write_text(
-            LIBVIRTD_CONF.format(host_uuid=host_uuid))
+        self.configure_libvirtd()
         (etc / 'libvirt/qemu.conf').write_text(QEMU_CONF)
 
     def _make_users(self) -> None:
@@ -556,13 +570,37 @@ class Host:
         (pki / 'CA').mkdir()
         shutil.copy(self.lab.ca / 'cacert.pem', pki / 'CA/cacert.pem')
         for side in ('server', 'client'):
-            make_certificate(self.lab.ca, private / (side + 'key.pem'),
-                             pki / ('libvirt/%scert.pem' % side), self.name,
-                             side + 'Auth', [self.address])
-        # nova-compute is the client, and it is not root.
-        for path in (private, private / 'clientkey.pem'):
-            os.chown(path, 0, self.nova_gid)
-            path.chmod(0o750 if path == private else 0o640)
+            self.set_certificate(side)
+        os.chown(private, 0, self.nova_gid)
+        private.chmod(0o750)
+
+    def certificate(self, side: str) -> pathlib.Path:
+        """Where the host has its certificate as 'server' or as 'client'."""
+        return self.path('/etc/pki/libvirt/%scert.pem' % side)
+
+    def _key(self, side: str) -> pathlib.Path:
+        return self.path('/etc/pki/libvirt/private/%skey.pem' % side)
+
+    def set_certificate(self, side: str, ca: pathlib.Path | None = None,
+                        name: str | None = None) -> None:
+        """Give the host a new certificate; libvirtd reads it at its start.
+
+        :param side: 'server' or 'client'
+        :param ca: another than the lab's
+        :param name: another host's than its own; it has no address then
+        """
+        self.certificate(side).unlink(missing_ok=True)
+        make_certificate(ca or self.lab.ca, self._key(side),
+                         self.certificate(side), name or self.name,
+                         side + 'Auth', [] if name else [self.address])
+        if side == 'client':
+            # nova-compute is the client, and it is not root.
+            os.chown(self._key(side), 0, self.nova_gid)
+            self._key(side).chmod(0o640)
+
+    def expire_certificate(self, side: str) -> None:
+        """Let the host's certificate have expired a day ago."""
+        expire(self.lab.ca, self._key(side), self.certificate(side))
 
     def set_sudoers(self, text: str) -> None:
         """Write the host's /etc/sudoers.d/nova, if sudo accepts it."""
@@ -576,6 +614,27 @@ class Host:
         path.chmod(0o440)
 
     # libvirtd
+
+    def configure_libvirtd(self, **settings: Any) -> None:
+        """Write libvirtd.conf, which counts from the next start on.
+
+        :param settings: what differs from the lab's own configuration
+        """
+        allowed = [CLIENT, *(host.name for host in self.lab.hosts)]
+        settings = {
+            'host_uuid': str(uuid.uuid5(
+                uuid.NAMESPACE_URL, str(self.directory))),
+            'tls_allowed_dn_list': ['CN=' + name for name in allowed],
+            **LIBVIRTD_CONF, **settings}
+        self.path('/etc/libvirt/libvirtd.conf').write_text(''.join(
+            '%s = %s\n' % (name, json.dumps(value))  # noqa: N324
+            for name, value in settings.items()))
+
+    def restart_libvirtd(self, **settings: Any) -> None:
+        """Start libvirtd anew, with settings; guests go on."""
+        self.stop_libvirtd()
+        self.configure_libvirtd(**settings)
+        self.start_libvirtd()
 
     @property
     def libvirtd_pid(self) -> int | None:
@@ -655,7 +714,7 @@ class Host:
 
     def stop_sshd(self) -> None:
         """End sshd and remove every key and the login shell."""
-        self._end(self.sshd_pids)
+        self.end(self.sshd_pids)
         self._set_shell('/usr/sbin/nologin')
         for directory in (NOVA_HOME + '/.ssh', '/etc/ssh', '/run/sshd'):
             shutil.rmtree(self.path(directory), ignore_errors=True)
@@ -664,7 +723,11 @@ class Host:
     @property
     def sshd_pids(self) -> list[int]:
         """The host's sshd with the sessions that it has."""
-        return [p for p in self.processes() if _command_name(p) == 'sshd']
+        return self.running('sshd')
+
+    def running(self, name: str) -> list[int]:
+        """The pids of the host's processes of a name."""
+        return [p for p in self.processes() if _command_name(p) == name]
 
     def _set_shell(self, shell: str) -> None:
         ids = (self.nova_uid, self.nova_gid)
