@@ -111,6 +111,14 @@ If this option is not set, the URI is the one that live migration uses, from
 ``live_migration_uri`` or ``live_migration_scheme``, and
 ``qemu+tls://%s/system`` if neither of them is set.
 
+nova-compute warns at its start of a transport that is not TLS, and does not
+start with ``no_verify`` in the URI, which would let any host pass for the
+destination. User names and passwords for SASL come from libvirt's
+``auth.conf``, Kerberos tickets from the credential cache of nova-compute's
+user; nobody is asked for them. ``storage+tls://%s/system`` connects to the
+destination's storage driver alone, which can not tell whether a domain of the
+server is there already.
+
 Related options:
 
 * ``migration_inbound_addr``

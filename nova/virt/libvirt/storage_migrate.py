@@ -53,6 +53,7 @@ from nova.virt import driver as virt_driver
 from nova.virt import hardware
 from nova.virt.libvirt import blockinfo
 from nova.virt.libvirt import driver
+from nova.virt.libvirt.storage import access
 from nova.virt.libvirt.storage import image
 from nova.virt.libvirt.storage import imagecache
 from nova.virt.libvirt.storage import kept
@@ -159,6 +160,8 @@ class LibvirtDriver(driver.LibvirtDriver):
 
     def init_host(self, host):
         check_hooks(driver.LibvirtDriver)
+        if CONF.libvirt.vol_upload_migration:
+            self._check_migration_uri()
         super().init_host(host)
         if CONF.libvirt.use_storage_pools:
             self._init_disks_pool()
@@ -469,6 +472,24 @@ class LibvirtDriver(driver.LibvirtDriver):
         if len(ephemerals) == 1 and image.has_volume(instance, name):
             self.image_backend.by_name(instance, name).resize_image(
                 instance.flavor.ephemeral_gb * units.Gi)
+
+    def _check_migration_uri(self) -> None:
+        """Refuse a URI that is not safe, warn of one that is less so.
+
+        :raises: InvalidConfiguration
+        """
+        uri = self._storage_migration_uri('%s')
+        try:
+            access.check_uri(uri)
+        except ValueError as error:
+            raise exception.InvalidConfiguration(_(
+                'Set [libvirt]vol_upload_migration_uri: %s.') % error)
+        weakness = access.weakness(uri)
+        if weakness:
+            LOG.warning(
+                'Servers will be cold migrated over %(uri)s. This %(why)s. '
+                'Set [libvirt]vol_upload_migration_uri to '
+                'qemu+tls://%%s/system.', {'uri': uri, 'why': weakness})
 
     def _init_disks_pool(self) -> None:
         if CONF.libvirt.images_type not in image.IMAGE_TYPES:

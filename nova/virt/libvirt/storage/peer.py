@@ -27,6 +27,7 @@ from oslo_utils import uuidutils
 
 import nova.conf
 from nova.conf import storage_migrate  # noqa: F401 (registers the options)
+from nova.virt.libvirt.storage import access
 from nova.virt.libvirt.storage import pool as storage_pool
 from nova.virt.libvirt.storage import stream
 
@@ -379,9 +380,8 @@ class Destination:
             return open_connection(self.uri, keepalive)
         except (libvirt.libvirtError, TimeoutError) as error:
             raise self._unsuitable(
-                f'can not connect: {error}',
-                'Check that libvirt listens there, and the certificates or '
-                'credentials on both hosts.')
+                f'can not connect: {access.cause(error)}',
+                access.remedy(error)) from error
 
     def _find_pool(self) -> storage_pool.Pool:
         try:
@@ -397,11 +397,16 @@ class Destination:
                 f'Start it there: virsh pool-start {self._pool_name}')
 
     def _has_domain(self) -> bool:
+        """Whether the host has the server already, as far as can be known.
+
+        A storage driver, as in storage+tls://, knows nothing of domains.
+        """
         assert self._connection is not None
         try:
             self._connection.lookupByUUIDString(self._uuid)
         except libvirt.libvirtError as error:
-            if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+            if error.get_error_code() not in (
+                    libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_NO_SUPPORT):
                 raise
             return False
         return True

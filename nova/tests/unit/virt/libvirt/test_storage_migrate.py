@@ -1177,6 +1177,45 @@ class StartTestCase(DriverTestCase):
         self._init_host()
         self.assertEqual([], self.hosts.opened)
 
+    def _warnings(self):
+        with mock.patch.object(storage_migrate.LOG, 'warning') as warning:
+            self._init_host()
+        return [call.args[0] % call.args[1]
+                for call in warning.call_args_list]
+
+    def test_tls_is_nothing_to_warn_of(self):
+        self.assertEqual([], self._warnings())
+
+    @ddt.data(
+        ({'vol_upload_migration_uri': 'qemu+tcp://%s/system'},
+         'qemu+tcp://%s/system', 'SASL'),
+        ({'vol_upload_migration_uri': 'qemu+ssh://nova@%s/system'},
+         'qemu+ssh://nova@%s/system', 'key'),
+        ({'live_migration_scheme': 'tcp'}, 'qemu+tcp://%s/system', 'SASL'),
+        ({'live_migration_uri': 'qemu+ssh://%s/system'},
+         'qemu+ssh://%s/system', 'key'))
+    @ddt.unpack
+    def test_transport_that_is_weak_is_warned_of(self, flags, uri, why):
+        self.flags(virt_type='qemu', group='libvirt', **flags)
+        warning, = self._warnings()
+        for text in (uri, why, 'vol_upload_migration_uri to qemu+tls://%s/'):
+            self.assertIn(text, warning)
+
+    @ddt.data('vol_upload_migration_uri', 'live_migration_uri')
+    def test_uri_that_does_not_verify_is_refused(self, option):
+        uri = 'qemu+tls://%s/system?no_verify=1'
+        self.flags(group='libvirt', **{option: uri})
+        error = self.assertRaises(
+            exception.InvalidConfiguration, self._init_host)
+        self.assertEqual([], self.hosts.opened)
+        for text in (uri, 'vol_upload_migration_uri', 'certificate'):
+            self.assertIn(text, str(error))
+
+    def test_uri_does_not_matter_where_disks_go_over_ssh(self):
+        self.flags(vol_upload_migration=False, group='libvirt',
+                   live_migration_uri='qemu+tcp://%s/system?no_verify=1')
+        self.assertEqual([], self._warnings())
+
     def test_hooks_are_those_of_this_nova(self):
         storage_migrate.check_hooks(driver.LibvirtDriver)
 

@@ -258,6 +258,13 @@ class CheckTestCase(_PeerTestCase):
 
         self.check()
 
+    def test_storage_driver_knows_no_domains(self):
+        self.dest.fail('conn.lookupByUUIDString', error=(
+            libvirt.VIR_ERR_NO_SUPPORT, libvirt.VIR_FROM_REMOTE,
+            'this function is not supported by the connection driver: '
+            'virDomainLookupByUUIDString'))
+        self.check()
+
     def test_error_is_not_taken_for_a_missing_domain(self):
         self.dest.fail('conn.lookupByUUIDString',
                        error=libvirt_storage.LOST_ERROR)
