@@ -108,8 +108,8 @@ class TransferTestCase(base.LiveTestCase):
                          self.sha256(self._path(self.destination)))
 
     def _assert_nothing_on_destination(self):
-        pool = self.connect(self.destination).storagePoolLookupByName(
-            self.pool_name)
+        connection = self.connect_local(self.destination)
+        pool = connection.storagePoolLookupByName(self.pool_name)
         pool.refresh()
         self.assertEqual([], pool.listVolumes())
         self.assertFalse(

@@ -1,0 +1,233 @@
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Who gets in to a host, by each way of telling who one is.
+
+A disk is copied as nova of the source host, with what that host has: its
+certificate, password, or ticket. What it does not have it must not get in
+without, and the error has to say what is missing.
+"""
+
+import atexit
+import functools
+import os
+import subprocess
+import sys
+import time
+
+from oslo_serialization import jsonutils
+from oslo_utils import units
+
+from nova.tests.live import base
+from nova.tests.live import test_transfer
+
+import lab_auth
+
+lab = base.nova_lab
+
+# A refusal takes a tenth of it on a machine that has nothing else to do.
+REFUSAL_SECONDS = 10
+
+
+@functools.cache
+def get_compute(host):
+    """Start the part of nova-compute that migrates, on a host."""
+    process = host.popen(
+        [sys.executable, '-W', 'ignore', '-m', 'nova.tests.live.compute',
+         str(host.nova_uid), str(host.nova_gid)],
+        env={'OS_NOVA_DISABLE_EVENTLET_PATCHING': 'true'}, cwd='/', text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    atexit.register(process.kill)
+    started = jsonutils.loads(process.stdout.readline())
+    assert started == {'uid': host.nova_uid}
+    return process
+
+
+class SecurityTestCase(test_transfer.TransferTestCase):
+
+    def setUp(self):
+        super().setUp()
+        # A server whose migration is refused has a disk all the same.
+        self._make_disk(units.Mi, [(0, units.Mi)])
+        directory = self.source.path(self.directory)
+        directory.mkdir()
+        self.addCleanup(directory.rmdir)
+        os.chown(directory, self.source.nova_uid, self.source.nova_gid)
+        self.compute = get_compute(self.source)
+        self.by_name = 'qemu+tls://%s/system' % self.destination.name
+
+    def _migrate(self, uri):
+        self.compute.stdin.write(jsonutils.dumps({
+            'uri': uri, 'host': self.destination.name,
+            'pool': self.pool_name, 'uuid': self.uuid,
+            'directory': self.directory}) + '\n')
+        self.compute.stdin.flush()
+        return jsonutils.loads(self.compute.stdout.readline())
+
+    def _assert_admitted(self, uri):
+        self.assertEqual({'bytes': units.Mi}, self._migrate(uri))
+        self._assert_arrived()
+        self.assertEqual(self.destination.nova_uid,
+                         self._path(self.destination).stat().st_uid)
+        self.assertTrue(self.destination.path(
+            self.directory + '/disk.info').exists())
+
+    def _assert_refused(self, uri, cause, remedy):
+        """Assert that nothing happens, and that the error says why.
+
+        Users see no more than 255 characters of it.
+        """
+        started = time.monotonic()
+        error = self._migrate(uri).get('error', '')
+        self.assertLess(time.monotonic() - started, REFUSAL_SECONDS)
+        for text in (self.destination.name, uri, cause, remedy):
+            self.assertIn(text, error[:255])
+        self._assert_nothing_on_destination()
+
+
+class CertificateTestCase(SecurityTestCase):
+
+    def _set_client(self, **certificate):
+        self.addCleanup(self.source.set_certificate, 'client')
+        self.source.set_certificate('client', **certificate)
+
+    def _set_server(self, **certificate):
+        self.addCleanup(self._restore_server)
+        self.destination.set_certificate('server', **certificate)
+
+    def _restart_with_bad_certificate(self):
+        # Else libvirtd does not start; one that runs does not look again.
+        self.destination.restart_libvirtd(tls_no_sanity_certificate=1)
+
+    def _restore_server(self):
+        self.destination.set_certificate('server')
+        self.destination.restart_libvirtd()
+
+    def _other_ca(self):
+        return lab.make_ca(self.lab.directory / 'other-ca', 'another CA')
+
+    def test_compute_host_gets_in(self):
+        self._assert_admitted(self.destination.uri)
+
+    def test_compute_host_gets_in_by_name(self):
+        self._assert_admitted(self.by_name)
+
+    def test_storage_driver_alone_is_enough(self):
+        self._assert_admitted('storage+tls://%s/system' %
+                              self.destination.name)
+
+    def test_host_that_is_not_on_the_list(self):
+        self._set_client(name='webserver')
+        self._assert_refused(self.by_name, 'TLS confirmation',
+                             'tls_allowed_dn_list')
+
+    def test_no_client_certificate(self):
+        self.addCleanup(self.source.set_certificate, 'client')
+        self.source.certificate('client').unlink()
+        self._assert_refused(self.by_name, 'TLS confirmation',
+                             'tls_allowed_dn_list')
+
+    def test_client_certificate_of_another_ca(self):
+        self._set_client(ca=self._other_ca())
+        self._assert_refused(self.by_name, 'known issuer', '/etc/pki')
+
+    def test_client_certificate_expired(self):
+        self._set_client()
+        self.source.expire_certificate('client')
+        self._assert_refused(self.by_name, 'expired', '/etc/pki')
+
+    def test_server_certificate_expired(self):
+        self._set_server()
+        self.destination.expire_certificate('server')
+        self._restart_with_bad_certificate()
+        self._assert_refused(self.by_name, "verify peer's certificate",
+                             'not expired')
+
+    def test_server_certificate_of_another_ca(self):
+        self._set_server(ca=self._other_ca())
+        self._restart_with_bad_certificate()
+        self._assert_refused(self.by_name, "verify peer's certificate",
+                             'cacert.pem')
+
+    def test_server_certificate_of_another_name(self):
+        self._set_server(name='host9')
+        self._restart_with_bad_certificate()
+        self._assert_refused(self.by_name, "verify peer's certificate",
+                             'valid for the name in the URI')
+
+    def test_name_that_does_not_resolve(self):
+        self._assert_refused('qemu+tls://nowhere.invalid/system', 'resolve',
+                             'DNS')
+
+
+class ScramTestCase(SecurityTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.scram = lab_auth.Scram(self.destination)
+        self.addCleanup(self.scram.disable)
+        self.scram.enable()
+
+    def test_password_lets_in(self):
+        self.scram.tell(self.source)
+        self._assert_admitted(self.by_name)
+
+    def test_no_password(self):
+        self._assert_refused(self.by_name, 'auth', 'auth.conf')
+
+    def test_wrong_password(self):
+        self.scram.tell(self.source, 'wrong')
+        self._assert_refused(self.by_name, 'authentication failed',
+                             'auth.conf')
+
+    def test_password_without_a_certificate(self):
+        self.scram.tell(self.source)
+        self.addCleanup(self.source.set_certificate, 'client')
+        self.source.certificate('client').unlink()
+        self._assert_refused(self.by_name, 'TLS confirmation',
+                             'tls_allowed_dn_list')
+
+
+class KerberosTestCase(SecurityTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.kerberos = lab_auth.Kerberos(self.destination)
+        self.addCleanup(self.kerberos.disable)
+        self.kerberos.enable()
+
+    def test_ticket_lets_in(self):
+        self.kerberos.get_ticket(self.source)
+        self._assert_admitted(self.by_name)
+
+    def test_no_ticket(self):
+        self.assertFalse(self.kerberos.has_ticket(self.source))
+        self._assert_refused(self.by_name, 'No Kerberos credentials',
+                             'kinit')
+
+    def test_ticket_expired(self):
+        self.kerberos.get_ticket(self.source, lifetime='1s')
+        lab.wait_for(lambda: not self.kerberos.has_ticket(self.source),
+                     'the end of the ticket', 10)
+        self._assert_refused(self.by_name, 'expired', 'kinit')
+
+    def test_ticket_of_somebody_else(self):
+        self.kerberos.get_ticket(self.source, user='somebody')
+        self._assert_refused(self.by_name, 'authentication failed',
+                             'sasl_allowed_username_list')
+
+    def test_ticket_is_for_a_name(self):
+        self.kerberos.get_ticket(self.source)
+        self._assert_refused(self.destination.uri,
+                             'not found in Kerberos database',
+                             'migration_inbound_addr')
