@@ -27,6 +27,7 @@ REALM = 'NOVA.LAB'
 KDC_PORT = 88
 TICKETS = nova_lab.NOVA_HOME + '/tickets'
 NOVA_KEYTAB = '/etc/nova.keytab'
+RENEWAL_KEYTAB = '/etc/nova-renewal.keytab'
 LIBVIRT_KEYTAB = '/etc/libvirt/krb5.tab'
 AUTH_CONF = '/etc/libvirt/auth.conf'
 PASSWORDS = '/etc/libvirt/passwd.db'
@@ -45,6 +46,7 @@ KRB5_CONF = """\
 [libdefaults]
     default_realm = {realm}
     default_ccache_name = FILE:{tickets}
+    default_client_keytab_name = FILE:{renewal}
     dns_lookup_kdc = false
     dns_lookup_realm = false
     dns_canonicalize_hostname = false
@@ -122,8 +124,8 @@ class Kerberos:
         """Start the realm, and ask for its tickets."""
         for host in self.server.lab.hosts:
             _write(host.path('/etc/krb5.conf'), KRB5_CONF.format(
-                realm=REALM, tickets=TICKETS, kdc=self.server.address,
-                port=KDC_PORT))
+                realm=REALM, tickets=TICKETS, renewal=RENEWAL_KEYTAB,
+                kdc=self.server.address, port=KDC_PORT))
         if not self.server.listens(KDC_PORT):
             self._start()
         _set_mechanism(self.server, 'gssapi', 'keytab: ' + LIBVIRT_KEYTAB)
@@ -139,6 +141,7 @@ class Kerberos:
         self.server.restart_libvirtd()
         for host in self.server.lab.hosts:
             self.destroy_ticket(host)
+            host.path(RENEWAL_KEYTAB).unlink(missing_ok=True)
 
     def get_ticket(self, client: nova_lab.Host, user: str = 'nova',
                    lifetime: str = '1h') -> None:
@@ -155,6 +158,10 @@ class Kerberos:
         os.chown(target, client.nova_uid, client.nova_gid)
         client.run(['kinit', '-k', '-t', NOVA_KEYTAB, '-l', lifetime,
                     principal], user='nova')
+
+    def renew_tickets(self, client: nova_lab.Host) -> None:
+        """Let Kerberos itself get a host's next tickets when they are due."""
+        client.path(NOVA_KEYTAB).rename(client.path(RENEWAL_KEYTAB))
 
     def destroy_ticket(self, client: nova_lab.Host) -> None:
         """Take a host's ticket away."""

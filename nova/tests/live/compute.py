@@ -14,8 +14,8 @@
 """The part of nova-compute that migrates, as the user nova of a lab host.
 
 Unlike a test itself it has the host's names, certificates, passwords and
-tickets. It reads a line of JSON for each migration from standard input, and
-answers with one: the bytes copied, or the error.
+tickets. It reads lines of JSON from standard input, each of which names a
+function of FUNCTIONS with its arguments, and answers with what that returns.
 """
 
 import os
@@ -23,9 +23,14 @@ import sys
 
 from oslo_serialization import jsonutils
 
+import nova.conf
+from nova import objects
 from nova.tests.live import base
+from nova.virt.libvirt.storage import image
 from nova.virt.libvirt.storage import peer
 from nova.virt.libvirt.storage import transfer
+
+CONF = nova.conf.CONF
 
 
 def main(uid: int, gid: int) -> None:
@@ -35,7 +40,8 @@ def main(uid: int, gid: int) -> None:
     base.run_event_loop()
     print(jsonutils.dumps({'uid': os.getuid()}), flush=True)
     for line in sys.stdin:
-        print(jsonutils.dumps(migrate(**jsonutils.loads(line))), flush=True)
+        name, arguments = jsonutils.loads(line)
+        print(jsonutils.dumps(FUNCTIONS[name](**arguments)), flush=True)
 
 
 def migrate(uri: str, host: str, pool: str, uuid: str,
@@ -58,6 +64,21 @@ def migrate(uri: str, host: str, pool: str, uuid: str,
         move.close()
     return {'bytes': result.length}
 
+
+def grow(pool_path: str, uuid: str, size: int) -> dict[str, str | int]:
+    """Let a server's root disk be as big as its new flavor says.
+
+    :returns: the format that it is taken for
+    """
+    CONF.set_override('instances_path', '/var/lib/nova/instances')
+    CONF.set_override('disks_pool_path', pool_path, group='libvirt')
+    disk = image.Backend(use_cow=False).by_name(
+        objects.Instance(uuid=uuid), 'disk')
+    disk.resize_image(size)
+    return {'format': disk.driver_format}
+
+
+FUNCTIONS = {'migrate': migrate, 'grow': grow}
 
 if __name__ == '__main__':
     main(*map(int, sys.argv[1:]))

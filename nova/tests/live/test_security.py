@@ -21,6 +21,7 @@ without, and the error has to say what is missing.
 import atexit
 import functools
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ from oslo_serialization import jsonutils
 from oslo_utils import units
 
 from nova.tests.live import base
+from nova.tests.live import hostile
 from nova.tests.live import test_transfer
 
 import lab_auth
@@ -39,14 +41,19 @@ lab = base.nova_lab
 REFUSAL_SECONDS = 10
 
 
+LOG = 'migrations.log'
+
+
 @functools.cache
 def get_compute(host):
     """Start the part of nova-compute that migrates, on a host."""
-    process = host.popen(
-        [sys.executable, '-W', 'ignore', '-m', 'nova.tests.live.compute',
-         str(host.nova_uid), str(host.nova_gid)],
-        env={'OS_NOVA_DISABLE_EVENTLET_PATCHING': 'true'}, cwd='/', text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with open(host.logs / LOG, 'w') as log:
+        process = host.popen(
+            [sys.executable, '-W', 'ignore', '-m', 'nova.tests.live.compute',
+             str(host.nova_uid), str(host.nova_gid)],
+            env={'OS_NOVA_DISABLE_EVENTLET_PATCHING': 'true'}, cwd='/',
+            text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=log)
     atexit.register(process.kill)
     started = jsonutils.loads(process.stdout.readline())
     assert started == {'uid': host.nova_uid}
@@ -61,18 +68,22 @@ class SecurityTestCase(test_transfer.TransferTestCase):
         self._make_disk(units.Mi, [(0, units.Mi)])
         directory = self.source.path(self.directory)
         directory.mkdir()
-        self.addCleanup(directory.rmdir)
+        self.addCleanup(shutil.rmtree, directory)
         os.chown(directory, self.source.nova_uid, self.source.nova_gid)
         self.compute = get_compute(self.source)
         self.by_name = 'qemu+tls://%s/system' % self.destination.name
 
-    def _migrate(self, uri):
-        self.compute.stdin.write(jsonutils.dumps({
-            'uri': uri, 'host': self.destination.name,
-            'pool': self.pool_name, 'uuid': self.uuid,
-            'directory': self.directory}) + '\n')
+    def _call(self, name, **arguments):
+        """Call a function of the source's nova-compute."""
+        request = jsonutils.dumps([name, arguments])
+        self.compute.stdin.write(request + '\n')
         self.compute.stdin.flush()
         return jsonutils.loads(self.compute.stdout.readline())
+
+    def _migrate(self, uri):
+        return self._call(
+            'migrate', uri=uri, host=self.destination.name,
+            pool=self.pool_name, uuid=self.uuid, directory=self.directory)
 
     def _assert_admitted(self, uri):
         self.assertEqual({'bytes': units.Mi}, self._migrate(uri))
@@ -190,6 +201,13 @@ class ScramTestCase(SecurityTestCase):
         self._assert_refused(self.by_name, 'authentication failed',
                              'auth.conf')
 
+    def test_password_without_encryption(self):
+        self.scram.tell(self.source)
+        self.destination.restart_libvirtd(listen_tcp=1, auth_tcp='sasl')
+        self._assert_refused(
+            'qemu+tcp://%s/system' % self.destination.name,
+            'authentication failed', 'Over tcp only GSSAPI')
+
     def test_password_without_a_certificate(self):
         self.scram.tell(self.source)
         self.addCleanup(self.source.set_certificate, 'client')
@@ -210,16 +228,29 @@ class KerberosTestCase(SecurityTestCase):
         self.kerberos.get_ticket(self.source)
         self._assert_admitted(self.by_name)
 
+    def test_ticket_encrypts_where_tls_does_not(self):
+        self.kerberos.get_ticket(self.source)
+        self.destination.restart_libvirtd(listen_tcp=1, auth_tcp='sasl')
+        self._assert_admitted('qemu+tcp://%s/system' % self.destination.name)
+
     def test_no_ticket(self):
         self.assertFalse(self.kerberos.has_ticket(self.source))
         self._assert_refused(self.by_name, 'No Kerberos credentials',
                              'kinit')
 
-    def test_ticket_expired(self):
+    def _expire_ticket(self):
         self.kerberos.get_ticket(self.source, lifetime='1s')
         lab.wait_for(lambda: not self.kerberos.has_ticket(self.source),
                      'the end of the ticket', 10)
+
+    def test_ticket_expired(self):
+        self._expire_ticket()
         self._assert_refused(self.by_name, 'expired', 'kinit')
+
+    def test_ticket_that_expired_is_renewed_with_a_keytab(self):
+        self._expire_ticket()
+        self.kerberos.renew_tickets(self.source)
+        self._assert_admitted(self.by_name)
 
     def test_ticket_of_somebody_else(self):
         self.kerberos.get_ticket(self.source, user='somebody')
@@ -231,3 +262,33 @@ class KerberosTestCase(SecurityTestCase):
         self._assert_refused(self.destination.uri,
                              'not found in Kerberos database',
                              'migration_inbound_addr')
+
+
+class HostileDiskTestCase(SecurityTestCase):
+    """A guest wrote a qcow2 header that names /etc/shadow onto its disk."""
+
+    def setUp(self):
+        super().setUp()
+        for host in (self.source, self.destination):
+            self.useFixture(hostile.Canary(host))
+        self.path = self._path(self.source)
+        hostile.write_header(self.path)
+        self.assertTrue(hostile.is_bait(
+            self.source, f'/var/lib/nova/{self.pool_name}/{self.volume}'))
+
+    def test_disk_stays_raw_when_it_grows_and_moves(self):
+        before = self.path.read_bytes()
+        self.assertEqual({'format': 'raw'}, self._call(
+            'grow', pool_path=f'/var/lib/nova/{self.pool_name}',
+            uuid=self.uuid, size=2 * units.Mi))
+        self.assertEqual(before + bytes(units.Mi), self.path.read_bytes())
+        self.assertEqual({'bytes': 2 * units.Mi}, self._migrate(self.by_name))
+        self._assert_arrived()
+        self.assertFalse(
+            hostile.contains_canary(self._path(self.destination)))
+        for log in (*self.source.logs.iterdir(),
+                    *self.destination.logs.iterdir()):
+            self.assertFalse(hostile.contains_canary(log), log)
+        record = self.destination.path(self.directory + '/disk.info')
+        self.assertEqual(['raw'], list(
+            jsonutils.loads(record.read_text()).values()))

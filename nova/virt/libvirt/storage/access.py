@@ -52,7 +52,7 @@ REMEDIES = (
      "/etc/libvirt/auth.conf."),
     ('authentication failed: authentication failed',
      "Check the user name and password in auth.conf here, and "
-     "sasl_allowed_username_list there."),
+     "sasl_allowed_username_list there. Over tcp only GSSAPI will do."),
     ('No worthy mechs|SASL mechanism',
      "Install the SASL mechanism that the destination asks for on this host."),
     ("verify peer's certificate",
