@@ -1156,17 +1156,21 @@ class BandwidthTestCase(_CopyTestCase):
         contents = {'big': Content.of(patterned(3 * units.Mi)),
                     'small': Content.draw('A-' * 768, 4096)}
         seen_at_end = []
+        native = libvirt_storage.native_threading()
+        # A busy machine may start one long after the other.
+        both = native.Barrier(2)
 
         def run(name, source, dest):
             def progress(done, wire):
+                if not sent[name]:
+                    both.wait(30)
                 sent[name] = wire
 
             stream.copy(source, dest, contents[name].size,
                         progress=progress, bandwidth=bandwidth)
             seen_at_end.append(min(sent.values()))
 
-        new_thread = libvirt_storage.native_threading().Thread
-        runs = [new_thread(target=run, args=(
+        runs = [native.Thread(target=run, args=(
                 name, *self.volumes(content, name=name)))
                 for name, content in contents.items()]
         for thread in runs:
