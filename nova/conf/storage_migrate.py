@@ -90,13 +90,33 @@ pool of the destination over a remote libvirt connection, and the data goes
 through libvirt's volume streams. Neither host needs an SSH daemon, key or
 login for it.
 
-Servers with disks in the instance directory are migrated over SSH whatever
-this option says.
+Servers with disks in the instance directory are migrated over SSH, unless
+``vol_upload_migration_legacy`` is set too.
 
 Related options:
 
 * ``use_storage_pools``
+* ``vol_upload_migration_legacy``
 * ``vol_upload_migration_uri``
+"""),
+    cfg.BoolOpt(
+        'vol_upload_migration_legacy',
+        default=False,
+        help="""
+Migrate servers with disks in the instance directory over libvirt too.
+
+With this and ``vol_upload_migration``, the disks of a server in its instance
+directory go to the same directory of the destination through libvirt's volume
+streams, in place of ``scp`` or ``rsync``. The destination needs no storage
+pool, and not this driver: Nova's own finishes the migration there. Neither
+host needs an SSH daemon, key or login for it.
+
+Disks of the image types ``lvm`` and ``ploop`` are left to Nova's own code.
+
+Related options:
+
+* ``vol_upload_migration``
+* ``instances_path`` must be the same on all compute hosts.
 """),
     cfg.StrOpt(
         'vol_upload_migration_uri',

@@ -54,6 +54,7 @@ from nova.virt import hardware
 from nova.virt.libvirt import blockinfo
 from nova.virt.libvirt import driver
 from nova.virt.libvirt.storage import access
+from nova.virt.libvirt.storage import directory
 from nova.virt.libvirt.storage import image
 from nova.virt.libvirt.storage import imagecache
 from nova.virt.libvirt.storage import kept
@@ -68,6 +69,9 @@ LOG = logging.getLogger(__name__)
 
 # The release of Nova that this module was written for.
 NOVA_RELEASE = '34'
+
+# Image types whose disks are no plain files in the instance directory.
+NOT_STREAMED = ('lvm', 'ploop')
 
 # What this module overrides or calls in Nova's driver, and the parameters
 # that it counts on. None of it is an interface that Nova promises to keep.
@@ -108,6 +112,7 @@ HOOKS = {
     '_disconnect_volume': ('context', 'connection_info', 'instance'),
     '_get_instance_disk_info': ('instance', 'block_device_info'),
     '_cleanup_failed_instance_base': ('inst_base',),
+    '_is_path_shared_with': ('dest', 'path'),
     '_is_booted_from_volume': ('block_device_info',),
     'get_host_ip_addr': (),
     'cleanup_host': ('host',),
@@ -185,8 +190,8 @@ class LibvirtDriver(driver.LibvirtDriver):
     ):
         """Take a server's disks to another host and power the server off.
 
-        Over libvirt if the disks are in a storage pool, and as Nova does it
-        otherwise.
+        Over libvirt if the disks are in a storage pool, or if that is enabled
+        for those in the instance directory, and as Nova does it otherwise.
 
         :param dest: address of the destination
         :returns: JSON of what _get_instance_disk_info() says of the disks,
@@ -199,7 +204,8 @@ class LibvirtDriver(driver.LibvirtDriver):
             return self._copy_here_and_power_off(
                 context, instance, flavor, network_info, block_device_info,
                 timeout, retry_interval)
-        if here or not self._moves_over_libvirt(instance, block_device_info):
+        if here or not self._moves_over_libvirt(
+                instance, dest, block_device_info):
             return super().migrate_disk_and_power_off(
                 context, instance, dest, flavor, network_info,
                 block_device_info, timeout, retry_interval)
@@ -211,7 +217,7 @@ class LibvirtDriver(driver.LibvirtDriver):
                 self._check_request(instance, flavor, block_device_info)
                 disk_info = _without_swap(self._get_instance_disk_info(
                     instance, block_device_info))
-                disks = _disks_in_pool(disk_info)
+                disks = _disks_in(self._disks_path(instance), disk_info)
                 running = self.get_info(instance).state == power_state.RUNNING
                 _native(move.check, disks)
                 _native(move.destination.claim)
@@ -230,7 +236,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         finally:
             _native(move.close)
         return jsonutils.dumps(
-            _disk_info_at(move.destination.pool.path, disk_info))
+            _disk_info_at(move.destination.disks_path, disk_info))
 
     def _copy_here_and_power_off(
         self, context, instance, flavor, network_info, block_device_info,
@@ -278,6 +284,8 @@ class LibvirtDriver(driver.LibvirtDriver):
             _native(transfer.adopt_volumes, self._uri(),
                     CONF.libvirt.disks_pool, image.volume_prefix(instance),
                     volumes)
+        elif self._streams_files(instance):
+            _native(_flush, [info['path'] for info in disks])
         # What Nova would do with the disks is to make qcow2 of raw ones where
         # use_cow_images is set. One in a pool stays raw instead.
         others = [info for info in disks if not image.is_in_pool(info['path'])]
@@ -346,7 +354,8 @@ class LibvirtDriver(driver.LibvirtDriver):
 
         :raises: InvalidSharedStorage if they are, and their formats not
         """
-        if image.list_paths(image.volume_name(instance, peer.CLAIM)):
+        claim = image.volume_name(instance, peer.CLAIM)
+        if image.list_paths(claim) or image.list_files(instance, claim):
             LOG.info('Deleting what a migration brought that did not end',
                      instance=instance)
             self.delete_instance_files(instance)
@@ -508,18 +517,55 @@ class LibvirtDriver(driver.LibvirtDriver):
                 'in [libvirt]disks_pool.') % {
                     'pool': CONF.libvirt.disks_pool, 'path': path})
 
-    def _moves_over_libvirt(self, instance, block_device_info) -> bool:
+    def _moves_over_libvirt(
+        self, instance, dest, block_device_info,
+    ) -> bool:
         """Whether a server is one to migrate without Nova's own code.
 
         One with volumes in the pool always is, if only to be refused. One
-        that has no disks of its own, only Cinder's, is if that is enabled.
+        that has no disks of its own, only Cinder's, is if that is enabled,
+        and one with an instance directory if that is, and is not shared.
         """
         if image.has_volumes(instance):
             return True
+        if self._streams_files(instance):
+            return not self._is_path_shared_with(
+                dest, libvirt_utils.get_instance_path(instance))
         return (CONF.libvirt.vol_upload_migration and
                 CONF.libvirt.use_storage_pools and
                 self._is_booted_from_volume(block_device_info) and
                 not image.has_files(instance))
+
+    @staticmethod
+    def _streams_files(instance) -> bool:
+        """Whether a server's instance directory is to go over libvirt."""
+        return (CONF.libvirt.vol_upload_migration and
+                CONF.libvirt.vol_upload_migration_legacy and
+                CONF.libvirt.images_type not in NOT_STREAMED and
+                not image.has_volumes(instance))
+
+    def _disks_path(self, instance) -> str:
+        """The directory of a server's disks."""
+        if self._streams_files(instance):
+            return libvirt_utils.get_instance_path(instance)
+        return CONF.libvirt.disks_pool_path.rstrip('/')
+
+    def _is_path_shared_with(self, dest, path):
+        """Whether this host and another have a directory in common.
+
+        Nova asks by ssh.
+
+        :raises: InstanceFaultRollback if the other host does not say
+        """
+        if not (CONF.libvirt.vol_upload_migration and
+                CONF.libvirt.vol_upload_migration_legacy):
+            return super()._is_path_shared_with(dest, path)
+        if dest == self.get_host_ip_addr():
+            return True
+        with _rollback(exception.MigrationPreCheckError, None):
+            return _native(
+                directory.is_shared, dest, self._storage_migration_uri(dest),
+                path)
 
     def _check_enabled(self):
         if not CONF.libvirt.vol_upload_migration:
@@ -560,12 +606,17 @@ class LibvirtDriver(driver.LibvirtDriver):
                 reason=_('Unable to resize disk down.'))
 
     def _new_transfer(self, instance, dest) -> transfer.Transfer:
-        directory = libvirt_utils.get_instance_path(instance)
-        destination = peer.Destination(
-            dest, self._storage_migration_uri(dest), CONF.libvirt.disks_pool,
-            instance.uuid, directory)
-        return transfer.Transfer(
-            self._uri(), destination, CONF.libvirt.disks_pool, directory,
+        path = libvirt_utils.get_instance_path(instance)
+        pool_name = CONF.libvirt.disks_pool
+        here, there = transfer.Transfer, peer.Destination
+        if self._streams_files(instance):
+            pool_name = f'nova-{instance.uuid}'
+            here, there = directory.Transfer, directory.Destination
+        destination = there(
+            dest, self._storage_migration_uri(dest), pool_name,
+            instance.uuid, path)
+        return here(
+            self._uri(), destination, pool_name, path,
             CONF.libvirt.vol_upload_migration_direct_read, self._bandwidth)
 
     @staticmethod
@@ -800,9 +851,18 @@ def _check_room_here(disk_info: list[dict[str, ty.Any]]) -> None:
                 'room': room})
 
 
-def _disks_in_pool(disk_info: list[dict[str, ty.Any]]) -> list[transfer.Disk]:
+def _flush(paths: list[str]) -> None:
+    """Wait until those of the files that are there are on stable storage."""
+    for path in filter(os.path.isfile, paths):
+        transfer.flush(path)
+        transfer.flush(os.path.dirname(path))
+
+
+def _disks_in(
+    path: str, disk_info: list[dict[str, ty.Any]],
+) -> list[transfer.Disk]:
     return [transfer.Disk(os.path.basename(info['path']), info['type'])
-            for info in disk_info if image.is_in_pool(info['path'])]
+            for info in disk_info if os.path.dirname(info['path']) == path]
 
 
 def _disk_info_at(

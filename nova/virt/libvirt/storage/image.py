@@ -92,6 +92,12 @@ def list_paths(prefix: str) -> list[str]:
     return glob.glob(glob.escape(path) + '*')
 
 
+def list_files(instance, prefix: str) -> list[str]:
+    """Paths of the files in the instance directory that begin so."""
+    path = os.path.join(libvirt_utils.get_instance_path(instance), prefix)
+    return glob.glob(glob.escape(path) + '*')
+
+
 def make_marker(instance) -> str:
     """Make an empty file with a new name among the volumes of a server.
 

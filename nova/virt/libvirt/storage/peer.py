@@ -156,7 +156,7 @@ class Destination:
                 raise self._unsuitable(
                     f'its libvirt is version {version}',
                     f'At least {MIN_LIBVIRT_VERSION} is needed.')
-            self.pool = self._find_pool()
+            self._look()
 
     def check(self, needed: int, source_pool: storage_pool.Pool) -> None:
         """Check that the host can take the server; change nothing there.
@@ -218,12 +218,15 @@ class Destination:
                 'Find out whose files these are, and delete them if they are '
                 'not needed.')
 
-    def _list_directory(self) -> list[str]:
-        """The names of the files in the instance directory, if it is there."""
+    def _list_directory(self) -> dict[str, int]:
+        """The names of the files in the instance directory, if it is there.
+
+        With the bytes that each takes up.
+        """
         directory = self._find_directory()
         if directory is None:
-            return []
-        files = [file.name for file in directory.volumes()]
+            return {}
+        files = {file.name: file.allocation for file in directory.volumes()}
         directory.detach()
         return files
 
@@ -270,9 +273,10 @@ class Destination:
 
         :raises: Unsuitable
         """
-        self.pool.refresh()
+        pool = self._disks()
+        pool.refresh()
         claims = [volume.name
-                  for volume in self.pool.volumes(self._prefix + CLAIM)]
+                  for volume in pool.volumes(self._prefix + CLAIM)]
         if claims != [self._claim_name]:
             raise Superseded(
                 self.host, self.uri,
@@ -286,7 +290,7 @@ class Destination:
         :param name: of the volume
         :param length: bytes that will be written to it
         """
-        return self.pool.create_volume(
+        return self._disks().create_volume(
             name, length, self._permissions(FILE_MODE))
 
     def create_file(self, name: str, length: int) -> storage_pool.Volume:
@@ -326,10 +330,11 @@ class Destination:
         :raises: Unsuitable
         """
         self._check_claim()
-        actual = self.pool.volume(name).length
+        pool = self._disks()
+        actual = pool.volume(name).length
         if actual != length:
             raise self._unsuitable(
-                f'volume {name} in storage pool {self.pool.name} has '
+                f'volume {name} in storage pool {pool.name} has '
                 f'{actual} bytes after {length} were written',
                 'Find out what else writes there, and try again.')
 
@@ -343,6 +348,11 @@ class Destination:
         self._check_claim()
         assert self._directory is not None
         self._directory.detach()
+
+    @property
+    def disks_path(self) -> str:
+        """Path of the directory that the disks are in."""
+        return self.pool.path
 
     def is_connected(self) -> bool:
         """Whether the connections still stand, as far as is known."""
@@ -362,7 +372,7 @@ class Destination:
         self.close()
         self._connection = self._open()
         try:
-            self.pool = self._find_pool()
+            self._look()
             with self._explained():
                 self._check_claim()
                 self._clear()
@@ -382,6 +392,14 @@ class Destination:
             raise self._unsuitable(
                 f'can not connect: {access.cause(error)}',
                 access.remedy(error)) from error
+
+    def _look(self) -> None:
+        """Look for the place of the server's disks."""
+        self.pool = self._find_pool()
+
+    def _disks(self) -> storage_pool.Pool:
+        """The pool of the server's disks."""
+        return self.pool
 
     def _find_pool(self) -> storage_pool.Pool:
         try:
@@ -481,9 +499,13 @@ class Destination:
                 error, "Look into libvirt's log on both hosts.") from error
 
     def _permissions(self, mode: int) -> storage_pool.Permissions:
-        """For files of the host's nova-compute, which owns the pool there."""
-        owner = self.pool.permissions
+        """For files of the host's nova-compute."""
+        owner = self._owner()
         return storage_pool.Permissions(owner.owner, owner.group, mode)
+
+    def _owner(self) -> storage_pool.Permissions:
+        """The host's nova-compute, which owns the pool there."""
+        return self.pool.permissions
 
     def _unsuitable(self, reason: ty.Any, remedy: str) -> Unsuitable:
         return Unsuitable(self.host, self.uri, reason, remedy)

@@ -85,6 +85,19 @@ class Permissions:
             E.mode(f'{self.mode:04o}'))
 
 
+@dataclasses.dataclass(frozen=True)
+class Directory:
+    """What libvirt tells of a directory on its host.
+
+    :ivar path: the directory
+    :ivar permissions: who owns it
+    :ivar available: bytes that are free in its file system
+    """
+    path: str
+    permissions: Permissions
+    available: int
+
+
 class Volume:
     """A volume of a storage pool (virStorageVol)."""
 
@@ -259,6 +272,53 @@ class Pool:
             pool.delete(0)
         finally:
             pool.undefine()
+
+
+def _is_shared_pool(error: BaseException) -> bool:
+    """Whether somebody else made or removed a pool of a directory."""
+    return isinstance(error, libvirt.libvirtError) and (
+        error.get_error_code() == libvirt.VIR_ERR_NO_STORAGE_POOL or
+        'source conflict' in str(error))
+
+
+@tenacity.retry(
+    retry=tenacity.retry_if_exception(_is_shared_pool),
+    wait=tenacity.wait_fixed(BUSY_WAIT),
+    stop=tenacity.stop_after_delay(BUSY_TIMEOUT),
+    sleep=_sleep, reraise=True)
+def inspect(
+    connection: 'libvirt.virConnect', path: str, name: str,
+) -> Directory:
+    """Look at a directory, which has to exist.
+
+    libvirt only tells of directories that are targets of pools, and there is
+    one pool of a directory at most: of those who look at the same time all
+    use the same.
+
+    :param name: of a transient pool, if there is no other
+    """
+    pool = _lookup_path(connection, path)
+    made = None
+    if pool is None:
+        pool = made = connection.storagePoolCreateXML(
+            _pool_xml(name, path, None), 0)
+    try:
+        found = Pool(pool)
+        return Directory(found.path, found.permissions, found.available)
+    finally:
+        if made:
+            made.destroy()
+
+
+def _lookup_path(
+    connection: 'libvirt.virConnect', path: str,
+) -> 'libvirt.virStoragePool | None':
+    try:
+        return connection.storagePoolLookupByTargetPath(path)
+    except libvirt.libvirtError as error:
+        if error.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_POOL:
+            raise
+        return None
 
 
 def _lookup(

@@ -102,8 +102,7 @@ class Transfer:
         # Not Nova's own connection: the copy would hold up what else Nova
         # has to ask libvirt.
         self._connection = peer.open_connection(self._source_uri)
-        self._source_pool = storage_pool.Pool.lookup(
-            self._connection, self._pool_name)
+        self._source_pool = self._find_source_pool()
         self._source_pool.refresh()
         needed = sum(self._source_pool.volume(disk.volume).allocation
                      for disk in disks)
@@ -173,7 +172,7 @@ class Transfer:
 
     def destination_path(self, disk: Disk) -> str:
         """Path of a disk on the destination."""
-        return os.path.join(self.destination.pool.path, disk.volume)
+        return os.path.join(self.destination.disks_path, disk.volume)
 
     def close(self) -> None:
         """Close the connections to both hosts."""
@@ -181,6 +180,9 @@ class Transfer:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+    def _find_source_pool(self) -> storage_pool.Pool:
+        return storage_pool.Pool.lookup(self._connection, self._pool_name)
 
     def _write_disk_info(self, disks: list[Disk]) -> None:
         formats = {path: format for path, format in

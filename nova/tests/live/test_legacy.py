@@ -1,0 +1,198 @@
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+import concurrent.futures
+import os
+import shutil
+import subprocess
+import tempfile
+
+from oslo_utils import units
+from oslo_utils import uuidutils
+
+from nova.tests.live import base
+from nova.virt.libvirt.storage import directory
+from nova.virt.libvirt.storage import peer
+from nova.virt.libvirt.storage import pool
+from nova.virt.libvirt.storage import transfer
+
+INSTANCES = '/var/lib/nova/instances'
+
+
+class DirectoryTestCase(base.LiveTestCase):
+    """An instance directory on its way between two real libvirt daemons."""
+
+    def setUp(self):
+        super().setUp()
+        self.uuid = uuidutils.generate_uuid()
+        self.directory = f'{INSTANCES}/{self.uuid}'
+        for host in (self.source, self.destination):
+            self.addCleanup(shutil.rmtree, host.path(self.directory),
+                            ignore_errors=True)
+        os.makedirs(self.source.path(self.directory))
+        # This process is on neither host, and its path of the directory is
+        # not the one that the source's libvirtd knows.
+        self.local = self.source.path(self.directory)
+
+    def _add_files(self):
+        self.make_disk(self.source, f'{self.directory}/base', 8 * units.Mi,
+                       [(0, units.Mi)])
+        disk = self.local / 'disk'
+        subprocess.run(
+            ['qemu-img', 'create', '-q', '-f', 'qcow2', '-F', 'raw', '-b',
+             self.local / 'base', disk, '1G'], check=True)
+        subprocess.run(
+            ['qemu-io', '-f', 'qcow2', '-c', 'write -P 7 5M 3M', disk],
+            check=True, stdout=subprocess.DEVNULL)
+        self.make_disk(self.source, f'{self.directory}/disk.eph0',
+                       64 * units.Mi, [(32 * units.Mi, 4096)])
+        (self.local / 'disk.info').write_text('{}')
+        return [transfer.Disk('disk', 'qcow2'),
+                transfer.Disk('disk.eph0', 'raw')]
+
+    def _transfer(self):
+        name = f'nova-{self.uuid}'
+        destination = directory.Destination(
+            self.destination.name, self.lab.uri(self.destination), name,
+            self.uuid, self.directory)
+        move = directory.Transfer(
+            'qemu+unix:///system?socket=%s' % self.source.path(
+                '/run/libvirt/libvirt-sock'),
+            destination, name, self.directory)
+        self.addCleanup(move.close)
+        return move
+
+    def _start(self):
+        disks = self._add_files()
+        move = self._transfer()
+        move.check(disks)
+        move.destination.claim()
+        return move, disks
+
+    def _pools(self, host):
+        return {pool.name()
+                for pool in self.connect(host).listAllStoragePools()}
+
+    def test_files_arrive_as_nova_s_of_that_host(self):
+        before = self._pools(self.source), self._pools(self.destination)
+        move, disks = self._start()
+        for disk in disks:
+            move.copy_disk(disk, None)
+        # As if this process were on the source.
+        move._directory = str(self.local)
+        move.copy_instance_dir(disks, None)
+        move.close()
+
+        there = self.destination.path(self.directory)
+        self.assertEqual({'disk', 'disk.eph0', 'disk.info'},
+                         set(os.listdir(there)))
+        self.assertNotEqual(self.source.nova_uid, self.destination.nova_uid)
+        for path in (there, *there.iterdir()):
+            status = path.stat()
+            self.assertEqual(
+                (self.destination.nova_uid, self.destination.nova_gid,
+                 0o755 if path == there else 0o644),
+                (status.st_uid, status.st_gid, status.st_mode & 0o7777))
+            if path != there:
+                self.assertEqual(self.sha256(self.local / path.name),
+                                 self.sha256(path))
+        self.assertEqual(4096, self.allocated(there / 'disk.eph0'))
+        self.assertEqual(
+            before, (self._pools(self.source), self._pools(self.destination)))
+
+    def test_failed_copy_leaves_nothing(self):
+        before = self._pools(self.destination)
+        move, disks = self._start()
+        move.copy_disk(disks[0], None)
+        move.destination.discard()
+        self.assertFalse(self.destination.path(self.directory).exists())
+        self.assertEqual(before, self._pools(self.destination))
+
+    def test_next_attempt_clears_what_a_dead_source_left(self):
+        move, disks = self._start()
+        move.copy_disk(disks[0], None)
+        move.close()
+        move, disks = self._start()
+        claim, = os.listdir(self.destination.path(self.directory))
+        self.assertIn(peer.CLAIM, claim)
+
+    def test_files_of_somebody_else_stay(self):
+        there = self.destination.path(self.directory)
+        there.mkdir()
+        (there / 'disk').write_text('not ours')
+        move = self._transfer()
+        error = self.assertRaises(peer.Unsuitable, move.check,
+                                  self._add_files())
+        self.assertIn('is not empty', str(error))
+        self.assertEqual('not ours', (there / 'disk').read_text())
+
+    def test_instances_path_that_is_not_there(self):
+        self.directory = f'/var/lib/nova/elsewhere/{self.uuid}'
+        destination = directory.Destination(
+            self.destination.name, self.lab.uri(self.destination), 'none',
+            self.uuid, self.directory)
+        self.addCleanup(destination.close)
+        error = self.assertRaises(peer.Unsuitable, destination.connect)
+        self.assertIn('instances_path', str(error))
+
+    def test_many_look_at_a_directory_at_once(self):
+        before = self._pools(self.destination)
+
+        def look(index):
+            connection = peer.open_connection(self.lab.uri(self.destination))
+            try:
+                return pool.inspect(
+                    connection, INSTANCES, f'test-{index}').permissions.owner
+            finally:
+                connection.close()
+
+        with concurrent.futures.ThreadPoolExecutor(8) as executor:
+            owners = set(executor.map(look, range(40)))
+        self.assertEqual({self.destination.nova_uid}, owners)
+        self.assertEqual(before, self._pools(self.destination))
+
+
+class SharedTestCase(base.LiveTestCase):
+    """One directory that both hosts see at the same path, or do not."""
+
+    def setUp(self):
+        super().setUp()
+        # Not among what a host has of its own.
+        self.shared = tempfile.mkdtemp(prefix='nova-lab-shared-')
+        self.addCleanup(shutil.rmtree, self.shared)
+        os.chmod(self.shared, 0o755)
+
+    def _is_shared(self, path):
+        return directory.is_shared(
+            self.destination.name, self.lab.uri(self.destination), path)
+
+    def test_shared_directory(self):
+        path = os.path.join(self.shared, uuidutils.generate_uuid())
+        os.mkdir(path)
+        with open(os.path.join(path, 'disk'), 'w'):
+            pass
+        self.assertTrue(self._is_shared(path))
+        self.assertEqual(['disk'], os.listdir(path))
+
+    def test_directory_that_is_not_shared(self):
+        path = os.path.join(self.shared, uuidutils.generate_uuid())
+        os.mkdir(path)
+        # The destination has another one mounted there.
+        self.destination.run(
+            ['mount', '-t', 'tmpfs', 'tmpfs', self.shared])
+        self.addCleanup(self.destination.run, ['umount', self.shared])
+        self.assertFalse(self._is_shared(path))
+        self.destination.run(['mkdir', path])
+        self.destination.run(['touch', f'{path}/disk'])
+        self.assertFalse(self._is_shared(path))
+        self.assertEqual([], os.listdir(path))

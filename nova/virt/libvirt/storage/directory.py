@@ -1,0 +1,226 @@
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""A server whose disks are files in its instance directory moves.
+
+The files go into the same directory of the other host, where Nova's own
+driver finds them as if ``scp`` had brought them. That host needs no storage
+pool: pools of its directories are made for as long as the migration lasts.
+"""
+
+import contextlib
+import os
+
+from nova.virt.libvirt.storage import peer
+from nova.virt.libvirt.storage import pool as storage_pool
+from nova.virt.libvirt.storage import stream
+from nova.virt.libvirt.storage import transfer
+
+try:
+    import libvirt
+except ImportError:
+    libvirt = None
+
+# What may be in an instance directory besides disks and has to come along.
+# Where the server was made from a kernel image, Nova takes that from Glance,
+# which may have lost it.
+FILES = ('disk.info', 'kernel', 'ramdisk')
+
+
+class Destination(peer.Destination):
+    """What such a migration has on the host that it goes to.
+
+    The claim is a file in the instance directory, and is gone when all the
+    others have arrived: Nova's own driver would not delete it.
+    """
+
+    _instances: storage_pool.Directory
+    _settled = False
+
+    def check(self, needed: int, source_pool: storage_pool.Pool) -> None:
+        """Check that the host can take the server; change nothing there.
+
+        :param needed: bytes that the server's disks take up
+        :raises: Unsuitable
+        """
+        with self._explained():
+            self._check_domain()
+            files = self._list_directory()
+            if not any(map(self._is_claim, files)):
+                self._check_directory()
+            # What a dead attempt left there will go.
+            room = self._instances.available + sum(files.values())
+        if room < needed:
+            raise self._unsuitable(
+                f'{self._instances.path} has {room} bytes available, and '
+                f'the disks of the server take up {needed}',
+                'Free some space, or choose another host.')
+
+    def claim(self) -> None:
+        """Take possession of the instance directory, which is made.
+
+        Clears what an attempt left there whose source host died.
+
+        :raises: Unsuitable
+        """
+        with self._explained():
+            if self._list_directory():
+                self._clear()
+            self._directory = self._make_directory()
+            try:
+                self.create_file(self._claim_name, 0)
+                self._check_claim()
+            except (libvirt.libvirtError, peer.Unsuitable) as error:
+                try:
+                    self._give_up(self._directory)
+                except libvirt.libvirtError as second:
+                    error.add_note(f'Deleting the claim failed: {second}')
+                raise
+
+    def settle(self) -> None:
+        """Let go of the instance directory; all files have arrived.
+
+        :raises: Unsuitable
+        """
+        self._check_claim()
+        self._disks().volume(self._claim_name).delete()
+        self._settled = True
+        self._disks().detach()
+
+    def discard(self) -> None:
+        """Delete all that the migration made on the host.
+
+        :raises: Unsuitable, also if another attempt has taken over
+        """
+        self.close()
+        self._connection = self._open()
+        try:
+            self._look()
+            with self._explained():
+                self._clear_ours()
+        finally:
+            self.close()
+
+    def shares(self) -> bool:
+        """Whether the host sees what this host has in the directory.
+
+        :raises: Unsuitable
+        """
+        with self._explained():
+            return self._shares_directory()
+
+    @property
+    def disks_path(self) -> str:
+        return self._directory_path
+
+    def _look(self) -> None:
+        path = os.path.dirname(self._directory_path)
+        try:
+            assert self._connection is not None
+            self._instances = storage_pool.inspect(
+                self._connection, path, f'{self._directory_pool}-parent')
+        except libvirt.libvirtError as error:
+            raise self._unsuitable(
+                f'can not look into {path}: {error}',
+                'instances_path in nova.conf has to be the same on both '
+                'hosts.')
+
+    def _disks(self) -> storage_pool.Pool:
+        assert self._directory is not None
+        return self._directory
+
+    def _owner(self) -> storage_pool.Permissions:
+        return self._instances.permissions
+
+    def _clear(self) -> None:
+        """Delete the instance directory, and the claim last of its files."""
+        directory = self._make_directory()
+        for file in sorted(directory.volumes(),
+                           key=lambda file: self._is_claim(file.name)):
+            file.delete()
+        directory.remove()
+
+    def _clear_ours(self) -> None:
+        self._directory = self._find_directory()
+        if self._directory is None:
+            return
+        # Nobody else claims a directory with files of nobody's.
+        if not self._settled:
+            self._check_claim()
+        self._clear()
+
+    def _give_up(self, directory: storage_pool.Pool) -> None:
+        """Take back the claim, and the directory if that is empty then."""
+        for claim in directory.volumes(self._claim_name):
+            claim.delete()
+        if directory.volumes():
+            directory.detach()
+        else:
+            directory.remove()
+
+    def _is_claim(self, name: str) -> bool:
+        return name.startswith(self._prefix + peer.CLAIM)
+
+
+class Transfer(transfer.Transfer):
+    """The instance directory of one server, on its way."""
+
+    _attached: storage_pool.Pool | None = None
+
+    def copy_instance_dir(
+        self,
+        disks: list[transfer.Disk],
+        cancel: stream.CancelEvent | None,
+    ) -> None:
+        """Copy what belongs to the disks, which were copied.
+
+        :raises: TransferError, stream.Cancelled
+        """
+        for name in FILES:
+            if os.path.exists(os.path.join(self._directory, name)):
+                self.copy_disk(transfer.Disk(name, 'raw'), cancel)
+        try:
+            self.destination.settle()
+        except Exception as error:
+            raise self._error(peer.CLAIM, error) from error
+
+    def close(self) -> None:
+        """Let go of the directory and close the connections."""
+        if self._attached is not None:
+            # One that stays is in nobody's way: the next attempt uses it.
+            with contextlib.suppress(libvirt.libvirtError):
+                self._attached.detach()
+            self._attached = None
+        super().close()
+
+    def _find_source_pool(self) -> storage_pool.Pool:
+        self._attached = storage_pool.Pool.attach(
+            self._connection, self._pool_name, self._directory)
+        return self._attached
+
+
+def is_shared(host: str, uri: str, path: str) -> bool:
+    """Whether this and another host have an instance directory in common.
+
+    :param host: address of the other host
+    :param uri: its libvirt URI
+    :param path: the directory, which is there on this host
+    :raises: peer.Unsuitable if the other host does not tell
+    """
+    uuid = os.path.basename(path)
+    destination = Destination(host, uri, f'nova-{uuid}', uuid, path)
+    try:
+        destination.connect()
+        return destination.shares()
+    finally:
+        destination.close()
