@@ -22,6 +22,7 @@ from oslo_utils import uuidutils
 
 from nova.tests.live import base
 from nova.virt.libvirt.storage import directory
+from nova.virt.libvirt.storage import fetch
 from nova.virt.libvirt.storage import peer
 from nova.virt.libvirt.storage import pool
 from nova.virt.libvirt.storage import transfer
@@ -160,6 +161,75 @@ class DirectoryTestCase(base.LiveTestCase):
             owners = set(executor.map(look, range(40)))
         self.assertEqual({self.destination.nova_uid}, owners)
         self.assertEqual(before, self._pools(self.destination))
+
+
+class FetchTestCase(base.LiveTestCase):
+    """A base image that the destination fetches from the source."""
+
+    def setUp(self):
+        super().setUp()
+        # This process plays nova-compute of the destination, and sees the
+        # machine's own directory where the source has one of its own.
+        self.cache = tempfile.mkdtemp(prefix='nova-lab-cache-')
+        self.addCleanup(shutil.rmtree, self.cache)
+        os.chmod(self.cache, 0o755)
+        self.path = f'{self.cache}/0123'
+        self.theirs = self.source.path('/var/lib/nova/theirs')
+        self.theirs.mkdir()
+        self.addCleanup(shutil.rmtree, self.theirs)
+        self.source.run(['mount', '--bind', '/var/lib/nova/theirs',
+                         self.cache])
+        self.addCleanup(self.source.run, ['umount', self.cache])
+
+    def _fetch(self, index=0):
+        return fetch.fetch(
+            'qemu+unix:///system?socket=%s' % self.destination.path(
+                '/run/libvirt/libvirt-sock'),
+            self.source.name, self.lab.uri(self.source), self.path,
+            f'test-{index}')
+
+    def _pools(self):
+        return [[pool.name() for pool in
+                 self.connect(host).listAllStoragePools()]
+                for host in (self.source, self.destination)]
+
+    def test_file_comes_whole_with_its_holes(self):
+        before = self._pools()
+        self.make_disk(self.source, '/var/lib/nova/theirs/0123',
+                       256 * units.Mi, [(64 * units.Mi, units.Mi)])
+        result = self._fetch()
+        self.assertEqual(units.Mi, result.wire)
+        self.assertEqual(['0123'], os.listdir(self.cache))
+        self.assertEqual(self.sha256(self.theirs / '0123'),
+                         self.sha256(self.path))
+        self.assertLessEqual(self.allocated(self.path), 2 * units.Mi)
+        status = os.stat(self.path)
+        self.assertEqual(
+            (os.geteuid(), os.getegid(), 0o644),
+            (status.st_uid, status.st_gid, status.st_mode & 0o7777))
+        self.assertEqual(before, self._pools())
+
+    def test_pool_of_base_images_is_made_once_and_used(self):
+        uri = 'qemu+unix:///system?socket=%s' % self.source.path(
+            '/run/libvirt/libvirt-sock')
+        name = f'test-{uuidutils.generate_uuid()}'
+        # This process is root, whose id the daemon finds on the directory.
+        for _attempt in range(2):
+            transfer.ensure_cache_pool(uri, name, self.cache)
+        self.addCleanup(self._remove_pool, self.source, name)
+        self.make_disk(self.source, '/var/lib/nova/theirs/0123', units.Mi,
+                       [(0, 4096)])
+        self._fetch()
+        self.assertEqual(self.sha256(self.theirs / '0123'),
+                         self.sha256(self.path))
+        pool = self.connect(self.source).storagePoolLookupByName(name)
+        self.assertTrue(pool.isActive() and pool.isPersistent())
+
+    def test_file_that_is_not_there(self):
+        error = self.assertRaises(fetch.FetchError, self._fetch)
+        self.assertIn(self.path, str(error))
+        self.assertIn(self.source.name, str(error))
+        self.assertEqual([], os.listdir(self.cache))
 
 
 class SharedTestCase(base.LiveTestCase):

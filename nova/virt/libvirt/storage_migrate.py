@@ -55,6 +55,7 @@ from nova.virt.libvirt import blockinfo
 from nova.virt.libvirt import driver
 from nova.virt.libvirt.storage import access
 from nova.virt.libvirt.storage import directory
+from nova.virt.libvirt.storage import fetch
 from nova.virt.libvirt.storage import image
 from nova.virt.libvirt.storage import imagecache
 from nova.virt.libvirt.storage import kept
@@ -72,6 +73,9 @@ NOVA_RELEASE = '34'
 
 # Image types whose disks are no plain files in the instance directory.
 NOT_STREAMED = ('lvm', 'ploop')
+
+# The pool of this host's base images, if there is none of their directory.
+IMAGE_CACHE_POOL = 'nova-image-cache'
 
 # What this module overrides or calls in Nova's driver, and the parameters
 # that it counts on. None of it is an interface that Nova promises to keep.
@@ -110,6 +114,11 @@ HOOKS = {
     'disk_cachemode': (),
     '_get_local_gb_info': (),
     '_disconnect_volume': ('context', 'connection_info', 'instance'),
+    '_try_fetch_image_cache': (
+        'image', 'fetch_func', 'context', 'filename', 'image_id', 'instance',
+        'size', 'fallback_from_host'),
+    '_try_fetch_image': (
+        'context', 'path', 'image_id', 'instance', 'fallback_from_host'),
     '_get_instance_disk_info': ('instance', 'block_device_info'),
     '_cleanup_failed_instance_base': ('inst_base',),
     '_is_path_shared_with': ('dest', 'path'),
@@ -170,6 +179,11 @@ class LibvirtDriver(driver.LibvirtDriver):
         super().init_host(host)
         if CONF.libvirt.use_storage_pools:
             self._init_disks_pool()
+        if CONF.libvirt.vol_upload_migration:
+            cache_dir = self.image_cache_manager.cache_dir
+            fileutils.ensure_tree(cache_dir)
+            _native(transfer.ensure_cache_pool, self._uri(), IMAGE_CACHE_POOL,
+                    cache_dir)
 
     def cleanup_host(self, host):
         """Stop what copies disks, and wait until its servers are back.
@@ -468,6 +482,64 @@ class LibvirtDriver(driver.LibvirtDriver):
         if instance.task_state == task_states.RESIZE_FINISH:
             self._grow_ephemeral(instance, block_device_info)
         return created
+
+    def _try_fetch_image_cache(
+        self, image, fetch_func, context, filename, image_id, instance, size,
+        fallback_from_host=None,
+    ):
+        """Fetch a base image from Glance, or from a host if it is lost there.
+
+        Nova gets it from the host by ssh.
+
+        :raises: MigrationError if the host does not have it either
+        """
+        if not self._needs_no_ssh(instance):
+            return super()._try_fetch_image_cache(
+                image, fetch_func, context, filename, image_id, instance,
+                size, fallback_from_host)
+        try:
+            super()._try_fetch_image_cache(
+                image, fetch_func, context, filename, image_id, instance,
+                size)
+        except exception.ImageNotFound:
+            if not fallback_from_host:
+                raise
+            image.cache(
+                fetch_func=functools.partial(
+                    self._fetch_file, instance, fallback_from_host),
+                filename=filename, size=size)
+
+    def _try_fetch_image(
+        self, context, path, image_id, instance, fallback_from_host=None,
+    ):
+        """Do the same with a kernel or ramdisk."""
+        if not self._needs_no_ssh(instance):
+            return super()._try_fetch_image(
+                context, path, image_id, instance, fallback_from_host)
+        try:
+            super()._try_fetch_image(context, path, image_id, instance)
+        except exception.ImageNotFound:
+            if not fallback_from_host:
+                raise
+            self._fetch_file(instance, fallback_from_host, path)
+
+    @staticmethod
+    def _needs_no_ssh(instance) -> bool:
+        """Whether all that a server needs of other hosts is libvirt."""
+        return CONF.libvirt.vol_upload_migration and (
+            CONF.libvirt.vol_upload_migration_legacy or
+            image.has_volumes(instance))
+
+    def _fetch_file(self, instance, host, target) -> None:
+        LOG.info('Fetching %(path)s, which Glance does not have, from '
+                 '%(host)s', {'path': target, 'host': host},
+                 instance=instance)
+        try:
+            _native(fetch.fetch, self._uri(), host,
+                    self._storage_migration_uri(host), target,
+                    f'nova-{instance.uuid}-fetch', self._bandwidth)
+        except fetch.FetchError as error:
+            raise exception.MigrationError(reason=str(error)) from error
 
     def _grow_ephemeral(self, instance, block_device_info) -> None:
         """Let a server's only ephemeral disk be as big as its flavor says.

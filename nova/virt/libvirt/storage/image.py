@@ -40,7 +40,8 @@ IMAGE_TYPES = ('default', 'raw', 'flat', 'qcow2')
 
 # Nova makes these with its raw backend in the instance directory, whatever
 # the image type of the other disks.
-_NEVER_IN_POOL = ('disk.config', 'kernel', 'ramdisk')
+_BOOT_FILES = ('kernel', 'ramdisk')
+_NEVER_IN_POOL = ('disk.config', *_BOOT_FILES)
 
 
 def volume_prefix(instance) -> str:
@@ -241,6 +242,17 @@ class Qcow2Volume(_PoolVolume, imagebackend.Qcow2):
     """A disk in a pool that is an overlay on the image cache."""
 
 
+class BootFile(imagebackend.Flat):
+    """The kernel or ramdisk of a server, which a migration brings along.
+
+    Glance may have lost it, and does not have to have it.
+    """
+
+    def cache(self, fetch_func, filename, size=None, *args, **kwargs):
+        if not self.exists():
+            super().cache(fetch_func, filename, size, *args, **kwargs)
+
+
 class Backend(imagebackend.Backend):
     """Nova's choice of an image backend, and disks in a storage pool."""
 
@@ -249,6 +261,9 @@ class Backend(imagebackend.Backend):
         if is_in_pool(name):
             # Nova names a disk by its path when it starts a server.
             name = disk_name(instance, name)
+        if name in _BOOT_FILES and CONF.libvirt.vol_upload_migration:
+            return BootFile(instance=instance, disk_name=name,
+                            disk_info_mapping=disk_info_mapping)
         if not self._belongs_in_pool(instance, name):
             return super().by_name(
                 instance, name, image_type, disk_info_mapping)

@@ -18,8 +18,10 @@ eventlet mode call it through ``nova.utils.tpool_wrap``, or with objects of a
 connection that is wrapped so already, as that of nova.virt.libvirt.host is.
 """
 
+import contextlib
 import dataclasses
 import os
+import typing as ty
 
 from lxml import builder
 from lxml import etree
@@ -297,17 +299,34 @@ def inspect(
 
     :param name: of a transient pool, if there is no other
     """
+    with at(connection, path, name) as pool:
+        return Directory(pool.path, pool.permissions, pool.available)
+
+
+@contextlib.contextmanager
+def at(
+    connection: 'libvirt.virConnect', path: str, name: str,
+) -> ty.Iterator[Pool]:
+    """The pool of a directory, or one that is made and ended again.
+
+    :param path: the directory, which has to exist
+    :param name: of the pool, if it has to be made
+    """
     pool = _lookup_path(connection, path)
-    made = None
-    if pool is None:
-        pool = made = connection.storagePoolCreateXML(
-            _pool_xml(name, path, None), 0)
+    if pool is not None:
+        yield Pool(pool)
+        return
+    made = Pool(connection.storagePoolCreateXML(
+        _pool_xml(name, path, None), 0))
     try:
-        found = Pool(pool)
-        return Directory(found.path, found.permissions, found.available)
+        yield made
     finally:
-        if made:
-            made.destroy()
+        made.detach()
+
+
+def is_target(connection: 'libvirt.virConnect', path: str) -> bool:
+    """Whether a directory is the target of an active pool."""
+    return _lookup_path(connection, path) is not None
 
 
 def _lookup_path(

@@ -36,6 +36,11 @@ from nova.virt.libvirt.storage import stream
 CONF = nova.conf.CONF
 
 
+# What may be in the instance directory of a server with disks in a pool, and
+# has to come along as it is.
+FILES = ('disk.config', 'kernel', 'ramdisk')
+
+
 @dataclasses.dataclass(frozen=True)
 class Disk:
     """A disk of a server that is a volume of the disks pool.
@@ -140,17 +145,18 @@ class Transfer:
     ) -> None:
         """Copy what belongs to the disks from the instance directory.
 
-        That is the config drive, and the record of the disks' formats with
-        the paths that they have over there.
+        That is the config drive, the kernel and ramdisk of a server that was
+        made from such images, which Glance may have lost, and the record of
+        the disks' formats with the paths that they have over there.
 
         :raises: TransferError, stream.Cancelled
         """
         name = 'disk.info'
         try:
             self._write_disk_info(disks)
-            name = 'disk.config'
-            if os.path.exists(os.path.join(self._directory, name)):
-                self._copy_file(name, cancel)
+            for name in FILES:
+                if os.path.exists(os.path.join(self._directory, name)):
+                    self._copy_file(name, cancel)
             self.destination.settle()
         except stream.Cancelled:
             raise
@@ -251,8 +257,7 @@ def ensure_pool(uri: str, name: str, path: str) -> str:
     connection = peer.open_connection(uri)
     try:
         return storage_pool.Pool.ensure(
-            connection, name, path, storage_pool.Permissions(
-                os.getuid(), os.getgid(), peer.DIRECTORY_MODE)).path
+            connection, name, path, _ours()).path
     finally:
         connection.close()
 
@@ -285,6 +290,28 @@ def adopt_volumes(
         flush(pool.path)
         for volume in pool.volumes(prefix + peer.CLAIM):
             volume.delete()
+
+
+def ensure_cache_pool(uri: str, name: str, path: str) -> None:
+    """See to it that this host has a pool of its base images.
+
+    Other hosts read those from it that Glance has lost.
+
+    :param uri: libvirt URI of this host
+    :param name: of the pool, if there is none of the directory
+    :param path: the directory
+    """
+    connection = peer.open_connection(uri)
+    try:
+        if not storage_pool.is_target(connection, path):
+            storage_pool.Pool.ensure(connection, name, path, _ours())
+    finally:
+        connection.close()
+
+
+def _ours() -> storage_pool.Permissions:
+    return storage_pool.Permissions(
+        os.getuid(), os.getgid(), peer.DIRECTORY_MODE)
 
 
 @contextlib.contextmanager

@@ -1157,6 +1157,7 @@ class StartTestCase(DriverTestCase):
                          (directory.owner, directory.group, directory.mode))
 
     def test_pool_that_is_there_is_used(self):
+        self.flags(vol_upload_migration=False, group='libvirt')
         changes = len(self.source.changes)
         self._init_host()
         self.assertEqual(changes, len(self.source.changes))
