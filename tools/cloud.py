@@ -60,9 +60,10 @@ CATALOGUE = {'placement': ('placement', ''),
              'neutron': ('network', ''),
              'nova': ('compute', '/v2.1')}
 IMAGES = {'guest': 'raw', 'guest-qcow2': 'qcow2'}
-# name -> root disk and ephemeral disk, GiB
-FLAVORS = {'small': (1, 0), 'large': (2, 0),
-           'small-ephemeral': (1, 1), 'large-ephemeral': (2, 2)}
+# name -> root disk and ephemeral disk, GiB, and swap disk, MiB
+FLAVORS = {'small': (1, 0, 0), 'large': (2, 0, 0),
+           'small-ephemeral': (1, 1, 0), 'large-ephemeral': (2, 2, 0),
+           'small-swap': (1, 1, 64), 'large-swap': (2, 2, 128)}
 MEMORY_MIB = 256
 # The first that lets an administrator name the host of a new server.
 MICROVERSION = '2.96'
@@ -98,6 +99,7 @@ class Cloud:
         self.lab = lab
         self.eventlet = eventlet
         self.options = options or {}
+        self.host_options: dict[str, config.Options] = {}
         self.directory = Path(lab.directory) / 'cloud'
         self.site = config.Site(lab.address, self.directory)
         self.say = say or Clock().say
@@ -140,13 +142,17 @@ class Cloud:
 
     def restart_computes(self, options: config.Options | None = None,
                          eventlet: bool | None = None,
-                         reinstall: bool = False) -> None:
+                         reinstall: bool = False,
+                         host_options: dict[str, config.Options] | None = None
+                         ) -> None:
         """Start every nova-compute anew, with other options where given.
 
+        :param host_options: by host, what it alone has besides the others
         :param reinstall: take the repository's code as it is now.
         """
         if options is not None:
             self.options = options
+            self.host_options = host_options or {}
         if eventlet is not None:
             self.eventlet = eventlet
         self.stop_computes()
@@ -487,7 +493,7 @@ class Cloud:
             config.nova_compute(self.site, host.name, host.address),
             {'DEFAULT': {'concurrency_backend':
                          'eventlet' if self.eventlet else 'threading'}},
-            self.options)
+            self.options, self.host_options.get(host.name, {}))
         conf = etc / 'nova.conf'
         conf.write_text(config.render(options))
         os.chown(conf, 0, host.nova_gid)
@@ -499,10 +505,11 @@ class Cloud:
         """Make the flavors, where missing."""
         compute = self.connection().compute
         known = {flavor.name for flavor in compute.flavors()}
-        for name, (root, ephemeral) in FLAVORS.items():
+        for name, (root, ephemeral, swap) in FLAVORS.items():
             if name not in known:
                 compute.create_flavor(name=name, ram=MEMORY_MIB, vcpus=1,
-                                      disk=root, ephemeral=ephemeral)
+                                      disk=root, ephemeral=ephemeral,
+                                      swap=swap)
 
     def make_images(self) -> None:
         """Build the guest and upload it, raw and as qcow2, where missing."""

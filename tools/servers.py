@@ -45,13 +45,13 @@ class Server:
     @classmethod
     def create(cls, cloud: cloud_module.Cloud, host: str, name: str = 'demo',
                image: str = 'guest', flavor: str = 'small',
-               config_drive: bool = False) -> 'Server':
+               config_drive: bool = False, **kwargs: Any) -> 'Server':
         """Boot a server on a host, and wait until it is active."""
         connection = cloud.connection()
         made = connection.compute.create_server(
             name=name, host=host, networks='none', config_drive=config_drive,
             image_id=connection.image.find_image(image).id,
-            flavor_id=connection.compute.find_flavor(flavor).id)
+            flavor_id=connection.compute.find_flavor(flavor).id, **kwargs)
         server = cls(cloud, made.id)
         server.wait('ACTIVE')
         return server

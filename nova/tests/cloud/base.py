@@ -52,11 +52,13 @@ class CloudTestCase(testtools.TestCase):
     """A test on a real cloud, with no servers left in it afterwards.
 
     :cvar options: of nova-compute, besides those that switch this on
+    :cvar host_options: of one host's nova-compute, besides those
     :cvar ssh: whether the hosts have an ssh daemon and keys; where they have
         not, no program of ssh may have been tried in the end
     """
 
     options: cloud.config.Options = {}
+    host_options: dict[str, cloud.config.Options] = {}
     ssh = False
 
     def setUp(self) -> None:
@@ -73,8 +75,10 @@ class CloudTestCase(testtools.TestCase):
 
     def _set_options(self) -> None:
         options = cloud.config.merge(cloud.STREAMS, self.options)
-        if self.cloud.options != options:
-            self.cloud.restart_computes(options)
+        if (self.cloud.options, self.cloud.host_options) != (
+                options, self.host_options):
+            self.cloud.restart_computes(
+                options, host_options=self.host_options)
 
     def _set_ssh(self) -> None:
         if self.ssh:
@@ -147,11 +151,25 @@ class CloudTestCase(testtools.TestCase):
 
     def image_info(self, server: servers.Server, host: str,
                    disk: str) -> dict:
-        """What qemu-img says of a volume, asked by nova as nova-compute is."""
+        """What qemu-img says of a volume."""
+        return self.qemu_img_info(
+            host, f'{servers.POOL}/{server.id}_{disk}')
+
+    def qemu_img_info(self, host: str, path: str) -> dict:
+        """What qemu-img says of a file, asked by nova as nova-compute is."""
         said = self.cloud.lab.host(host).run(
-            ['qemu-img', 'info', '-U', '--output=json',
-             f'{servers.POOL}/{server.id}_{disk}'], user='nova').stdout
+            ['qemu-img', 'info', '-U', '--output=json', path],
+            user='nova').stdout
         return jsonutils.loads(said)
+
+    def make_image(self, name: str) -> str:
+        """Upload the guest once more, for a test to lose; return its id."""
+        image = self.cloud.connection().image
+        made = image.create_image(
+            name=name, filename=str(self.cloud.directory / 'guest.raw'),
+            wait=True, disk_format='raw', container_format='bare')
+        self.addCleanup(image.delete_image, made, ignore_missing=True)
+        return made.id
 
 
 def log_size(of: cloud.Cloud, host: str) -> int:

@@ -153,7 +153,14 @@ class TestRawDisks(DisksMixin, base.CloudTestCase):
                 live.LabMixin.allocated(there[disk]) + 1024 ** 2)
 
 
-class TestLegacy(base.CloudTestCase):
+class SshMixin:
+    """How to see that Nova's own way was taken."""
+
+    def sshd_log_size(self) -> int:
+        return (self.destination.logs / 'sshd.log').stat().st_size
+
+
+class TestLegacy(SshMixin, base.CloudTestCase):
     """Servers that are not in a pool go Nova's own way, over ssh."""
 
     ssh = True
@@ -185,9 +192,6 @@ class TestLegacy(base.CloudTestCase):
                                      host: str) -> None:
         self.assertEqual({server.id}, {
             path.parent.name for path in server.disks(host).values()})
-
-    def sshd_log_size(self) -> int:
-        return (self.destination.logs / 'sshd.log').stat().st_size
 
 
 class RefusedTestCase(base.CloudTestCase):
