@@ -25,7 +25,7 @@ import daemons
 # Where disks are on a host: Nova's own place, and the disks pool's.
 INSTANCES = '/var/lib/nova/instances'
 POOL = '/var/lib/nova/disks'
-POOL_NAME = 'nova-disks'
+POOL_NAMES = ['nova-disks', 'nova-image-cache']
 # What Nova keeps among the instance directories.
 NOT_OF_SERVERS = {'_base', 'compute_nodes', 'locks', 'snapshots'}
 # A guest in software emulation on a busy machine.
@@ -220,7 +220,7 @@ class Server:
         found = {path.name.partition('_')[2]: path
                  for path in where(POOL).glob(f'{self.id}_*')}
         for directory in (self.id, f'{self.id}_resize'):
-            for path in where(INSTANCES).joinpath(directory).glob('*disk*'):
+            for path in where(INSTANCES).joinpath(directory).glob('disk*'):
                 found.setdefault(path.name, path)
         found.pop('disk.info', None)
         return found

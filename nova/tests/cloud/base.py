@@ -134,7 +134,7 @@ class CloudTestCase(testtools.TestCase):
         for host in self.cloud.lab.hosts:
             for what, nothing in (
                     (['list', '--all', '--name'], []),
-                    (['pool-list', '--all', '--name'], [servers.POOL_NAME]),
+                    (['pool-list', '--all', '--name'], servers.POOL_NAMES),
                     (['-q', 'secret-list'], [])):
                 found = host.run(['virsh', *what]).stdout.split()
                 self.assertEqual(nothing, found, f'{what} on {host.name}')

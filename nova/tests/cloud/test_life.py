@@ -11,48 +11,143 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
+import contextlib
+
 from openstack import exceptions
 
 from nova.tests.cloud import base
 
+# Found by the path that base sets.
+import daemons
+import guest
+import servers
+
 GIB = 1024 ** 3
 
 
-class TestLife(base.CloudTestCase):
-    """What else operators do with a server whose disks are in the pool."""
+class LifeTestCase(base.CloudTestCase):
+    """A server of which nothing is left in the end."""
+
+    flavor = 'small-ephemeral'
 
     def setUp(self):
         super().setUp()
-        self.server = self.create_booted(flavor='small-ephemeral')
+        self.addCleanup(self.assert_hosts_are_empty)
+        self.images = self.cloud.connection().image
+        self.server = self.create_booted(**self._server())
         self.boots = 1
 
-    def assert_boots(self) -> None:
-        """The guest starts once more, from the disks that it had."""
+    def _server(self) -> dict:
+        return {'flavor': self.flavor}
+
+    def assert_boots(self, **counters: int) -> None:
+        """The guest starts once more, from the disks that it had.
+
+        :param counters: of the disks that are new, or older ones
+        """
         self.boots += 1
-        self.assert_counts(self.server, vda=self.boots, vdb=self.boots)
+        self.assert_counts(self.server, **(
+            {'vda': self.boots, 'vdb': self.boots} | counters))
+        directory = self.cloud.lab.host(self.server.host).path(
+            f'{servers.INSTANCES}/{self.server.id}')
         self.assertEqual(
-            [], [path.name for path in self._directory().glob('disk*')
-                 if path.name != 'disk.info'])
+            set(), {path.name for path in directory.glob('disk*')} -
+            {'disk.info', 'disk.config'})
 
-    def _directory(self):
-        return self.source.path(
-            f'/var/lib/nova/instances/{self.server.id}')
-
-    def _action(self, action: str, *args, status: str = 'ACTIVE') -> None:
-        getattr(self.server.compute, action)(self.server.id, *args)
+    def act(self, action: str, *args, status: str = 'ACTIVE',
+            **kwargs) -> None:
+        """Call the API, and wait until the server is of this status."""
+        getattr(self.server.compute, action)(self.server.id, *args, **kwargs)
         self.server.wait(status)
+
+
+class TestLife(LifeTestCase):
+    """What operators do with a server whose disks are in the pool."""
 
     def test_stop_start_reboot_rescue_suspend(self):
         self.server.stop()
         self.server.start()
         self.assert_boots()
-        self._action('reboot_server', 'HARD')
+        self.act('reboot_server', 'HARD')
         self.assert_boots()
-        self._action('suspend_server', status='SUSPENDED')
-        self._action('resume_server')
-        self._action('rescue_server', status='RESCUE')
-        self._action('unrescue_server')
+        self.act('suspend_server', status='SUSPENDED')
+        self.act('resume_server')
+        self.act('rescue_server', status='RESCUE')
+        self.act('unrescue_server')
         self.assert_boots()
+
+    def test_snapshot_rebuild_shelve(self):
+        live = self._snapshot()
+        self.server.stop()
+        cold = self._snapshot()
+        self.act('rebuild_server', cold.id, status='SHUTOFF')
+        self.server.start()
+        self.assert_boots(vdb=1)
+        self.act('rebuild_server', live.id)
+        self.assert_boots(vda=2, vdb=1)
+        self.act('shelve_server', status='SHELVED_OFFLOADED')
+        for host in (base.SOURCE, base.DESTINATION):
+            self.assert_no_disks(self.server, host)
+        shelved = self.images.find_image(f'{self.id()}-shelved')
+        self.assertIsNotNone(shelved)
+        self.act('unshelve_server')
+        self.assert_boots(vda=3, vdb=1)
+
+    def _snapshot(self):
+        image = self.server.compute.create_server_image(
+            self.server.id, 'snapshot', wait=True)
+        self.addCleanup(self.images.delete_image, image.id)
+        self.server.settle()
+        self.assertEqual('active', self.images.get_image(image.id).status)
+        return image
+
+    def test_resize_on_the_same_host(self):
+        before = self.server.disks(base.SOURCE)
+        self.server.resize('large-ephemeral', base.SOURCE)
+        self.assertEqual(base.SOURCE, self.server.host)
+        self.assert_boots()
+        self.assertEqual({'vda': 2 * GIB, 'vdb': 2 * GIB},
+                         self.server.sizes())
+        self.server.revert()
+        # The boot from the copies went with them.
+        self.boots -= 1
+        self.assert_boots()
+        self.assertEqual({'vda': GIB, 'vdb': GIB}, self.server.sizes())
+        self.assertEqual(before, self.server.disks(base.SOURCE))
+        self.server.stop()
+        self.server.resize('large-ephemeral', base.SOURCE)
+        self.server.confirm('SHUTOFF')
+        self.assertEqual(before, self.server.disks(base.SOURCE))
+        self.server.start()
+        self.assert_boots()
+        self.assert_no_disks(self.server, base.DESTINATION)
+
+    def test_evacuate(self):
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.cloud.wait_computes)
+            stack.callback(self._force_source_down, False)
+            stack.callback(self.cloud.start_compute, self.source)
+            self.cloud.daemon(f'nova-compute-{base.SOURCE}').stop()
+            self._force_source_down(True)
+            self.act('evacuate_server', status='SHUTOFF')
+            self.assertEqual(base.DESTINATION, self.server.host)
+            self.assertNotEqual({}, self.server.disks(base.SOURCE))
+        daemons.wait_for('the source to clear up', lambda: (
+            not self.server.disks(base.SOURCE)), poll=0.5)
+        self.assert_no_disks(self.server, base.SOURCE)
+        self.server.start()
+        # Both disks are new: those of the source were lost.
+        self.assert_boots(vda=1, vdb=1)
+
+    def _force_source_down(self, forced: bool) -> None:
+        compute = self.server.compute
+        service = next(compute.services(
+            binary='nova-compute', host=base.SOURCE))
+        # Nova lets go of it only when the host has cleared up what was
+        # evacuated from it.
+        daemons.wait_for('the host to be forced down, or not', lambda: (
+            compute.put(f'/os-services/{service.id}',
+                        json={'forced_down': forced}).ok), poll=0.5)
 
     def test_live_migration_is_refused(self):
         self.assertRaises(
@@ -72,30 +167,52 @@ class TestLifeRaw(TestLife):
     options = {'DEFAULT': {'use_cow_images': 'False'}}
 
 
-class TestSameHost(base.CloudTestCase):
-    """A server is resized on its host, and nothing is left of it then."""
+class TestEveryDisk(LifeTestCase):
+    """A server with every kind of disk, and a kernel beside them."""
 
-    def setUp(self):
-        super().setUp()
-        self.addCleanup(self.assert_hosts_are_empty)
-        self.server = self.create_booted(flavor='small-ephemeral')
+    flavor = 'small-swap'
 
-    def test_revert_and_confirm(self):
-        before = self.server.disks(base.SOURCE)
-        self.server.resize('large-ephemeral', base.SOURCE)
-        self.assertEqual(base.SOURCE, self.server.host)
-        self.assert_counts(self.server, vda=2, vdb=2)
-        self.assertEqual({'vda': 2 * GIB, 'vdb': 2 * GIB},
-                         self.server.sizes())
-        self.server.revert()
-        # The second boot was from the copies, and went with them.
-        self.assert_counts(self.server, vda=2, vdb=2)
-        self.assertEqual({'vda': GIB, 'vdb': GIB}, self.server.sizes())
-        self.assertEqual(before, self.server.disks(base.SOURCE))
+    def _server(self):
+        return {**super()._server(), 'config_drive': True,
+                'image': self._make_image()}
+
+    def _make_image(self) -> str:
+        """An image that starts with a kernel and a ramdisk of their own."""
+        disk = self.cloud.directory / 'guest.raw'
+        properties = {'os_command_line': guest.KERNEL_PARAMETERS}
+        for kind, form, name in (('kernel', 'aki', 'vmlinuz'),
+                                 ('ramdisk', 'ari', 'initrd')):
+            path = self.cloud.directory / name
+            self.addCleanup(path.unlink)
+            self.cloud.run(['debugfs', '-R', f'dump /boot/{name} {path}',
+                            f'{disk}?offset={guest.PARTITION_START}'])
+            properties[f'{kind}_id'] = self._upload(
+                kind, path, disk_format=form, container_format=form)
+        self._upload('every-disk', disk, disk_format='raw',
+                     container_format='bare', **properties)
+        return 'every-disk'
+
+    def _upload(self, name, path, **kwargs) -> str:
+        image = self.images.create_image(
+            name=name, filename=str(path), wait=True, **kwargs)
+        self.addCleanup(self.images.delete_image, image.id)
+        return image.id
+
+    def test_migrate_while_off_without_a_target(self):
         self.server.stop()
-        self.server.resize('large-ephemeral', base.SOURCE)
+        self.server.migrate()
+        self.assertEqual(base.DESTINATION, self.server.host)
         self.server.confirm('SHUTOFF')
-        self.assertEqual(before, self.server.disks(base.SOURCE))
+        self.assert_no_disks(self.server, base.SOURCE)
         self.server.start()
-        self.assert_counts(self.server, vda=3, vdb=3)
-        self.assert_no_disks(self.server, base.DESTINATION)
+        self.assert_boots()
+        self.assertEqual(64 * 1024 ** 2, self.server.sizes()['vdc'])
+        self.assertEqual(
+            {'disk', 'disk.eph0', 'disk.swap', 'disk.config'},
+            set(self.server.disks(base.DESTINATION)))
+
+
+class TestEveryDiskRaw(TestEveryDisk):
+    """The same with disks that are no overlays."""
+
+    options = {'DEFAULT': {'use_cow_images': 'False'}}
