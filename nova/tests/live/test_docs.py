@@ -24,7 +24,6 @@ from oslo_utils import units
 from oslo_utils import uuidutils
 
 from nova.tests.live import base
-from nova.tests.live import copier
 
 lab = base.nova_lab
 
@@ -156,8 +155,8 @@ class TestRemoteLibvirtPage(base.LiveTestCase):
             'destination_uri': self.destination.uri, 'pool': name,
             'uuid': uuid, 'directory': f'/var/lib/nova/instances/{uuid}'})
         done = lab.execute(
-            *self.source.enter, sys.executable, '-W', 'ignore',
-            copier.__file__, input=arguments + '\n', env=os.environ)
+            *self.source.enter, sys.executable, '-W', 'ignore', '-m',
+            'nova.tests.live.copier', input=arguments + '\n', env=os.environ)
         result = jsonutils.loads(done.stdout.splitlines()[-1])['result']
         self.assertEqual(64 * units.Mi, result['length'])
         self.assertEqual(
