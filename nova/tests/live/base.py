@@ -18,11 +18,14 @@ import os
 import pathlib
 import random
 import shutil
+import subprocess
 import sys
 import threading
+from typing import Any
 from typing import Sequence
 
 import libvirt
+from oslo_serialization import jsonutils
 from oslo_utils import uuidutils
 import testtools
 
@@ -56,6 +59,28 @@ def get_lab() -> nova_lab.Lab:
         atexit.register(lab.down)
     lab.up()
     return lab
+
+
+def start_as_nova(host: nova_lab.Host, module: str,
+                  **kwargs: Any) -> subprocess.Popen:
+    """Run a module of the tests in a host, as the user nova there.
+
+    It answers on standard output what it is asked on standard input, and
+    begins with a line of JSON that says its uid. Beyond what nova may do, it
+    may read every file: this repository may be where nobody but root can.
+    """
+    read = '+dac_read_search'
+    process = host.popen(
+        ['setpriv', '--reuid', str(host.nova_uid),
+         '--regid', str(host.nova_gid),
+         '--init-groups', '--inh-caps', read, '--ambient-caps', read, '--',
+         sys.executable, '-W', 'ignore', '-m', module],
+        env={'OS_NOVA_DISABLE_EVENTLET_PATCHING': 'true'}, cwd='/',
+        text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **kwargs)
+    atexit.register(process.kill)
+    started = jsonutils.loads(process.stdout.readline())
+    assert started == {'uid': host.nova_uid}
+    return process
 
 
 @functools.cache

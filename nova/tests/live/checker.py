@@ -28,10 +28,7 @@ from nova.cmd import storage_migrate
 from nova.virt.libvirt.storage import peer
 
 
-def main(uid: int, gid: int) -> None:
-    os.initgroups('nova', gid)
-    os.setgid(gid)
-    os.setuid(uid)
+def main() -> None:
     print(jsonutils.dumps({'uid': os.getuid()}), flush=True)
     for line in sys.stdin:
         print(jsonutils.dumps(run(**jsonutils.loads(line))), flush=True)
@@ -61,4 +58,4 @@ def call(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
-    main(*map(int, sys.argv[1:]))
+    main()

@@ -33,10 +33,7 @@ from nova.virt.libvirt.storage import transfer
 CONF = nova.conf.CONF
 
 
-def main(uid: int, gid: int) -> None:
-    os.initgroups('nova', gid)
-    os.setgid(gid)
-    os.setuid(uid)
+def main() -> None:
     base.run_event_loop()
     print(jsonutils.dumps({'uid': os.getuid()}), flush=True)
     for line in sys.stdin:
@@ -81,4 +78,4 @@ def grow(pool_path: str, uuid: str, size: int) -> dict[str, str | int]:
 FUNCTIONS = {'migrate': migrate, 'grow': grow}
 
 if __name__ == '__main__':
-    main(*map(int, sys.argv[1:]))
+    main()

@@ -13,12 +13,9 @@
 
 """nova-storage-migrate check against a good host, and against broken ones."""
 
-import atexit
 import functools
 import os
 import signal
-import subprocess
-import sys
 import time
 
 from oslo_serialization import jsonutils
@@ -52,15 +49,7 @@ GOOD = {
 @functools.cache
 def get_checker(host):
     """Start what runs the command on a host, as nova."""
-    process = host.popen(
-        [sys.executable, '-W', 'ignore', '-m', 'nova.tests.live.checker',
-         str(host.nova_uid), str(host.nova_gid)], cwd='/', text=True,
-        env={'OS_NOVA_DISABLE_EVENTLET_PATCHING': 'true'},
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    atexit.register(process.kill)
-    started = jsonutils.loads(process.stdout.readline())
-    assert started == {'uid': host.nova_uid}
-    return process
+    return base.start_as_nova(host, 'nova.tests.live.checker')
 
 
 class CheckTestCase(base.LiveTestCase):

@@ -18,12 +18,9 @@ certificate, password, or ticket. What it does not have it must not get in
 without, and the error has to say what is missing.
 """
 
-import atexit
 import functools
 import os
 import shutil
-import subprocess
-import sys
 import time
 
 from oslo_serialization import jsonutils
@@ -48,16 +45,8 @@ LOG = 'migrations.log'
 def get_compute(host):
     """Start the part of nova-compute that migrates, on a host."""
     with open(host.logs / LOG, 'w') as log:
-        process = host.popen(
-            [sys.executable, '-W', 'ignore', '-m', 'nova.tests.live.compute',
-             str(host.nova_uid), str(host.nova_gid)],
-            env={'OS_NOVA_DISABLE_EVENTLET_PATCHING': 'true'}, cwd='/',
-            text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=log)
-    atexit.register(process.kill)
-    started = jsonutils.loads(process.stdout.readline())
-    assert started == {'uid': host.nova_uid}
-    return process
+        return base.start_as_nova(
+            host, 'nova.tests.live.compute', stderr=log)
 
 
 class SecurityTestCase(test_transfer.TransferTestCase):
