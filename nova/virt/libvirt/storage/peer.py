@@ -318,6 +318,11 @@ class Destination:
         try:
             yield connection.storageVolLookupByPath(volume.path)
         finally:
+            # Its end asks the host once more, and may come late, where an
+            # error holds on to it: that must not wait for ever either.
+            # An error means that it was started already.
+            with contextlib.suppress(libvirt.libvirtError):
+                start_keepalive(connection)
             self._is_lost = not connection.isAlive()
             connection.close()
 

@@ -465,6 +465,7 @@ class TransferTestCase(_PeerTestCase):
             self.assertIsNone(connection.keepalive)
             self.assertIsNot(disk.libvirt_volume.connect(), connection)
 
+        self.assertEqual((5, peer.KEEPALIVE_COUNT), connection.keepalive)
         self.assertTrue(connection.closed)
 
     def test_disk_that_arrived(self):
