@@ -155,7 +155,9 @@ class Demonstration:
 
     def resize_and_revert(self) -> None:
         """Resize to bigger disks, which goes to host1, and go back."""
-        with self.moved('openstack server resize, to bigger disks'):
+        # Unlike a migration, a resize can not be told where to go.
+        with (self.moved('openstack server resize, to bigger disks'),
+              self.server.only('host1')):
             self.openstack('server resize --flavor large-ephemeral')
             self.server.wait('VERIFY_RESIZE')
         self.report.check('the server is now on', self.server.host, 'host1')

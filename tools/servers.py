@@ -106,13 +106,13 @@ class Server:
     def resize(self, flavor: str, host: str,
                status: str = 'VERIFY_RESIZE') -> None:
         """Resize it, to another host or on its own."""
-        with self._only(host):
+        with self.only(host):
             self.compute.resize_server(
                 self.id, self.compute.find_flavor(flavor).id)
             self._wait_for_task(status)
 
     @contextlib.contextmanager
-    def _only(self, host: str) -> Iterator[None]:
+    def only(self, host: str) -> Iterator[None]:
         """Let the scheduler choose no host but this."""
         others = [service for service in
                   self.compute.services(binary='nova-compute')
