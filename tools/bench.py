@@ -293,8 +293,10 @@ class Bench:
         link = self._file.with_name(other + '_disk')
         os.link(self._file, link)
         try:
-            both = [self._start('direct', server, wait=IMPORTS)
-                    for server in (self._server, other)]
+            both = [self._popen() for _index in range(2)]
+            time.sleep(IMPORTS)
+            for process, server in zip(both, (self._server, other)):
+                self._begin(process, 'direct', server)
             outcomes = [self._outcome(process) for process in both]
         finally:
             link.unlink()
@@ -308,26 +310,30 @@ class Bench:
             sum(outcome.client for outcome in outcomes),
             max(outcome.memory for outcome in outcomes), end)
 
-    def _start(self, read: str, server: str, eventlet: bool = False,
-               wait: float = 0) -> subprocess.Popen:
-        """Start a copy.
+    def _start(self, read: str, server: str,
+               eventlet: bool = False) -> subprocess.Popen:
+        """Start a copy."""
+        process = self._popen(eventlet)
+        self._begin(process, read, server)
+        return process
 
-        :param wait: seconds to wait for it to have imported all it needs
-        """
-        process = self.source.popen(
+    def _popen(self, eventlet: bool = False) -> subprocess.Popen:
+        """Start a process that copies once it is told what."""
+        return self.source.popen(
             [sys.executable, '-W', 'ignore', '-m', 'nova.tests.live.copier'],
             user='nova', cwd='/', text=True, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env={'OS_NOVA_DISABLE_EVENTLET_PATCHING': str(not eventlet)})
+
+    def _begin(self, process: subprocess.Popen, read: str,
+               server: str) -> None:
         assert process.stdin
-        time.sleep(wait)
         process.stdin.write(json.dumps({  # noqa: N324
             'source_uri': 'qemu:///system', 'pool': POOL, 'uuid': server,
             'destination_uri': self.destination.uri, 'read': read,
             'directory': '/var/lib/nova/instances/' + server,
             'discard': True}) + '\n')
         process.stdin.flush()
-        return process
 
     @staticmethod
     def _outcome(process: subprocess.Popen, begun: bool = False) -> Outcome:
