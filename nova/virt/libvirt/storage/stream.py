@@ -42,9 +42,13 @@ except ImportError:
     libvirt = None
 
 # The most bytes of data that recv() returns, for that is what libvirtd sends
-# in one message (VIR_NET_MESSAGE_LEGACY_PAYLOAD_MAX less its header). send()
-# takes more, up to 32 MiB, but this was no faster.
-MESSAGE_BYTES = 262120
+# in one message (VIR_NET_MESSAGE_LEGACY_PAYLOAD_MAX less its header).
+RECEIVE_BYTES = 262120
+
+# How many bytes of data to send in one message. send() takes up to 32 MiB.
+# Smaller messages cost this process more for each byte, and bigger ones the
+# daemon that receives them.
+MESSAGE_BYTES = 1024 * 1024
 
 # With an event loop in the process, and nova-compute always runs one, libvirt
 # reads a download into a client side queue that has no bound. Downloading a
@@ -564,7 +568,7 @@ class VolumeSource:
 def _receive(stream: 'libvirt.virStream') -> bytes | int:
     """The next data, or length of a hole; nothing at the end."""
     data = stream.recvFlags(
-        MESSAGE_BYTES, libvirt.VIR_STREAM_RECV_STOP_AT_HOLE)
+        RECEIVE_BYTES, libvirt.VIR_STREAM_RECV_STOP_AT_HOLE)
     return stream.recvHole() if data == _AT_HOLE else data
 
 
