@@ -332,19 +332,20 @@ def is_target(connection: 'libvirt.virConnect', path: str) -> bool:
 def _lookup_path(
     connection: 'libvirt.virConnect', path: str,
 ) -> 'libvirt.virStoragePool | None':
-    try:
-        return connection.storagePoolLookupByTargetPath(path)
-    except libvirt.libvirtError as error:
-        if error.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_POOL:
-            raise
-        return None
+    return _find(connection.storagePoolLookupByTargetPath, path)
 
 
 def _lookup(
     connection: 'libvirt.virConnect', name: str,
 ) -> 'libvirt.virStoragePool | None':
+    return _find(connection.storagePoolLookupByName, name)
+
+
+def _find(
+    lookup: 'ty.Callable[[str], libvirt.virStoragePool]', what: str,
+) -> 'libvirt.virStoragePool | None':
     try:
-        return connection.storagePoolLookupByName(name)
+        return lookup(what)
     except libvirt.libvirtError as error:
         if error.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_POOL:
             raise
