@@ -32,11 +32,6 @@ from nova.virt.libvirt.storage import check
 from nova.virt.libvirt.storage import stream
 from nova.virt.libvirt import storage_migrate
 
-try:
-    import libvirt
-except ImportError:
-    libvirt = None
-
 CONF = nova.conf.CONF
 
 EPILOG = """\
@@ -54,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     hosts = arguments.host + _read_hosts(arguments.all)
     _forbid_prompts()
     _configure(arguments)
-    _run_event_loop()
+    stream.run_event_loop()
     signal.signal(signal.SIGTERM, lambda *args: sys.exit(1))
     findings = []
     with contextlib.closing(_check(hosts, arguments.size)) as found:
@@ -130,19 +125,6 @@ def _configure(arguments: argparse.Namespace) -> None:
     config.parse_args(argv, configure_db=False, init_rpc=False)
 
 
-def _run_event_loop() -> None:
-    """Run libvirt's event loop, without which nothing is kept alive."""
-    # Errors are printed as findings.
-    libvirt.registerErrorHandler(lambda context, error: None, None)
-    libvirt.virEventRegisterDefaultImpl()
-
-    def loop() -> None:
-        while True:
-            libvirt.virEventRunDefaultImpl()
-
-    stream.native_threading().Thread(target=loop, daemon=True).start()
-
-
 def _check(
     hosts: list[str], size: int,
 ) -> collections.abc.Generator[check.Finding, None, None]:
@@ -160,10 +142,9 @@ def _check(
         yield from source.run()
         for host in hosts:
             if host not in ours:
-                uri = storage_migrate.LibvirtDriver._storage_migration_uri(
-                    host)
                 yield from check.Destination(
-                    host, uri, source, settings, size).run()
+                    host, storage_migrate.destination_uri(host), source,
+                    settings, size).run()
 
 
 if __name__ == '__main__':

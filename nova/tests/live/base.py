@@ -20,7 +20,6 @@ import random
 import shutil
 import subprocess
 import sys
-import threading
 from typing import Any
 from typing import Sequence
 
@@ -28,6 +27,8 @@ import libvirt
 from oslo_serialization import jsonutils
 from oslo_utils import uuidutils
 import testtools
+
+from nova.virt.libvirt.storage import stream
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / 'tools'))
@@ -83,22 +84,6 @@ def start_as_nova(host: nova_lab.Host, module: str,
     return process
 
 
-@functools.cache
-def run_event_loop() -> None:
-    """Run libvirt's event loop, as nova-compute does.
-
-    Keepalive works only with one, and streams buffer differently.
-    """
-    libvirt.registerErrorHandler(lambda context, error: None, None)
-    libvirt.virEventRegisterDefaultImpl()
-
-    def loop() -> None:
-        while True:
-            libvirt.virEventRunDefaultImpl()
-
-    threading.Thread(target=loop, name='libvirt events', daemon=True).start()
-
-
 class LabMixin:
     """For test cases that need real hosts.
 
@@ -110,7 +95,7 @@ class LabMixin:
         super().setUp()
         if os.geteuid():
             self.skipTest('the lab needs root')
-        run_event_loop()
+        stream.run_event_loop()
         self.lab = get_lab()
         self.hosts = self.lab.hosts
         self.source, self.destination = self.hosts[:2]

@@ -25,16 +25,16 @@ from oslo_serialization import jsonutils
 
 import nova.conf
 from nova import objects
-from nova.tests.live import base
 from nova.virt.libvirt.storage import image
 from nova.virt.libvirt.storage import peer
+from nova.virt.libvirt.storage import stream
 from nova.virt.libvirt.storage import transfer
 
 CONF = nova.conf.CONF
 
 
 def main() -> None:
-    base.run_event_loop()
+    stream.run_event_loop()
     print(jsonutils.dumps({'uid': os.getuid()}), flush=True)
     for line in sys.stdin:
         name, arguments = jsonutils.loads(line)

@@ -33,7 +33,6 @@ import sys
 import threading
 import time
 
-import libvirt
 from oslo_serialization import jsonutils
 
 from nova import utils
@@ -46,7 +45,7 @@ INTERVAL = 0.01
 
 def main() -> None:
     arguments = jsonutils.loads(sys.stdin.readline())
-    run_event_loop()
+    stream.run_event_loop()
     destination = peer.Destination(
         'destination', arguments['destination_uri'], arguments['pool'],
         arguments['uuid'], arguments['directory'])
@@ -98,18 +97,6 @@ def cpu_seconds() -> float:
 
 def native(function, *args):
     return utils.tpool_wrap(function)(*args)
-
-
-def run_event_loop() -> None:
-    """As nova.virt.libvirt.host does, in a native thread of its own."""
-    libvirt.registerErrorHandler(lambda context, error: None, None)
-    libvirt.virEventRegisterDefaultImpl()
-
-    def loop() -> None:
-        while True:
-            libvirt.virEventRunDefaultImpl()
-
-    stream.native_threading().Thread(target=loop, daemon=True).start()
 
 
 def memory(field: str) -> int:

@@ -535,9 +535,8 @@ class LibvirtDriver(driver.LibvirtDriver):
                  '%(host)s', {'path': target, 'host': host},
                  instance=instance)
         try:
-            _native(fetch.fetch, self._uri(), host,
-                    self._storage_migration_uri(host), target,
-                    f'nova-{instance.uuid}-fetch', self._bandwidth)
+            _native(fetch.fetch, self._uri(), host, destination_uri(host),
+                    target, f'nova-{instance.uuid}-fetch', self._bandwidth)
         except fetch.FetchError as error:
             raise exception.MigrationError(reason=str(error)) from error
 
@@ -559,7 +558,7 @@ class LibvirtDriver(driver.LibvirtDriver):
 
         :raises: InvalidConfiguration
         """
-        uri = self._storage_migration_uri('%s')
+        uri = destination_uri('%s')
         try:
             access.check_uri(uri)
         except ValueError as error:
@@ -636,8 +635,7 @@ class LibvirtDriver(driver.LibvirtDriver):
             return True
         with _rollback(exception.MigrationPreCheckError, None):
             return _native(
-                directory.is_shared, dest, self._storage_migration_uri(dest),
-                path)
+                directory.is_shared, dest, destination_uri(dest), path)
 
     def _check_enabled(self):
         if not CONF.libvirt.vol_upload_migration:
@@ -685,21 +683,10 @@ class LibvirtDriver(driver.LibvirtDriver):
             pool_name = f'nova-{instance.uuid}'
             here, there = directory.Transfer, directory.Destination
         destination = there(
-            dest, self._storage_migration_uri(dest), pool_name,
-            instance.uuid, path)
+            dest, destination_uri(dest), pool_name, instance.uuid, path)
         return here(
             self._uri(), destination, pool_name, path,
             CONF.libvirt.vol_upload_migration_direct_read, self._bandwidth)
-
-    @staticmethod
-    def _storage_migration_uri(dest) -> str:
-        """The libvirt URI of a destination."""
-        uri = CONF.libvirt.vol_upload_migration_uri
-        if not uri and (CONF.libvirt.live_migration_uri or
-                        CONF.libvirt.live_migration_scheme):
-            return LibvirtDriver._live_migration_uri(dest)
-        uri = uri or 'qemu+tls://%s/system'
-        return uri.replace('%s', netutils.escape_ipv6(dest))
 
     def _detach_from_host(
             self, context, instance, network_info, block_device_info):
@@ -860,6 +847,19 @@ class LibvirtDriver(driver.LibvirtDriver):
         if image.list_paths(prefix):
             _native(transfer.delete_volumes, self._uri(),
                     CONF.libvirt.disks_pool, prefix)
+
+
+def destination_uri(dest: str) -> str:
+    """The libvirt URI of the destination of a migration.
+
+    :param dest: its address
+    """
+    uri = CONF.libvirt.vol_upload_migration_uri
+    if not uri and (CONF.libvirt.live_migration_uri or
+                    CONF.libvirt.live_migration_scheme):
+        return driver.LibvirtDriver._live_migration_uri(dest)
+    uri = uri or 'qemu+tls://%s/system'
+    return uri.replace('%s', netutils.escape_ipv6(dest))
 
 
 def check_hooks(nova_driver: type) -> None:

@@ -32,8 +32,9 @@ class CommandTestCase(test.NoDBTestCase):
         self.flags(host='here', my_ip='192.0.2.1')
         self.flags(vol_upload_migration_uri='qemu+tls://%s/system',
                    group='libvirt')
-        for name in ('_forbid_prompts', '_configure', '_run_event_loop'):
+        for name in ('_forbid_prompts', '_configure'):
             self._patch(storage_migrate, name)
+        self._patch(storage_migrate.stream, 'run_event_loop')
         self._patch(storage_migrate.signal, 'signal')
         self.source = self._patch(check, 'Source')
         self.source.return_value.run.return_value = [

@@ -396,14 +396,11 @@ class Destination(Checks):
         self, path: str,
     ) -> tuple[storage_pool.Permissions, set[str]]:
         """Who owns a directory there, and what is in it."""
-        name = f'nova-check-{uuidutils.generate_uuid()}'
-        directory = storage_pool.Pool.attach(self._connection, name, path)
-        try:
+        with storage_pool.at(
+                self._connection, path, self._probe_name) as directory:
             directory.refresh()
             return directory.permissions, {
                 file.name for file in directory.volumes()}
-        finally:
-            directory.detach()
 
     def _space(self) -> str:
         available = self._pool.available

@@ -32,9 +32,7 @@ except ImportError:
     libvirt = None
 
 # What may be in an instance directory besides disks and has to come along.
-# Where the server was made from a kernel image, Nova takes that from Glance,
-# which may have lost it.
-FILES = ('disk.info', 'kernel', 'ramdisk')
+FILES = ('disk.info', *transfer.BOOT_FILES)
 
 
 class Destination(peer.Destination):
@@ -58,13 +56,9 @@ class Destination(peer.Destination):
             files = self._list_directory()
             if not any(map(self._is_claim, files)):
                 self._check_directory()
-            # What a dead attempt left there will go.
-            room = self._instances.available + sum(files.values())
-        if room < needed:
-            raise self._unsuitable(
-                f'{self._instances.path} has {room} bytes available, and '
-                f'the disks of the server take up {needed}',
-                'Free some space, or choose another host.')
+            self._check_room(
+                self._instances.path, self._instances.available,
+                sum(files.values()), needed)
 
     def claim(self) -> None:
         """Take possession of the instance directory, which is made.

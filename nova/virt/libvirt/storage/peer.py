@@ -170,7 +170,10 @@ class Destination:
             self._check_domain()
             self.is_shared = self._find_shared(source_pool)
             if not self.is_shared:
-                self._check_room(needed)
+                self._check_room(
+                    f'storage pool {self.pool.name}', self.pool.available,
+                    sum(volume.allocation for volume in
+                        self.pool.volumes(self._prefix)), needed)
                 self._check_names()
 
     def _check_domain(self) -> None:
@@ -230,14 +233,18 @@ class Destination:
         directory.detach()
         return files
 
-    def _check_room(self, needed: int) -> None:
-        # What a dead attempt left there will go.
-        room = self.pool.available + sum(
-            volume.allocation for volume in self.pool.volumes(self._prefix))
+    def _check_room(self, place: str, available: int, leftovers: int,
+                    needed: int) -> None:
+        """Check that there is room for the server's disks.
+
+        :param available: bytes that are free
+        :param leftovers: bytes of what a dead attempt left, which will go
+        """
+        room = available + leftovers
         if room < needed:
             raise self._unsuitable(
-                f'storage pool {self.pool.name} has {room} bytes available, '
-                f'and the disks of the server take up {needed}',
+                f'{place} has {room} bytes available, and the disks of the '
+                f'server take up {needed}',
                 'Free some space, or choose another host.')
 
     def claim(self) -> None:

@@ -28,6 +28,7 @@ import collections
 import contextlib
 import dataclasses
 import errno
+import functools
 import os
 import stat
 import threading
@@ -330,6 +331,24 @@ def native_threading() -> ty.Any:
     if utils.concurrency_mode_threading():
         return threading
     return utils.get_eventlet().patcher.original('threading')
+
+
+@functools.cache
+def run_event_loop() -> None:
+    """Run libvirt's event loop in this process, as nova-compute does.
+
+    Without one no connection is kept alive, and none that is dead is noticed.
+    """
+    # What libvirt raises it would print as well.
+    libvirt.registerErrorHandler(lambda context, error: None, None)
+    libvirt.virEventRegisterDefaultImpl()
+
+    def loop() -> None:
+        while True:
+            libvirt.virEventRunDefaultImpl()
+
+    native_threading().Thread(
+        target=loop, name='libvirt-events', daemon=True).start()
 
 
 def _start(function: ty.Callable[[], None], queue: '_Queue') -> ty.Any:

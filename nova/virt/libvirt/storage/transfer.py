@@ -35,10 +35,13 @@ from nova.virt.libvirt.storage import stream
 
 CONF = nova.conf.CONF
 
+# Of a server that was made from a kernel image. Nova takes them from Glance,
+# which may have lost them.
+BOOT_FILES = ('kernel', 'ramdisk')
 
 # What may be in the instance directory of a server with disks in a pool, and
 # has to come along as it is.
-FILES = ('disk.config', 'kernel', 'ramdisk')
+FILES = ('disk.config', *BOOT_FILES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,9 +148,8 @@ class Transfer:
     ) -> None:
         """Copy what belongs to the disks from the instance directory.
 
-        That is the config drive, the kernel and ramdisk of a server that was
-        made from such images, which Glance may have lost, and the record of
-        the disks' formats with the paths that they have over there.
+        That is FILES, and the record of the disks' formats with the paths
+        that they have over there.
 
         :raises: TransferError, stream.Cancelled
         """

@@ -1134,11 +1134,11 @@ class StartTestCase(DriverTestCase):
     @ddt.unpack
     def test_uri(self, flags, uri):
         self.flags(virt_type='qemu', group='libvirt', **flags)
-        self.assertEqual(uri, self.driver._storage_migration_uri('dest'))
+        self.assertEqual(uri, storage_migrate.destination_uri('dest'))
 
     def test_uri_of_an_ipv6_address(self):
         self.assertEqual('qemu+tls://[fd00::1]/system',
-                         self.driver._storage_migration_uri('fd00::1'))
+                         storage_migrate.destination_uri('fd00::1'))
 
     def _init_host(self):
         with mock.patch.object(driver.LibvirtDriver, 'init_host') as nova, \

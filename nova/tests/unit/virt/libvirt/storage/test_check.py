@@ -189,6 +189,14 @@ class DestinationTestCase(_CheckTestCase):
         del self.dest.directories[self.instances]
         self._only_failure(self._run(), self.instances, 'instances_path')
 
+    def test_pool_that_somebody_has_of_the_instances_is_used(self):
+        self.dest.add_pool('theirs', self.instances, 64060, 64061, 0o755)
+        findings = list(check.Destination(
+            'dest', 'qemu+tls://dest/system', self.checked_source,
+            check.Settings(**self.settings), 0).run())
+        self.assertEqual({check.OK}, {each.status for each in findings})
+        self.assertEqual({'nova-disks', 'theirs'}, set(self.dest.pools))
+
     @ddt.data(0, units.Ti)
     def test_no_room(self, size):
         available = 0 if not size else units.Gi
