@@ -22,6 +22,7 @@ from oslo_serialization import jsonutils
 from oslo_utils import uuidutils
 
 from nova.tests.live import base
+from nova.virt.libvirt.storage import access
 
 lab = base.nova_lab
 
@@ -41,7 +42,7 @@ disks_pool = {pool}
 disks_pool_path = /var/lib/nova/{pool}
 """
 GOOD = {
-    'user', 'options', 'libvirt', 'pool', 'name', 'port',
+    'user', 'options', 'libvirt', 'pool', 'uri', 'name', 'port',
     'our certificate', 'its certificate', 'encryption', 'owner', 'space',
     'shared storage', 'probe copy'}
 
@@ -278,6 +279,19 @@ class BrokenTestCase(CheckTestCase):
         self.addCleanup(self.destination.start_libvirtd)
         self._restart('listen_tcp = 1', 'auth_tcp = "none"')
         self._configure('qemu+tcp://%s/system')
-        self._assert_broken('encryption', 'is not encrypted',
+        self._assert_broken('encryption', access.WEAKNESSES['tcp'],
                             'qemu+tls://%s/system', status='warn')
         self._assert_nothing_left()
+
+    def test_ssh(self):
+        self.addCleanup(self.lab.ssh, False)
+        self.lab.ssh(True)
+        self._configure('qemu+ssh://%s/system')
+        self._assert_broken('encryption', access.SSH_WEAKNESS,
+                            'qemu+tls://%s/system', status='warn')
+
+    def test_uri_that_does_not_verify(self):
+        self._configure('qemu+tls://%s/system?no_verify=1')
+        self._assert_broken(
+            'uri', 'no_verify lets any host pass for the destination',
+            'a certificate that is valid')

@@ -561,15 +561,14 @@ class LibvirtDriver(driver.LibvirtDriver):
         uri = destination_uri('%s')
         try:
             access.check_uri(uri)
-        except ValueError as error:
-            raise exception.InvalidConfiguration(_(
-                'Set [libvirt]vol_upload_migration_uri: %s.') % error)
+        except access.Unsafe as error:
+            raise exception.InvalidConfiguration(str(error))
         weakness = access.weakness(uri)
         if weakness:
             LOG.warning(
                 'Servers will be cold migrated over %(uri)s. This %(why)s. '
-                'Set [libvirt]vol_upload_migration_uri to '
-                'qemu+tls://%%s/system.', {'uri': uri, 'why': weakness})
+                '%(remedy)s.', {'uri': uri, 'why': weakness,
+                                'remedy': access.WEAKNESS_REMEDY})
 
     def _init_disks_pool(self) -> None:
         if CONF.libvirt.images_type not in image.IMAGE_TYPES:

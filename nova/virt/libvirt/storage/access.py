@@ -34,6 +34,9 @@ WEAKNESSES = {
 SSH_WEAKNESS = (
     'needs a key that logs in to every compute host: whoever takes one host '
     'over has all of them')
+WEAKNESS_REMEDY = (
+    'Let libvirt on all compute hosts listen for TLS, and set '
+    '[libvirt]vol_upload_migration_uri to qemu+tls://%s/system')
 
 # What libvirt's error says, and what helps. Nothing but the text tells them
 # apart: most are VIR_ERR_AUTH_FAILED or VIR_ERR_SYSTEM_ERROR.
@@ -77,17 +80,31 @@ _SASL_ERROR = re.compile(
     r'(?:GSSAPI Error: (?P<major>.*?) \((?P<minor>.*)\)|(?P<other>.*))\)$')
 
 
+class Unsafe(Exception):
+    """Over a URI disks must not go.
+
+    :ivar reason: why not
+    :ivar remedy: what to do about it
+    """
+
+    def __init__(self, reason: str, remedy: str):
+        super().__init__(f'{reason}. {remedy}')
+        self.reason = reason
+        self.remedy = remedy
+
+
 def check_uri(uri: str) -> None:
     """Check that a URI lets libvirt find out whom it talks to.
 
-    :raises: ValueError
+    :raises: Unsafe
     """
     if any(name.lower() == 'no_verify' and value != '0'
            for name, value in _parameters(uri)):
-        raise ValueError(
+        raise Unsafe(
             f'{uri}: no_verify lets any host pass for the destination, and '
-            f'get the disks of servers. Remove it, and give each host a '
-            f"certificate that is valid for its name or address")
+            f'get the disks of servers',
+            'Set [libvirt]vol_upload_migration_uri without it, and give each '
+            'host a certificate that is valid for its name or address')
 
 
 def weakness(uri: str) -> str | None:

@@ -28,6 +28,7 @@ from urllib import parse
 from oslo_utils import units
 from oslo_utils import uuidutils
 
+from nova.virt.libvirt.storage import access
 from nova.virt.libvirt.storage import certificates
 from nova.virt.libvirt.storage import peer
 from nova.virt.libvirt.storage import pool as storage_pool
@@ -131,7 +132,8 @@ class Checks:
                 seconds or STEP_SECONDS, step))
         except Problem as problem:
             return self._finding(problem.status, what, problem)
-        except (peer.Unsuitable, certificates.Unusable) as problem:
+        except (access.Unsafe, peer.Unsuitable,
+                certificates.Unusable) as problem:
             return self._finding(FAIL, what, problem)
         except TimeoutError as error:
             return Finding(
@@ -264,6 +266,7 @@ class Destination(Checks):
     def run(self) -> ty.Iterator[Finding]:
         """Yield what is found, one after the other."""
         try:
+            yield from self._run_until_failure([('uri', self._check_uri)])
             yield from self._run_until_failure(self._network_steps())
             yield from self._run_until_failure([
                 ('libvirt', self._connect),
@@ -277,6 +280,11 @@ class Destination(Checks):
                 yield from self._run_probe()
         finally:
             _close(self._peer)
+
+    def _check_uri(self) -> str:
+        uri = self._uri.geturl()
+        access.check_uri(uri)
+        return uri
 
     def _network_steps(self) -> list[Step]:
         if not self._name:
@@ -351,16 +359,12 @@ class Destination(Checks):
                 f'{_version(self._source.version)} here')
 
     def _encryption(self) -> str:
-        uri = self._uri.geturl()
-        if not self._name or self._connection.isEncrypted():
-            return uri
-        reason = 'does not go over TLS'
-        if self._transport == 'tcp':
-            reason = ('is not encrypted: who can listen on the network gets '
-                      'the disks, and control of the host')
+        weakness = access.weakness(self._uri.geturl())
+        # Over tcp it is if the host asks for a SASL mechanism that encrypts.
+        if weakness is None or self._connection.isEncrypted():
+            return f'{self._transport}, encrypted'
         raise Problem(
-            f'{uri} {reason}', 'Let libvirt listen for TLS there, and set '
-            '[libvirt]vol_upload_migration_uri = qemu+tls://%s/system', WARN)
+            f'{self._transport} {weakness}', access.WEAKNESS_REMEDY, WARN)
 
     def _look_at_pool(self) -> str:
         self._peer.pool.refresh()

@@ -29,9 +29,10 @@ class UriTestCase(testtools.TestCase):
         'qemu+tls://%s/system?NO_VERIFY=2#x',
         'qemu+ssh://[%s]/system?no_verify=1')
     def test_uri_that_does_not_verify_is_refused(self, uri):
-        error = self.assertRaises(ValueError, access.check_uri, uri)
-        self.assertIn(uri, str(error))
-        self.assertIn('Remove it', str(error))
+        error = self.assertRaises(access.Unsafe, access.check_uri, uri)
+        self.assertIn(uri, error.reason)
+        self.assertIn('without it', error.remedy)
+        self.assertEqual(f'{error.reason}. {error.remedy}', str(error))
 
     @ddt.data(
         'qemu+tls://%s/system',

@@ -21,6 +21,7 @@ from oslo_utils import units
 
 from nova import test
 from nova.tests.fixtures import libvirt_storage
+from nova.virt.libvirt.storage import access
 from nova.virt.libvirt.storage import check
 from nova.virt.libvirt.storage import peer
 
@@ -127,8 +128,9 @@ class DestinationTestCase(_CheckTestCase):
     def test_good_host(self):
         findings = self._run(size=units.Gi)
         self.assertEqual(
-            dict.fromkeys(['libvirt', 'encryption', 'pool', 'owner', 'space',
-                           'shared storage', 'probe copy'], check.OK),
+            dict.fromkeys(['uri', 'libvirt', 'encryption', 'pool', 'owner',
+                           'space', 'shared storage', 'probe copy'],
+                          check.OK),
             self._statuses(findings))
         self.assertRegex(
             findings[-1].finding, r'^16 MiB written at \d+ MiB/s, read back, '
@@ -146,14 +148,29 @@ class DestinationTestCase(_CheckTestCase):
 
     def test_connection_that_is_not_encrypted(self):
         findings = self._run('qemu+tcp://dest/system')
-        self._only_failure(findings, 'qemu+tcp://dest/system',
-                           'not encrypted', 'qemu+tls', status=check.WARN)
+        self._only_failure(
+            findings, f'encryption: tcp {access.WEAKNESSES["tcp"]}',
+            'to qemu+tls://%s/system', status=check.WARN)
         self.assertIn('probe copy', self._statuses(findings))
+
+    def test_connection_that_sasl_encrypts(self):
+        with mock.patch.object(libvirt_storage.FakeConnection, 'isEncrypted',
+                               return_value=1):
+            findings = self._run('qemu+tcp://dest/system')
+        self.assertEqual({check.OK}, {each.status for each in findings})
 
     def test_connection_by_ssh(self):
         self._only_failure(
-            self._run('qemu+ssh://dest/system'), 'does not go over TLS',
-            'qemu+tls', status=check.WARN)
+            self._run('qemu+ssh://dest/system'), access.SSH_WEAKNESS,
+            'to qemu+tls://%s/system', status=check.WARN)
+
+    def test_uri_that_does_not_verify(self):
+        findings = self._run('qemu+tls://dest/system?no_verify=1')
+        failure = self._only_failure(
+            findings, 'dest: uri: qemu+tls://dest/system?no_verify=1: '
+            'no_verify lets any host pass', 'a certificate')
+        self.assertEqual([failure], findings)
+        self.assertEqual([], self.dest.connections)
 
     def test_old_libvirt(self):
         self.dest.version = 7_000_000
