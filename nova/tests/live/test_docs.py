@@ -10,37 +10,46 @@
 # WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
 # License for the specific language governing permissions and limitations
 # under the License.
-"""The page that sets up libvirt connections, followed word by word."""
+"""Pages of the documentation, followed word by word."""
 
 import os
+import pathlib
+import re
 import shutil
 import subprocess
 import sys
 
 from docutils import core
 from docutils import nodes
+import fixtures
 from oslo_serialization import jsonutils
 from oslo_utils import units
 from oslo_utils import uuidutils
+import testtools
 
+import nova
 from nova.tests.live import base
 
 lab = base.nova_lab
 
 PAGE = base.ROOT / 'doc/source/admin/remote-libvirt.rst'
+INSTALL_PAGE = base.ROOT / 'doc/source/install/index.rst'
+
+# What the page says of systemd, and what Debian 12 has of it.
+UNITS = pathlib.Path('/lib/systemd/system')
 
 # What the page calls the hosts and their addresses.
 EXAMPLES = (('compute1', '192.0.2.11'), ('compute2', '192.0.2.12'))
 
 
-def read_blocks(page):
+def read_blocks(page, language='shell'):
     """The code blocks of a page: (classes, commands) of each, in order."""
     # docutils does not know the roles of Sphinx, and need not.
     tree = core.publish_doctree(
         page.read_text(), settings_overrides={'report_level': 5})
-    return [(set(block['classes']) - {'code', 'shell'}, block.astext())
+    return [(set(block['classes']) - {'code', language}, block.astext())
             for block in tree.findall(nodes.literal_block)
-            if 'shell' in block['classes']]
+            if language in block['classes']]
 
 
 class TestRemoteLibvirtPage(base.LiveTestCase):
@@ -70,10 +79,12 @@ class TestRemoteLibvirtPage(base.LiveTestCase):
     def test_page_connects_hosts(self):
         done = {'on-ca': self.on_ca, 'on-each-host': self.on_each_host,
                 'on-first-host': self.on_first_host}
-        left_out = []
         for classes, commands in read_blocks(PAGE):
             if classes == {'with-systemd'}:
-                left_out.append(commands.splitlines()[-1])
+                self.check_units(commands)
+            elif classes == {'untested'}:
+                # Debian 12 has no such daemons; the page says so.
+                self.assertIn('virtproxyd', commands)
             elif classes == {'on-ca', 'fails'}:
                 error = self.assertRaises(
                     lab.LabError, self.on_ca, commands)
@@ -81,12 +92,27 @@ class TestRemoteLibvirtPage(base.LiveTestCase):
             else:
                 place, = classes
                 done[place](commands)
-        # The hosts have no systemd; the page says what to do there too.
-        self.assertEqual(['systemctl start libvirtd.service',
-                          'systemctl enable --now virtproxyd-tls.socket'],
-                         left_out)
         self.assert_stranger_is_refused()
         self.assert_disk_goes_over()
+
+    def check_units(self, commands):
+        """The hosts have no systemd: look whether it would know the units."""
+        units = re.findall(r'[\w-]+\.(?:socket|service)', commands)
+        self.assertNotEqual([], units)
+        lab.execute('systemd-analyze', 'verify', '--man=no',
+                    *(UNITS / unit for unit in units))
+        for line in commands.splitlines():
+            if ' enable ' in line:
+                self.enable_unit(line.split()[-1])
+
+    def enable_unit(self, unit):
+        """Enable a unit in another root than the machine's."""
+        root = self.fresh.directory / 'systemd'
+        shutil.copytree(UNITS, root / UNITS.relative_to('/'), symlinks=True)
+        lab.execute('systemctl', f'--root={root}', 'enable', unit)
+        self.assertTrue(
+            (root / 'etc/systemd/system/sockets.target.wants' / unit
+             ).is_symlink())
 
     def on_ca(self, commands):
         home = self.home / 'ca'
@@ -161,3 +187,94 @@ class TestRemoteLibvirtPage(base.LiveTestCase):
         self.assertEqual(64 * units.Mi, result['length'])
         self.assertEqual(
             self.sha256(disk), self.sha256(self.destination.path(path)))
+
+
+class TestInstallPage(testtools.TestCase):
+    """In an environment that has Nova, and in it nothing of ours."""
+
+    def setUp(self):
+        super().setUp()
+        self.work = pathlib.Path(self.useFixture(fixtures.TempDir()).path)
+        self.source = self.work / 'source'
+        self.venv = self.work / 'venv'
+        lab.execute(sys.executable, '-m', 'venv', self.venv)
+        self.site, = self.venv.glob('lib/python3*/site-packages')
+        self.give_nova(pathlib.Path(nova.__path__[0]).parent)
+        blocks = read_blocks(INSTALL_PAGE)
+        self.blocks = {frozenset(classes): commands
+                       for classes, commands in blocks}
+        self.assertEqual(len(blocks), len(self.blocks))
+
+    def give_nova(self, site):
+        """Copy an installed Nova without our links; share what it needs."""
+        shutil.copytree(site / 'nova', self.site / 'nova', ignore=(
+            lambda directory, names: [
+                name for name in names
+                if os.path.islink(os.path.join(directory, name))]))
+        (self.site / 'shared.pth').write_text(f'{site}\n')
+
+    def test_package_comes_and_goes_on_each_way(self):
+        before = self.nova_files()
+        ways = ((self.block('venv'), self.block('venv', 'remove')),
+                (self.container_command(), self.block('venv', 'remove')),
+                (self.block('distribution'),
+                 self.block('distribution', 'remove')))
+        for number, (install, remove) in enumerate(ways):
+            self.run_block(install)
+            self.assert_nova_is_whole(before)
+            self.assert_installed(has_script=number < 2)
+            self.run_block(remove)
+            self.assertEqual(before, self.nova_files())
+            self.assertEqual(
+                [], list(self.site.glob('nova_storage_migrate*')))
+        self.assertEqual(5, len(self.blocks))
+
+    def block(self, *classes):
+        return self.blocks[frozenset(classes)]
+
+    def container_command(self):
+        """What the image of a container is made with."""
+        (_classes, recipe), = read_blocks(INSTALL_PAGE, 'dockerfile')
+        command, = re.findall(
+            r'^RUN (.*)$', recipe.replace('\\\n', ''), re.MULTILINE)
+        return command
+
+    def run_block(self, commands):
+        """Run commands in a fresh copy of our source."""
+        shutil.rmtree(self.source, ignore_errors=True)
+        shutil.copytree(base.ROOT, self.source, ignore=shutil.ignore_patterns(
+            '.*', 'build', '*.egg-info', '__pycache__'))
+        for place in '/openstack/venvs/nova', '/var/lib/kolla/venv':
+            commands = commands.replace(place, str(self.venv))
+        commands = commands.replace(
+            '/tmp/nova-storage-migrate', str(self.source))
+        env = dict(os.environ, PATH=f'{self.venv}/bin:{lab.PATH}',
+                   PYTHONDONTWRITEBYTECODE='1')
+        env.pop('PYTHONPATH', None)
+        return lab.execute(
+            'sh', '-eu', '-c', commands, stdin=subprocess.DEVNULL, env=env,
+            cwd=self.source).stdout
+
+    def nova_files(self):
+        """The files of Nova, and what tells that one was replaced."""
+        return {path: (path.stat().st_mtime_ns, path.stat().st_size)
+                for path in (self.site / 'nova').rglob('*')
+                if path.is_file()}
+
+    def assert_nova_is_whole(self, before):
+        now = self.nova_files()
+        self.assertEqual(before, {path: now[path] for path in before})
+        self.assertGreater(len(now), len(before))
+
+    def assert_installed(self, has_script):
+        said = self.run_block(self.block('check')).splitlines()
+        self.assertEqual(str(self.site / 'nova'), said[0])
+        self.assertEqual(
+            f'{said[0]}/virt/libvirt/storage_migrate.py', said[1])
+        self.assertIn('usage: nova-storage-migrate check', said[2])
+        self.assertIn('use_storage_pools', self.run_block(
+            'python3 -m oslo_config.generator '
+            '--namespace nova.storage_migrate'))
+        if has_script:
+            self.assertIn('exit status', self.run_block(
+                'nova-storage-migrate check --help'))
