@@ -51,7 +51,7 @@ DIRECTORY = '/var/lib/nova/' + POOL
 MIB = 1024 ** 2
 TICKS = os.sysconf('SC_CLK_TCK')
 COLUMNS = ('way', 'rounds', 'seconds', 'of ours', 'client CPU s/GiB',
-           'all CPU s/GiB', 'peak MiB', 'wire MiB', 'used MiB',
+           'all CPU s/GiB', 'peak MiB', 'grown MiB', 'wire MiB', 'used MiB',
            'late ms 99 %', 'late ms at most')
 
 # What has to be so many times as fast as something else.
@@ -111,6 +111,7 @@ class Sample:
     :ivar client: CPU seconds of the processes on the source that copy
     :ivar daemons: CPU seconds of both libvirtd, and of what sshd started
     :ivar memory: bytes that the biggest of the client's processes had
+    :ivar grown: bytes that our process grew by in the copy
     :ivar wire: bytes that left the source host
     :ivar used: bytes that the copy takes up
     :ivar late: seconds that a thread of the client was late at worst, which
@@ -126,6 +127,7 @@ class Sample:
     used: int
     late: float | None = None
     late_99: float | None = None
+    grown: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +143,7 @@ class Outcome:
     end: Callable[[], None]
     late: float | None = None
     late_99: float | None = None
+    grown: int | None = None
 
 
 class Bench:
@@ -239,7 +242,7 @@ class Bench:
         outcome.end()
         return Sample(outcome.seconds, outcome.client, daemons,
                       outcome.memory, wire, used, outcome.late,
-                      outcome.late_99)
+                      outcome.late_99, outcome.grown)
 
     def _check_copy(self, compare: bool) -> None:
         if self._copy.stat().st_size != self._file.stat().st_size:
@@ -351,7 +354,7 @@ class Bench:
         return Outcome(
             seen['seconds'], seen['cpu'], seen['memory'],
             lambda: process.communicate('\n') and None,
-            seen['late'], seen['late_99'])
+            seen['late'], seen['late_99'], seen['grown'])
 
     def _wire(self) -> int:
         return int(self._sent.read_text())
@@ -438,6 +441,7 @@ def rows(work: Work, samples: Samples) -> Iterator[list[str]]:
                text('%.2f', median(lambda s: s.client / gib)),
                text('%.2f', median(lambda s: (s.client + s.daemons) / gib)),
                text('%.0f', median(lambda s: s.memory / MIB)),
+               text('%.0f', median(lambda s: s.grown and s.grown / MIB)),
                text('%.0f', median(lambda s: s.wire / MIB)),
                text('%.0f', median(lambda s: s.used / MIB)),
                text('%.0f', median(lambda s: s.late_99 and s.late_99 * 1000)),
@@ -509,6 +513,9 @@ def figures(found: dict[str, tuple[Work, Samples]]) -> Iterator[list[str]]:
             yield ['green thread during a copy and a stall, late ms, ' + text,
                    '', bound,
                    '%.0f' % (1000 * median_of(samples, 'stalled', name))]
+        yield ['memory of a transfer with a stalled peer, MiB', '',
+               'at most 64',
+               '%.0f' % (max(s.grown or 0 for s in samples['stalled']) / MIB)]
 
 
 def describe(disk: Disk) -> str:
@@ -558,7 +565,7 @@ def works(short: bool) -> list[Work]:
             ('direct',), ('rsync --sparse',)),
         Work(random('small', 1), ('direct', 'ssh path')),
         *(Work(random('size %d' % number, 1024 // scale * number),
-               ('direct',)) for number in (1, 2, 4, 8)),
+               ('direct',), ('scp', 'cp')) for number in (1, 2, 4, 8)),
         Work(random('two', 1024), ('direct', 'two at once', 'stalled')),
     ]
 
