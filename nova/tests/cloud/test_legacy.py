@@ -49,13 +49,17 @@ class DirectoryTestCase(base.CloudTestCase):
             f'{servers.INSTANCES}/{server.id}')
 
     def assert_owned_by_nova(self, server: servers.Server,
-                             host: str) -> None:
-        """Check owner, group and mode of all files of a server."""
+                             host: str, *others: str) -> None:
+        """Check owner, group and mode of all files of a server.
+
+        :param others: names of files that are no part of the server
+        """
+        not_disks = ('console.log', *others)
         nova = self.cloud.lab.host(host)
         directory = self.directory(server, host)
         found = {name: os.stat(directory / name)
                  for name in ('.', *os.listdir(directory))
-                 if name != 'console.log'}
+                 if name not in not_disks}
         self.assertEqual(MODES, {
             name: stat.S_IMODE(status.st_mode)
             for name, status in found.items()})
@@ -137,7 +141,11 @@ class TestRawToNovasOwnDriver(DirectoryTestCase):
         server = self.create_full()
         server.stop()
         server.migrate(base.DESTINATION)
-        self.assert_owned_by_nova(server, base.DESTINATION)
+        # Nova's own driver leaves what says that all has arrived.
+        marker, = self.directory(server, base.DESTINATION).glob(
+            f'{server.id}_*')
+        self.assertEqual(0, marker.stat().st_size)
+        self.assert_owned_by_nova(server, base.DESTINATION, marker.name)
         self.assert_keeps_password(server, base.DESTINATION)
         for disk in ('disk', 'disk.eph0'):
             self.assertEqual('raw', self.image_info(

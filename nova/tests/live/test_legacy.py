@@ -95,8 +95,9 @@ class DirectoryTestCase(base.LiveTestCase):
         move.close()
 
         there = self.destination.path(self.directory)
-        self.assertEqual({'disk', 'disk.eph0', 'disk.info'},
-                         set(os.listdir(there)))
+        self.assertEqual(
+            {'disk', 'disk.eph0', 'disk.info', directory.ARRIVED},
+            self._names(there))
         self.assertNotEqual(self.source.nova_uid, self.destination.nova_uid)
         for path in (there, *there.iterdir()):
             status = path.stat()
@@ -104,7 +105,7 @@ class DirectoryTestCase(base.LiveTestCase):
                 (self.destination.nova_uid, self.destination.nova_gid,
                  0o755 if path == there else 0o644),
                 (status.st_uid, status.st_gid, status.st_mode & 0o7777))
-            if path != there:
+            if path.name.startswith('disk'):
                 self.assertEqual(self.sha256(self.local / path.name),
                                  self.sha256(path))
         self.assertEqual(4096, self.allocated(there / 'disk.eph0'))
@@ -126,6 +127,23 @@ class DirectoryTestCase(base.LiveTestCase):
         move, disks = self._start()
         claim, = os.listdir(self.destination.path(self.directory))
         self.assertIn(peer.CLAIM, claim)
+
+    def test_next_attempt_clears_a_copy_that_nobody_took_over(self):
+        move, disks = self._start()
+        for disk in disks:
+            move.copy_disk(disk, None)
+        move.copy_instance_dir([], None)
+        move.close()
+        there = self.destination.path(self.directory)
+        self.assertEqual({'disk', 'disk.eph0', directory.ARRIVED},
+                         self._names(there))
+        move, disks = self._start()
+        self.assertEqual({peer.CLAIM}, self._names(there))
+
+    def _names(self, path):
+        """The names of its files, and only the kind of those that claim."""
+        return {name.removeprefix(f'{self.uuid}_').partition('-')[0]
+                for name in os.listdir(path)}
 
     def test_files_of_somebody_else_stay(self):
         there = self.destination.path(self.directory)

@@ -300,6 +300,9 @@ class LibvirtDriver(driver.LibvirtDriver):
                     volumes)
         elif self._streams_files(instance):
             _native(_flush, [info['path'] for info in disks])
+        for path in image.list_files(instance, image.volume_name(
+                instance, directory.ARRIVED)):
+            os.unlink(path)
         # What Nova would do with the disks is to make qcow2 of raw ones where
         # use_cow_images is set. One in a pool stays raw instead.
         others = [info for info in disks if not image.is_in_pool(info['path'])]

@@ -34,16 +34,21 @@ except ImportError:
 # What may be in an instance directory besides disks and has to come along.
 FILES = ('disk.info', *transfer.BOOT_FILES)
 
+# What the name of the claim begins with when all other files have arrived.
+# Where no domain is defined and the server is still on this host, such files
+# are a copy that nobody took over, because this host's nova-compute died.
+ARRIVED = 'arrived'
+
 
 class Destination(peer.Destination):
     """What such a migration has on the host that it goes to.
 
-    The claim is a file in the instance directory, and is gone when all the
-    others have arrived: Nova's own driver would not delete it.
+    The claim is an empty file in the instance directory. Nova's own driver
+    over there leaves it, so that it has another name when the others have
+    arrived: they are a server's disks from then on.
     """
 
     _instances: storage_pool.Directory
-    _settled = False
 
     def check(self, needed: int, source_pool: storage_pool.Pool) -> None:
         """Check that the host can take the server; change nothing there.
@@ -87,8 +92,8 @@ class Destination(peer.Destination):
         :raises: Unsuitable
         """
         self._check_claim()
+        self.create_file(self._arrived_name, 0)
         self._disks().volume(self._claim_name).delete()
-        self._settled = True
         self._disks().detach()
 
     def discard(self) -> None:
@@ -146,12 +151,9 @@ class Destination(peer.Destination):
 
     def _clear_ours(self) -> None:
         self._directory = self._find_directory()
-        if self._directory is None:
-            return
-        # Nobody else claims a directory with files of nobody's.
-        if not self._settled:
+        if self._directory is not None:
             self._check_claim()
-        self._clear()
+            self._clear()
 
     def _give_up(self, directory: storage_pool.Pool) -> None:
         """Take back the claim, and the directory if that is empty then."""
@@ -163,7 +165,15 @@ class Destination(peer.Destination):
             directory.remove()
 
     def _is_claim(self, name: str) -> bool:
-        return name.startswith(self._prefix + peer.CLAIM)
+        return super()._is_claim(name) or name.startswith(
+            self._prefix + ARRIVED)
+
+    def _claims(self) -> set[str]:
+        return {self._claim_name, self._arrived_name}
+
+    @property
+    def _arrived_name(self) -> str:
+        return self._claim_name.replace(peer.CLAIM, ARRIVED)
 
 
 class Transfer(transfer.Transfer):

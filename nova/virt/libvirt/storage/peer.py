@@ -206,7 +206,7 @@ class Destination:
     def _check_names(self) -> None:
         """Check that nothing there has the names of what is to come."""
         volumes = self.pool.volumes(self._prefix)
-        if not self._is_claimed(volumes):
+        if not any(self._is_claim(volume.name) for volume in volumes):
             if volumes:
                 raise self._unsuitable(
                     f'volume {volumes[0].path} is in the way',
@@ -282,9 +282,9 @@ class Destination:
         """
         pool = self._disks()
         pool.refresh()
-        claims = [volume.name
-                  for volume in pool.volumes(self._prefix + CLAIM)]
-        if claims != [self._claim_name]:
+        claims = {volume.name for volume in pool.volumes(self._prefix)
+                  if self._is_claim(volume.name)}
+        if not claims or claims - self._claims():
             raise Superseded(
                 self.host, self.uri,
                 'another attempt to migrate the server has taken over what '
@@ -441,9 +441,13 @@ class Destination:
             return False
         return True
 
-    def _is_claimed(self, volumes: list[storage_pool.Volume]) -> bool:
-        return any(volume.name.startswith(self._prefix + CLAIM)
-                   for volume in volumes)
+    def _is_claim(self, name: str) -> bool:
+        """Whether a volume says that some attempt made the others."""
+        return name.startswith(self._prefix + CLAIM)
+
+    def _claims(self) -> set[str]:
+        """The names of those by which this attempt says so."""
+        return {self._claim_name}
 
     def _shares_directory(self) -> bool:
         """Whether a new file in the instance directory shows up there."""
@@ -478,7 +482,7 @@ class Destination:
         directory.remove()
         self.pool.refresh()
         for volume in sorted(self.pool.volumes(self._prefix),
-                             key=lambda volume: self._is_claimed([volume])):
+                             key=lambda volume: self._is_claim(volume.name)):
             volume.delete()
 
     def _make_directory(self) -> storage_pool.Pool:

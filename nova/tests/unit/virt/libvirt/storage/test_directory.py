@@ -24,6 +24,7 @@ from nova import exception
 from nova.tests.fixtures import libvirt_storage
 from nova.tests.unit.virt.libvirt import test_storage_migrate
 from nova.virt.libvirt import driver
+from nova.virt.libvirt.storage import directory
 from nova.virt.libvirt.storage import peer
 from nova.virt.libvirt.storage import pool
 
@@ -71,7 +72,15 @@ class DirectoryTestCase(test_storage_migrate.DriverTestCase):
 
     def _arrived(self):
         return {os.path.basename(path): file.content.read(0, units.Ki)
-                for path, file in self.dest.files.items()}
+                for path, file in self.dest.files.items()
+                if directory.ARRIVED not in path}
+
+    def _markers(self):
+        return [path for path in self.dest.files if directory.ARRIVED in path]
+
+    def _come_back(self):
+        """What Nova does as it starts after it ended in a migration."""
+        os.rename(self.directory + '_resize', self.directory)
 
     def _assert_nothing_on_destination(self):
         self.assertEqual(self.before, self._state())
@@ -218,6 +227,14 @@ class RefusalTestCase(DirectoryTestCase):
         self.dest.add_domain(uuids.instance)
         self._assert_refused('a domain with uuid ' + uuids.instance)
 
+    def test_domain_with_the_copy_that_arrived(self):
+        self._migrate()
+        self._come_back()
+        self.calls.reset_mock()
+        self.dest.add_domain(uuids.instance)
+        self.before = self._state()
+        self._assert_refused('a domain with uuid ' + uuids.instance)
+
     def test_files_in_the_way(self):
         path = os.path.join(self.directory, 'disk')
         self.dest.add_file(path, b'not ours')
@@ -294,6 +311,31 @@ class FailureTestCase(DirectoryTestCase):
         self.assertEqual({'disk', 'disk.eph0', 'disk.config', 'disk.info'},
                          set(self._arrived()))
 
+    def test_next_attempt_clears_a_copy_that_nobody_took_over(self):
+        self._migrate()
+        self._come_back()
+        self.dest.add_file(os.path.join(self.directory, 'kernel'), b'old')
+        before = self._markers()
+        self._migrate()
+        self.assertEqual({'disk', 'disk.eph0', 'disk.config', 'disk.info'},
+                         set(self._arrived()))
+        self.assertEqual(1, len(self._markers()))
+        self.assertNotEqual(before, self._markers())
+
+    def test_copy_that_arrived_is_not_deleted_by_an_older_attempt(self):
+        # The first that is deleted is the claim.
+        self.dest.fail('vol.delete', error=self.ERROR, nth=2)
+        with mock.patch.object(
+                self.driver, '_keep_instance_dir', side_effect=OSError):
+            self._fail()
+        self.assertEqual(1, len(self._markers()))
+        self._migrate()
+        arrived = self._arrived(), self._markers()
+        self.assertIn('disk', arrived[0])
+        self.driver._discard_leftovers()
+        self.assertEqual(arrived, (self._arrived(), self._markers()))
+        self.assertEqual({}, self.driver._leftovers)
+
 
 class FinishTestCase(DirectoryTestCase):
 
@@ -310,6 +352,20 @@ class FinishTestCase(DirectoryTestCase):
                 {})
         self.assertEqual(
             3 + 3, fsync.call_count)
+
+    def test_marker_of_a_copy_that_arrived_goes(self):
+        self._add_files()
+        name = f'{uuids.instance}_{directory.ARRIVED}-{uuids.attempt}'
+        marker = self._add_file(name, b'')
+        self.flags(vol_upload_migration_legacy=False, group='libvirt')
+        with mock.patch.object(driver.LibvirtDriver, 'finish_migration'):
+            self.driver.finish_migration(
+                self.context, mock.sentinel.migration, self.instance,
+                jsonutils.dumps(self.disk_info.return_value),
+                mock.sentinel.network_info, mock.sentinel.image_meta, False,
+                {})
+        self.assertFalse(os.path.exists(marker))
+        self.assertTrue(os.path.exists(os.path.join(self.directory, 'disk')))
 
     def test_unfinished_copy_is_no_disk_to_evacuate_to(self):
         self._add_file(f'{uuids.instance}_{peer.CLAIM}-dead', b'')
