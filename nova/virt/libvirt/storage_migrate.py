@@ -233,7 +233,11 @@ class LibvirtDriver(driver.LibvirtDriver):
                     instance, block_device_info))
                 disks = _disks_in(self._disks_path(instance), disk_info)
                 running = self.get_info(instance).state == power_state.RUNNING
+                vtpm = _vtpm_path(instance)
                 _native(move.check, disks)
+                if move.destination.is_shared:
+                    _refuse_vtpm(instance, _(
+                        'hosts that share its instance directory'))
                 _native(move.destination.claim)
             with self._put_back_on_error(
                     context, instance, network_info, block_device_info,
@@ -245,6 +249,8 @@ class LibvirtDriver(driver.LibvirtDriver):
                     move.record_disks(disks)
                 else:
                     self._copy_disks(context, instance, move, disks, cancel)
+                    if vtpm:
+                        _native(move.copy_vtpm, vtpm, cancel)
                     _native(move.copy_instance_dir, disks, cancel)
                     self._keep_instance_dir(instance)
         finally:
@@ -263,6 +269,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         originals = kept.Originals(instance)
         with _rollback(exception.MigrationPreCheckError, instance):
             self._check_request(instance, flavor, block_device_info)
+            _refuse_vtpm(instance, _('the pools of one host'))
             disk_info = _without_swap(self._get_instance_disk_info(
                 instance, block_device_info))
             _check_room_here(disk_info)
@@ -300,6 +307,10 @@ class LibvirtDriver(driver.LibvirtDriver):
                     volumes)
         elif self._streams_files(instance):
             _native(_flush, [info['path'] for info in disks])
+        _native(_flush, [
+            os.path.join(path, name)
+            for path, _names, names in os.walk(_saved_vtpm_path(instance))
+            for name in names])
         for path in image.list_files(instance, image.volume_name(
                 instance, directory.ARRIVED)):
             os.unlink(path)
@@ -339,6 +350,12 @@ class LibvirtDriver(driver.LibvirtDriver):
         # over, and the server would stay off.
         if instance.old_flavor is not None:
             super()._finish_revert_migration_vtpm(context, instance)
+            return
+        # What Nova's own way over ssh had moved. Without it the server would
+        # start with a new vTPM.
+        saved = os.path.join(_saved_vtpm_path(instance), instance.uuid)
+        if os.path.exists(saved):
+            libvirt_utils.restore_vtpm_dir(saved)
 
     def delete_instance_files(self, instance):
         """Delete a server's files on this host, and its volumes.
@@ -662,9 +679,6 @@ class LibvirtDriver(driver.LibvirtDriver):
                 'of the server, and delete the other.') % {
                     'kept': path, 'disk': image.volume_path(
                         instance, image.disk_name(instance, path))})
-        if hardware.get_vtpm_constraint(instance.flavor, instance.image_meta):
-            raise exception.MigrationPreCheckError(reason=_(
-                'A vTPM can not be migrated over libvirt.'))
         root_shrinks = (
             flavor.root_gb < instance.flavor.root_gb and
             not self._is_booted_from_volume(block_device_info))
@@ -908,6 +922,29 @@ def _without_swap(
     """The disks that have to be copied: a swap disk is made anew."""
     return [info for info in disk_info
             if not info['path'].endswith('disk.swap')]
+
+
+def _vtpm_path(instance) -> str | None:
+    """Where the state of a server's vTPM is on this host, if it has one."""
+    path = os.path.join(libvirt_utils.VTPM_DIR, instance.uuid)
+    return path if os.path.exists(path) else None
+
+
+def _saved_vtpm_path(instance) -> str:
+    """Where Nova puts that while the server is migrated."""
+    return os.path.join(
+        libvirt_utils.get_instance_path(instance), peer.VTPM)
+
+
+def _refuse_vtpm(instance, where: str) -> None:
+    """Refuse to move a vTPM's state where Nova's code could not go on.
+
+    :raises: MigrationPreCheckError
+    """
+    if hardware.get_vtpm_constraint(instance.flavor, instance.image_meta):
+        raise exception.MigrationPreCheckError(reason=_(
+            'A server with a vTPM and disks in a storage pool can not be '
+            'moved between %s.') % where)
 
 
 def _check_room_here(disk_info: list[dict[str, ty.Any]]) -> None:

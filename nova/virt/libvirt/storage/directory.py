@@ -142,12 +142,7 @@ class Destination(peer.Destination):
         return self._instances.permissions
 
     def _clear(self) -> None:
-        """Delete the instance directory, and the claim last of its files."""
-        directory = self._make_directory()
-        for file in sorted(directory.volumes(),
-                           key=lambda file: self._is_claim(file.name)):
-            file.delete()
-        directory.remove()
+        self._remove_directory()
 
     def _clear_ours(self) -> None:
         self._directory = self._find_directory()

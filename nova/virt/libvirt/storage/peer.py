@@ -55,6 +55,10 @@ DIRECTORY_MODE = 0o755
 # its source host died. It ends with an id that tells one attempt from others.
 CLAIM = 'incoming'
 
+# The directory in the instance directory in which Nova looks for the state of
+# a server's vTPM.
+VTPM = 'swtpm'
+
 
 class Unsuitable(Exception):
     """The destination can not take the server.
@@ -311,6 +315,32 @@ class Destination:
             name, length, self._permissions(FILE_MODE))
 
     @contextlib.contextmanager
+    def vtpm(self) -> ty.Iterator[storage_pool.Pool]:
+        """The place of a vTPM's state, which is made, as a pool."""
+        assert self._directory is not None
+        with self.subdirectory(
+                self._directory, VTPM, DIRECTORY_MODE) as pool:
+            yield pool
+
+    @contextlib.contextmanager
+    def subdirectory(
+        self, parent: storage_pool.Pool, name: str, mode: int,
+    ) -> ty.Iterator[storage_pool.Pool]:
+        """A directory in that of a pool, which is made, as a pool."""
+        parent.create_directory(name, self._permissions(mode))
+        with storage_pool.inside(parent, name) as pool:
+            yield pool
+
+    def create_in(
+        self, pool: storage_pool.Pool, name: str, length: int, mode: int,
+    ) -> storage_pool.Volume:
+        """Create a file in the directory of a pool.
+
+        :param length: bytes that will be written to it
+        """
+        return pool.create_volume(name, length, self._permissions(mode))
+
+    @contextlib.contextmanager
     def writing(
         self, volume: storage_pool.Volume,
     ) -> ty.Iterator['libvirt.virStorageVol']:
@@ -342,7 +372,15 @@ class Destination:
         :raises: Unsuitable
         """
         self._check_claim()
-        pool = self._disks()
+        self.verify(self._disks(), name, length)
+
+    def verify(
+        self, pool: storage_pool.Pool, name: str, length: int,
+    ) -> None:
+        """Check that a volume is there, in a pool that was refreshed.
+
+        :raises: Unsuitable
+        """
         actual = pool.volume(name).length
         if actual != length:
             raise self._unsuitable(
@@ -476,14 +514,22 @@ class Destination:
 
         The next attempt then goes on with what this one may have to leave.
         """
-        directory = self._make_directory()
-        for file in directory.volumes():
-            file.delete()
-        directory.remove()
+        self._remove_directory()
         self.pool.refresh()
         for volume in sorted(self.pool.volumes(self._prefix),
                              key=lambda volume: self._is_claim(volume.name)):
             volume.delete()
+
+    def _remove_directory(self) -> None:
+        """Delete the instance directory, and a claim last of its files."""
+        directory = self._make_directory()
+        for file in sorted(directory.volumes(),
+                           key=lambda file: self._is_claim(file.name)):
+            if file.name == VTPM:
+                storage_pool.delete_directory(directory, file)
+            else:
+                file.delete()
+        directory.remove()
 
     def _make_directory(self) -> storage_pool.Pool:
         """A pool on the instance directory, which is made if need be."""

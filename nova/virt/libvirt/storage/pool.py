@@ -123,6 +123,17 @@ class Volume:
         """Bytes that the volume takes up in its pool."""
         return self.libvirt_volume.info()[2]
 
+    @property
+    def is_directory(self) -> bool:
+        """Whether it is a directory in that of the pool."""
+        return self.libvirt_volume.info()[0] == libvirt.VIR_STORAGE_VOL_DIR
+
+    @property
+    def mode(self) -> int:
+        """The permission bits of the volume's file."""
+        xml = etree.fromstring(self.libvirt_volume.XMLDesc(0))
+        return int(xml.findtext('target/permissions/mode'), 8)
+
     def delete(self) -> None:
         """Delete the volume; no error if it is gone already."""
         try:
@@ -251,11 +262,21 @@ class Pool:
 
         :param length: bytes that a stream will carry
         """
+        return self._create(name, 'raw', length, permissions)
+
+    @_retry_busy
+    def create_directory(self, name: str, permissions: Permissions) -> None:
+        """Create a directory in that of the pool."""
+        self._create(name, 'dir', 0, permissions)
+
+    def _create(
+        self, name: str, kind: str, length: int, permissions: Permissions,
+    ) -> Volume:
         xml = E.volume(
             E.name(name),
             E.capacity(str(length), unit='bytes'),
             E.allocation('0', unit='bytes'),
-            E.target(E.format(type='raw'), permissions.xml()))
+            E.target(E.format(type=kind), permissions.xml()))
         return Volume(self.libvirt_pool.createXML(_text(xml), 0))
 
     @_retry_busy
@@ -322,6 +343,44 @@ def at(
         yield made
     finally:
         made.detach()
+
+
+@contextlib.contextmanager
+def attached(
+    connection: 'libvirt.virConnect', name: str, path: str,
+) -> ty.Iterator[Pool]:
+    """A transient pool of a directory, for as long as the body runs.
+
+    :param path: the directory, which has to exist
+    """
+    pool = Pool.attach(connection, name, path)
+    try:
+        pool.refresh()
+        yield pool
+    finally:
+        # One that stays, as the connection was lost, is in nobody's way: the
+        # next attempt uses it.
+        with contextlib.suppress(libvirt.libvirtError):
+            pool.detach()
+
+
+@contextlib.contextmanager
+def inside(parent: Pool, name: str) -> ty.Iterator[Pool]:
+    """The same of a directory in that of another pool."""
+    with attached(parent.libvirt_pool.connect(), f'{parent.name}-{name}',
+                  os.path.join(parent.path, name)) as pool:
+        yield pool
+
+
+def delete_directory(parent: Pool, directory: Volume) -> None:
+    """Delete a directory in that of a pool, with all that is in it."""
+    with inside(parent, directory.name) as pool:
+        for volume in pool.volumes():
+            if volume.is_directory:
+                delete_directory(pool, volume)
+            else:
+                volume.delete()
+    directory.delete()
 
 
 def is_target(connection: 'libvirt.virConnect', path: str) -> bool:

@@ -165,6 +165,49 @@ class Transfer:
         except Exception as error:
             raise self._error(name, error) from error
 
+    def copy_vtpm(
+        self, path: str, cancel: stream.CancelEvent | None,
+    ) -> None:
+        """Copy the state of a server's vTPM, which stays here too.
+
+        It goes into the instance directory. From there Nova's own code, which
+        finishes the migration, takes it to where libvirt looks for it.
+
+        :param path: its directory on this host
+        :raises: TransferError, stream.Cancelled
+        """
+        name = os.path.basename(path)
+        try:
+            with (storage_pool.attached(
+                    self._connection, f'nova-{name}-state', path) as source,
+                  self.destination.vtpm() as target):
+                self._copy_directory(source, target, name, cancel)
+        except stream.Cancelled:
+            raise
+        except Exception as error:
+            raise self._error('the state of the vTPM', error) from error
+
+    def _copy_directory(
+        self, source: storage_pool.Pool, parent: storage_pool.Pool,
+        name: str, cancel: stream.CancelEvent | None,
+    ) -> None:
+        """Copy a directory, with the modes that all in it has here."""
+        with self.destination.subdirectory(
+                parent, name, source.permissions.mode) as target:
+            for volume in source.volumes():
+                if volume.is_directory:
+                    with storage_pool.inside(source, volume.name) as inner:
+                        self._copy_directory(
+                            inner, target, volume.name, cancel)
+                    continue
+                length = volume.length
+                file = self.destination.create_in(
+                    target, volume.name, length, volume.mode)
+                if length:
+                    self._copy(volume, length, file, cancel)
+                target.refresh()
+                self.destination.verify(target, volume.name, length)
+
     def record_disks(self, disks: list[Disk]) -> None:
         """Add the paths over there to the record of formats, which is shared.
 
@@ -205,17 +248,14 @@ class Transfer:
     def _copy_file(self, name: str, cancel: stream.CancelEvent | None) -> None:
         # Through a pool here too: libvirt may have given the file to QEMU,
         # and this process can then not read it.
-        directory = storage_pool.Pool.attach(
-            self._connection,
-            f'nova-{os.path.basename(self._directory)}', self._directory)
-        try:
-            directory.refresh()
+        with storage_pool.attached(
+                self._connection,
+                f'nova-{os.path.basename(self._directory)}',
+                self._directory) as directory:
             source = directory.volume(name)
             length = source.length
             file = self.destination.create_file(name, length)
             self._copy(source, length, file, cancel)
-        finally:
-            directory.detach()
 
     def _copy(
         self,

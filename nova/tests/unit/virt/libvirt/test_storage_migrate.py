@@ -332,10 +332,6 @@ class RefusalTestCase(DriverTestCase):
         error = self._assert_refused(flavor=self._flavor(ephemeral_gb=1))
         self.assertIsInstance(error, exception.ResizeError)
 
-    def test_vtpm(self):
-        with mock.patch('nova.virt.hardware.get_vtpm_constraint'):
-            self._assert_refused('vTPM')
-
     def test_host_that_is_not_there(self):
         self._assert_refused(
             'host gone (qemu+tls://gone/system)', 'No route to host',

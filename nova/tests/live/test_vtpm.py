@@ -1,0 +1,167 @@
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+
+import os
+import pwd
+import shutil
+import sys
+import uuid
+
+import libvirt
+from oslo_utils import uuidutils
+
+from nova.tests.live import base
+from nova.virt.libvirt.storage import directory
+from nova.virt.libvirt.storage import peer
+
+INSTANCES = '/var/lib/nova/instances'
+VTPM = '/var/lib/libvirt/swtpm'
+SECRET = """\
+<secret ephemeral='yes' private='yes'>
+  <uuid>{secret}</uuid>
+  <usage type='vtpm'><name>{uuid}</name></usage>
+</secret>
+"""
+DOMAIN = """\
+<domain type='qemu'>
+  <name>vtpm-{uuid}</name>
+  <uuid>{uuid}</uuid>
+  <memory unit='MiB'>64</memory>
+  <os><type arch='x86_64'>hvm</type></os>
+  <devices>
+    <tpm model='tpm-tis'>
+      <backend type='emulator' version='2.0'>
+        <encryption secret='{secret}'/>
+      </backend>
+    </tpm>
+  </devices>
+</domain>
+"""
+# What Nova does at the destination, as the root that it becomes for that.
+RESTORE = """\
+import sys
+import nova.privsep
+from nova.virt.libvirt import utils
+nova.privsep.sys_admin_pctxt.set_client_mode(False)
+utils.restore_vtpm_dir(sys.argv[1])
+"""
+
+
+class VtpmTestCase(base.LiveTestCase):
+    """The state that a real emulator made moves to where another uses it."""
+
+    def setUp(self):
+        super().setUp()
+        self.uuid = uuidutils.generate_uuid()
+        self.secret = str(uuid.UUID(int=uuid.UUID(self.uuid).int ^ 1))
+        self.directory = f'{INSTANCES}/{self.uuid}'
+        self.state = f'{VTPM}/{self.uuid}'
+        for host in (self.source, self.destination):
+            for path in (self.directory, self.state):
+                self.addCleanup(shutil.rmtree, host.path(path),
+                                ignore_errors=True)
+
+    def define(self, host, passphrase):
+        """Define the server, and what its vTPM is encrypted with."""
+        connection = self.connect_local(host)
+        values = {'uuid': self.uuid, 'secret': self.secret}
+        secret = connection.secretDefineXML(SECRET.format(**values))
+        self.addCleanup(secret.undefine)
+        secret.setValue(passphrase)
+        domain = connection.defineXML(DOMAIN.format(**values))
+        self.addCleanup(self._undefine, domain)
+        return domain, secret
+
+    def _undefine(self, domain):
+        if domain.isActive():
+            domain.destroy()
+        domain.undefine()
+
+    def files(self, host, top):
+        """Checksum, owner and mode of what is in a directory, by path."""
+        top = host.path(top)
+        return {
+            str(path.relative_to(top)): (
+                self.sha256(path) if path.is_file() else '',
+                path.stat().st_uid, path.stat().st_mode)
+            for path in top.rglob('*')}
+
+    def migrate(self):
+        destination = directory.Destination(
+            self.destination.name, self.lab.uri(self.destination),
+            f'nova-{self.uuid}', self.uuid, self.directory)
+        move = directory.Transfer(
+            'qemu+unix:///system?socket=%s' % self.source.path(
+                '/run/libvirt/libvirt-sock'),
+            destination, f'nova-{self.uuid}', self.directory)
+        self.addCleanup(move.close)
+        move.check([])
+        destination.claim()
+        move.copy_vtpm(self.state, None)
+        return move
+
+    def test_emulator_goes_on_with_the_state_on_the_other_host(self):
+        os.makedirs(self.source.path(self.directory))
+        domain, _secret = self.define(self.source, b'of the server')
+        domain.create()
+        domain.destroy()
+        before = self.files(self.source, self.state)
+        self.assertIn('tpm2/tpm2-00.permall', before)
+        pools = [self.pools(host) for host in self.lab.hosts]
+
+        move = self.migrate()
+        came = self.files(self.destination,
+                          f'{self.directory}/{peer.VTPM}/{self.uuid}')
+        self.assertEqual(
+            {path: (checksum, self.destination.nova_uid, mode)
+             for path, (checksum, _owner, mode) in before.items()}, came)
+        move.copy_instance_dir([], None)
+        move.close()
+        self.assertEqual(pools, [self.pools(host) for host in self.lab.hosts])
+        self.assertEqual(before, self.files(self.source, self.state))
+
+        self.destination.run(
+            [sys.executable, '-W', 'ignore', '-c', RESTORE,
+             f'{self.directory}/{peer.VTPM}/{self.uuid}'])
+        # Nova lets root have them where it moves them between file systems,
+        # and libvirt then gives them to the emulator as that starts.
+        self.assertEqual(
+            {path: (checksum, mode)
+             for path, (checksum, _owner, mode) in before.items()},
+            {path: (checksum, mode) for path, (checksum, _owner, mode)
+             in self.files(self.destination, self.state).items()})
+        # It is encrypted: what starts with this secret is this vTPM.
+        domain, secret = self.define(self.destination, b'of another one')
+        self.assertRaises(libvirt.libvirtError, domain.create)
+        secret.setValue(b'of the server')
+        domain.create()
+        self.assertTrue(domain.isActive())
+        owners = {owner for _checksum, owner, _mode in self.files(
+            self.destination, self.state).values()}
+        self.assertEqual({pwd.getpwnam('tss').pw_uid}, owners)
+
+    def test_failed_migration_leaves_nothing(self):
+        os.makedirs(self.source.path(self.directory))
+        domain, _secret = self.define(self.source, b'of the server')
+        domain.create()
+        pools = self.pools(self.destination)
+        move = self.migrate()
+        self.assertTrue(self.destination.path(self.directory).exists())
+        move.destination.discard()
+        self.assertFalse(self.destination.path(self.directory).exists())
+        self.assertEqual(pools, self.pools(self.destination))
+
+    def pools(self, host):
+        return {pool.name()
+                for pool in self.connect(host).listAllStoragePools()}
