@@ -24,6 +24,19 @@ import pathlib
 
 COLUMNS = ('Fault', 'When', 'Outcome', 'Seconds until known')
 
+# When a fault may happen.
+CONNECTING = 'before connecting'
+CREATING = 'before the volume is created'
+COPYING = 'in the middle of the copy'
+FINISHING = 'when all was sent, before the end of the stream'
+CHECKING = 'after the end of the stream, before the check'
+
+# What may come of it.
+AT_SOURCE = 'server at the source, nothing at the destination'
+CLEARED = 'server at the source, the destination is cleared when it is back'
+NEXT = 'server at the source, the next attempt clears the destination'
+MOVED = 'server at the destination'
+
 
 def record(fault: str, when: str, outcome: str, seconds: float) -> None:
     """Add a row to the table, or replace that of this fault at this time.

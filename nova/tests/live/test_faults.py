@@ -42,18 +42,9 @@ from nova.virt.libvirt.storage import transfer
 
 SIZE = 48 * units.Mi
 
-# When a fault may happen.
-CONNECTING = 'before connecting'
-CREATING = 'before the volume is created'
-COPYING = 'in the middle of the copy'
-FINISHING = 'when all was sent, before the end of the stream'
-CHECKING = 'after the end of the stream, before the check'
-
-# What may come of it.
-AT_SOURCE = 'server at the source, nothing at the destination'
-CLEARED = 'server at the source, the destination is cleared when it is back'
-NEXT = 'server at the source, the next attempt clears the destination'
-MOVED = 'server at the destination'
+CONNECTING, CREATING, COPYING, FINISHING, CHECKING = (
+    fault_table.CONNECTING, fault_table.CREATING, fault_table.COPYING,
+    fault_table.FINISHING, fault_table.CHECKING)
 
 DOMAIN = """\
 <domain type='qemu'>
@@ -210,9 +201,9 @@ class FaultTestCase(test_transfer.TransferTestCase):
         self.assertLess(ended - self.happened, within)
         heal()
         self.assertEqual(self.sha, self.sha256(self.path))
-        outcome = AT_SOURCE
+        outcome = fault_table.AT_SOURCE
         if self.ended and not self.discarded:
-            outcome = CLEARED
+            outcome = fault_table.CLEARED
             # As the driver does every minute.
             self.move.destination.discard()
         self.assert_nothing_there()
@@ -226,8 +217,8 @@ class FaultTestCase(test_transfer.TransferTestCase):
         self.assertIsNotNone(self.happened, 'there was no fault')
         self.assertEqual(self.sha, self.sha256(self.path))
         self.assertEqual(self.sha, self.sha256(self._path(self.destination)))
-        fault_table.record(
-            fault, self.moment, MOVED, time.monotonic() - self.happened)
+        fault_table.record(fault, self.moment, fault_table.MOVED,
+                           time.monotonic() - self.happened)
         heal()
         self.clear()
 
@@ -557,8 +548,9 @@ class SourceTestCase(FaultTestCase):
         self.assertTrue(self._path(self.destination).exists())
         self.assert_next_attempt_works()
         self.assertEqual(self.sha, self.sha256(self.path))
-        fault_table.record('process that copies is killed', COPYING, NEXT,
-                           time.monotonic() - self.happened)
+        fault_table.record(
+            'process that copies is killed', COPYING, fault_table.NEXT,
+            time.monotonic() - self.happened)
 
 
 FAULTS = ('kill', 'stop', 'link', 'delete', 'truncate', 'cancel',

@@ -27,6 +27,7 @@ from oslo_serialization import jsonutils
 from oslo_utils import units
 
 from nova.tests.live import base
+from nova.tests.live import fault_table
 from nova.tests.live import hostile
 from nova.tests.live import test_transfer
 
@@ -54,7 +55,8 @@ class SecurityTestCase(test_transfer.TransferTestCase):
     def setUp(self):
         super().setUp()
         # A server whose migration is refused has a disk all the same.
-        self._make_disk(units.Mi, [(0, units.Mi)])
+        path = self._make_disk(units.Mi, [(0, units.Mi)])
+        self.sha = self.sha256(path)
         directory = self.source.path(self.directory)
         directory.mkdir()
         self.addCleanup(shutil.rmtree, directory)
@@ -82,17 +84,32 @@ class SecurityTestCase(test_transfer.TransferTestCase):
         self.assertTrue(self.destination.path(
             self.directory + '/disk.info').exists())
 
-    def _assert_refused(self, uri, cause, remedy):
+    def _assert_refused(self, fault, cause, remedy, uri=None):
         """Assert that nothing happens, and that the error says why.
 
         Users see no more than 255 characters of it.
+
+        :param fault: what the table of faults has of it
         """
+        uri = uri or self.by_name
         started = time.monotonic()
         error = self._migrate(uri).get('error', '')
-        self.assertLess(time.monotonic() - started, REFUSAL_SECONDS)
+        seconds = time.monotonic() - started
+        self.assertLess(seconds, REFUSAL_SECONDS)
         for text in (self.destination.name, uri, cause, remedy):
             self.assertIn(text, error[:255])
+        self.assertEqual(self.sha, self.sha256(self._path(self.source)))
         self._assert_nothing_on_destination()
+        fault_table.record(fault, fault_table.CONNECTING,
+                           fault_table.AT_SOURCE, seconds)
+
+    def _assert_not_confirmed(self, fault):
+        """Assert that the destination does not take the certificate."""
+        self._assert_refused(fault, 'TLS confirmation', 'tls_allowed_dn_list')
+
+    def _remove_client_certificate(self):
+        self.addCleanup(self.source.set_certificate, 'client')
+        self.source.certificate('client').unlink()
 
 
 class CertificateTestCase(SecurityTestCase):
@@ -105,13 +122,15 @@ class CertificateTestCase(SecurityTestCase):
         self.addCleanup(self._restore_server)
         self.destination.set_certificate('server', **certificate)
 
-    def _restart_with_bad_certificate(self):
-        # Else libvirtd does not start; one that runs does not look again.
-        self.destination.restart_libvirtd(tls_no_sanity_certificate=1)
-
     def _restore_server(self):
         self.destination.set_certificate('server')
         self.destination.restart_libvirtd()
+
+    def _assert_server_not_trusted(self, fault, remedy):
+        """Assert that the source does not take the certificate."""
+        # Else libvirtd does not start; one that runs does not look again.
+        self.destination.restart_libvirtd(tls_no_sanity_certificate=1)
+        self._assert_refused(fault, "verify peer's certificate", remedy)
 
     def _other_ca(self):
         return lab.make_ca(self.lab.directory / 'other-ca', 'another CA')
@@ -128,46 +147,45 @@ class CertificateTestCase(SecurityTestCase):
 
     def test_host_that_is_not_on_the_list(self):
         self._set_client(name='webserver')
-        self._assert_refused(self.by_name, 'TLS confirmation',
-                             'tls_allowed_dn_list')
+        self._assert_not_confirmed('certificate of the source is not on the '
+                                   'list of the destination')
 
     def test_no_client_certificate(self):
-        self.addCleanup(self.source.set_certificate, 'client')
-        self.source.certificate('client').unlink()
-        self._assert_refused(self.by_name, 'TLS confirmation',
-                             'tls_allowed_dn_list')
+        self._remove_client_certificate()
+        self._assert_not_confirmed('no client certificate')
 
     def test_client_certificate_of_another_ca(self):
         self._set_client(ca=self._other_ca())
-        self._assert_refused(self.by_name, 'known issuer', '/etc/pki')
+        self._assert_refused('certificate of the source is of another CA',
+                             'known issuer', '/etc/pki')
 
     def test_client_certificate_expired(self):
         self._set_client()
         self.source.expire_certificate('client')
-        self._assert_refused(self.by_name, 'expired', '/etc/pki')
+        self._assert_refused('certificate of the source has expired',
+                             'expired', '/etc/pki')
 
     def test_server_certificate_expired(self):
         self._set_server()
         self.destination.expire_certificate('server')
-        self._restart_with_bad_certificate()
-        self._assert_refused(self.by_name, "verify peer's certificate",
-                             'not expired')
+        self._assert_server_not_trusted(
+            'certificate of the destination has expired', 'not expired')
 
     def test_server_certificate_of_another_ca(self):
         self._set_server(ca=self._other_ca())
-        self._restart_with_bad_certificate()
-        self._assert_refused(self.by_name, "verify peer's certificate",
-                             'cacert.pem')
+        self._assert_server_not_trusted(
+            'certificate of the destination is of another CA', 'cacert.pem')
 
     def test_server_certificate_of_another_name(self):
         self._set_server(name='host9')
-        self._restart_with_bad_certificate()
-        self._assert_refused(self.by_name, "verify peer's certificate",
-                             'valid for the name in the URI')
+        self._assert_server_not_trusted(
+            'certificate of the destination is for another name',
+            'valid for the name in the URI')
 
     def test_name_that_does_not_resolve(self):
-        self._assert_refused('qemu+tls://nowhere.invalid/system', 'resolve',
-                             'DNS')
+        self._assert_refused(
+            'name of the destination can not be resolved', 'resolve', 'DNS',
+            uri='qemu+tls://nowhere.invalid/system')
 
 
 class ScramTestCase(SecurityTestCase):
@@ -183,26 +201,25 @@ class ScramTestCase(SecurityTestCase):
         self._assert_admitted(self.by_name)
 
     def test_no_password(self):
-        self._assert_refused(self.by_name, 'auth', 'auth.conf')
+        self._assert_refused('no SASL password', 'auth', 'auth.conf')
 
     def test_wrong_password(self):
         self.scram.tell(self.source, 'wrong')
-        self._assert_refused(self.by_name, 'authentication failed',
-                             'auth.conf')
+        self._assert_refused('SASL password is wrong',
+                             'authentication failed', 'auth.conf')
 
     def test_password_without_encryption(self):
         self.scram.tell(self.source)
         self.destination.restart_libvirtd(listen_tcp=1, auth_tcp='sasl')
         self._assert_refused(
-            'qemu+tcp://%s/system' % self.destination.name,
-            'authentication failed', 'Over tcp only GSSAPI')
+            'SASL password without encryption', 'authentication failed',
+            'Over tcp only GSSAPI',
+            uri='qemu+tcp://%s/system' % self.destination.name)
 
     def test_password_without_a_certificate(self):
         self.scram.tell(self.source)
-        self.addCleanup(self.source.set_certificate, 'client')
-        self.source.certificate('client').unlink()
-        self._assert_refused(self.by_name, 'TLS confirmation',
-                             'tls_allowed_dn_list')
+        self._remove_client_certificate()
+        self._assert_not_confirmed('SASL password, and no client certificate')
 
 
 class KerberosTestCase(SecurityTestCase):
@@ -224,7 +241,7 @@ class KerberosTestCase(SecurityTestCase):
 
     def test_no_ticket(self):
         self.assertFalse(self.kerberos.has_ticket(self.source))
-        self._assert_refused(self.by_name, 'No Kerberos credentials',
+        self._assert_refused('no Kerberos ticket', 'No Kerberos credentials',
                              'kinit')
 
     def _expire_ticket(self):
@@ -234,7 +251,8 @@ class KerberosTestCase(SecurityTestCase):
 
     def test_ticket_expired(self):
         self._expire_ticket()
-        self._assert_refused(self.by_name, 'expired', 'kinit')
+        self._assert_refused('Kerberos ticket has expired', 'expired',
+                             'kinit')
 
     def test_ticket_that_expired_is_renewed_with_a_keytab(self):
         self._expire_ticket()
@@ -243,14 +261,16 @@ class KerberosTestCase(SecurityTestCase):
 
     def test_ticket_of_somebody_else(self):
         self.kerberos.get_ticket(self.source, user='somebody')
-        self._assert_refused(self.by_name, 'authentication failed',
+        self._assert_refused('Kerberos ticket is of somebody else',
+                             'authentication failed',
                              'sasl_allowed_username_list')
 
     def test_ticket_is_for_a_name(self):
         self.kerberos.get_ticket(self.source)
-        self._assert_refused(self.destination.uri,
-                             'not found in Kerberos database',
-                             'migration_inbound_addr')
+        self._assert_refused(
+            'Kerberos ticket, and the destination is named by its address',
+            'not found in Kerberos database', 'migration_inbound_addr',
+            uri=self.destination.uri)
 
 
 class HostileDiskTestCase(SecurityTestCase):
