@@ -19,8 +19,11 @@ destination, or whole at the destination.
 
 import collections
 import contextlib
+import errno
 import os
+import pathlib
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -189,8 +192,11 @@ class FaultTestCase(test_transfer.TransferTestCase):
     # ---- what comes of it
 
     def fail(self, fault: str, heal: ty.Callable[[], None] = lambda: None,
-             text: str = '', cancel=None, within: float = 30) -> None:
-        """The migration fails, and the server is as it was."""
+             text: str = '', cancel=None, within: float = 30) -> str:
+        """The migration fails, and the server is as it was.
+
+        :returns: the error
+        """
         self.ended = None
         error = self.assertRaises(
             (peer.Unsuitable, transfer.TransferError, stream.Cancelled),
@@ -209,6 +215,7 @@ class FaultTestCase(test_transfer.TransferTestCase):
         self.assert_nothing_there()
         fault_table.record(
             fault, self.moment, outcome, ended - self.happened)
+        return str(error)
 
     def succeed(self, fault: str,
                 heal: ty.Callable[[], None] = lambda: None) -> None:
@@ -372,27 +379,50 @@ class DestinationPoolTestCase(FaultTestCase):
         self.assertGreater(len(refreshed), 10)
 
 
-class DestinationFullTestCase(FaultTestCase):
+class MountedPoolTestCase(FaultTestCase):
+    """The disks pool of one host is a file system of its own."""
+
+    mounted = None
 
     def setUp(self):
         super().setUp()
-        self.directory_there = f'/var/lib/nova/{self.pool_name}'
-        self.inside = f'/proc/{self.destination.pid}/root'
-        self.destination.run([
-            'mount', '-t', 'tmpfs', '-o', f'size={SIZE + 8 * units.Mi},'
-            f'uid={self.destination.nova_uid},mode=755', 'tmpfs',
-            self.directory_there])
-        self.addCleanup(self.destination.run,
-                        ['umount', '-l', self.directory_there])
-        self.pool_there().refresh()
+        self.pool_path = f'/var/lib/nova/{self.pool_name}'
+
+    def mount(self, host, *arguments) -> None:
+        host.run(['mount', *arguments, self.pool_path])
+        self.addCleanup(host.run, ['umount', '-l', self.pool_path])
+        self.mounted = host
+
+    def mount_image(self, host) -> pathlib.Path:
+        """Mount a file system that has a disk of its own, and return that."""
+        image = host.directory / 'image'
+        self.addCleanup(image.unlink)
+        with open(image, 'wb') as file:
+            file.truncate(SIZE + 16 * units.Mi)
+        host.run(['mkfs.ext4', '-q', '-b', '4096', '-O', '^has_journal', '-E',
+                  f'root_owner={host.nova_uid}:{host.nova_gid}', str(image)])
+        self.mount(host, '-o', 'loop', str(image))
+        host.run(['rmdir', self.pool_path + '/lost+found'])
+        self.connect_local(host).storagePoolLookupByName(
+            self.pool_name).refresh()
+        return image
 
     def _path(self, host, name=None):
-        path = super()._path(host, name)
-        if host is not self.destination:
-            return path
+        if host is not self.mounted:
+            return super()._path(host, name)
         # The machine does not see the mount.
-        return type(path)(self.inside, self.directory_there.lstrip('/'),
-                          name or self.volume)
+        return pathlib.Path(f'/proc/{host.pid}/root{self.pool_path}',
+                            name or self.volume)
+
+
+class DestinationFullTestCase(MountedPoolTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.mount(self.destination, '-t', 'tmpfs', '-o',
+                   f'size={SIZE + 8 * units.Mi},mode=755,'
+                   f'uid={self.destination.nova_uid}', 'tmpfs')
+        self.pool_there().refresh()
 
     def _fill(self):
         filler = self._path(self.destination, 'filler')
@@ -481,6 +511,51 @@ class DestinationVolumeTestCase(FaultTestCase):
         self.assertIn('is there already', str(error))
         self.assertEqual(
             self.sha, self.sha256(self._path(self.destination)))
+
+
+@ddt.ddt
+class SourceDiskFailsTestCase(MountedPoolTestCase):
+    """The kernel can not read what the disk of the source has any more."""
+
+    # Beyond it is at least a third of the volume.
+    kept = 32 * units.Mi
+
+    def setUp(self):
+        super().setUp()
+        on_another_disk = self.path
+        self.image = self.mount_image(self.source)
+        self.path = self._path(self.source)
+        shutil.copyfile(on_another_disk, self.path)
+        os.chown(self.path, self.source.nova_uid, self.source.nova_gid)
+        self.source.run(['sync', '-f', self.pool_path])
+        self.content = self.image.read_bytes()
+
+    def forget(self) -> None:
+        """Have nothing of the volume in memory."""
+        with open(self.path, 'rb') as disk:
+            os.posix_fadvise(disk.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def lose(self) -> None:
+        os.truncate(self.image, self.kept)
+        self.forget()
+
+    def find(self) -> None:
+        error = self.assertRaises(OSError, self.path.read_bytes)
+        self.assertEqual(errno.EIO, error.errno)
+        with open(self.image, 'r+b') as image:
+            image.seek(self.kept)
+            image.write(self.content[self.kept:])
+        self.forget()
+
+    @ddt.data((True, ' (direct read)'), (False, ''))
+    @ddt.unpack
+    def test_read_error(self, direct, how):
+        self.direct = direct
+        self.at(COPYING, self.lose)
+        error = self.fail('disk of the source has a read error' + how,
+                          heal=self.find, text='Input/output error')
+        for text in (self.volume, self.destination.name, 'source failed'):
+            self.assertIn(text, error)
 
 
 @ddt.ddt

@@ -575,13 +575,17 @@ class VolumeSource:
             while chunk := _receive(stream):
                 left -= length_of(chunk)
                 if left < 0:
-                    break
+                    raise self._resized(offset, size, left)
                 yield chunk
-            if left:
-                raise CopyError(
-                    self._end, self.path, offset + size - left,
-                    f'the window of {size} bytes at {offset} came with '
-                    f'{size - left} bytes; did the volume change its size?')
+        # Not before the end of the stream, which tells what went wrong.
+        if left:
+            raise self._resized(offset, size, left)
+
+    def _resized(self, offset: int, size: int, left: int) -> CopyError:
+        return CopyError(
+            self._end, self.path, offset + size - left,
+            f'the window of {size} bytes at {offset} came with {size - left} '
+            f'bytes; did the volume change its size?')
 
 
 def _receive(stream: 'libvirt.virStream') -> bytes | int:

@@ -826,6 +826,20 @@ class CopyVolumeFailureTestCase(_CopyFailureTestCase):
 
         self.assert_upload_aborted()
 
+    def test_read_error_that_ends_a_window_early(self):
+        # libvirt tells of it when the stream is finished, and not before.
+        self.source.call(
+            'vol.download',
+            lambda: self.source.volume('disks', 'disk').content.truncate(
+                WINDOW + 5), nth=2)
+        self.source.fail('stream.finish', nth=2, error=(
+            libvirt.VIR_ERR_SYSTEM_ERROR, libvirt.VIR_FROM_STREAMS,
+            'Unable to read: Input/output error'))
+
+        error = self.assert_fails('source', 'Input/output error')
+
+        self.assertEqual(WINDOW + 5, error.done)
+
     def test_source_that_shrinks_fails(self):
         self.source.call(
             'vol.download',
