@@ -181,9 +181,10 @@ Related options:
         help="""
 How long a copy may stand still before it is given up, in seconds.
 
-A copy that was given up is deleted on the destination, and the server runs
-again on its source. A daemon that is gone is noticed earlier, by the keepalive
-of the connection: this is for one that lives, and waits for its disk.
+The destination may take as long to answer whatever else it is asked. A copy
+that was given up is deleted on the destination, and the server runs again on
+its source. A daemon that is gone is noticed earlier, by the keepalive of the
+connection: this is for one that lives, and waits for its disk.
 
 Related options:
 

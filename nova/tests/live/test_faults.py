@@ -447,6 +447,49 @@ class DestinationFullTestCase(MountedPoolTestCase):
 
 
 @ddt.ddt
+class DestinationDiskHangsTestCase(MountedPoolTestCase):
+    """libvirtd of the destination lives, and waits for its disk."""
+
+    fault = 'disk of the destination hangs'
+
+    def setUp(self):
+        super().setUp()
+        self.mount_image(self.destination)
+        self.set_limits(stall_timeout=2)
+        self.addCleanup(self.thaw, check=False)
+
+    def freeze(self):
+        self.destination.run(['fsfreeze', '-f', self.pool_path])
+
+    def thaw(self, check=True):
+        # An error if it is not frozen, which is then no fault.
+        self.destination.run(['fsfreeze', '-u', self.pool_path], check=check)
+
+    @ddt.data((CREATING, 'no answer within 2 seconds'),
+              (COPYING, 'nothing moved for 2 seconds'))
+    @ddt.unpack
+    def test_hangs(self, moment, text):
+        self.at(moment, self.freeze)
+        self.fail(self.fault, heal=self.thaw, text=text, within=10)
+
+    def test_hangs_before(self):
+        self.at(CONNECTING, self.freeze)
+        error = self.assertRaises(peer.Unsuitable, self.migrate)
+        seconds = time.monotonic() - self.happened
+        self.assertIn('no answer within 2 seconds', str(error))
+        self.assertLess(seconds, 10)
+        self.assertEqual(self.sha, self.sha256(self.path))
+        self.thaw()
+        # What was asked for is done now: the claim is there.
+        claim = f'{self.uuid}_{peer.CLAIM}-*'
+        self.wait_for(lambda: any(
+            self._path(self.destination).parent.glob(claim)))
+        self.assert_next_attempt_works()
+        fault_table.record(
+            self.fault, CONNECTING, fault_table.NEXT, seconds)
+
+
+@ddt.ddt
 class DestinationVolumeTestCase(FaultTestCase):
 
     @ddt.data(COPYING, FINISHING, CHECKING)

@@ -29,6 +29,7 @@ from oslo_utils import units
 from oslo_utils import uuidutils
 
 from nova.virt.libvirt.storage import access
+from nova.virt.libvirt.storage import bounded
 from nova.virt.libvirt.storage import certificates
 from nova.virt.libvirt.storage import peer
 from nova.virt.libvirt.storage import pool as storage_pool
@@ -128,7 +129,7 @@ class Checks:
     def _try(self, what: str, step: ty.Callable[[], str],
              seconds: float | None = None) -> Finding:
         try:
-            return Finding(self.host, OK, what, peer._within(
+            return Finding(self.host, OK, what, bounded.within(
                 seconds or STEP_SECONDS, step))
         except Problem as problem:
             return self._finding(problem.status, what, problem)
@@ -547,4 +548,4 @@ def _close(connection: ty.Any) -> None:
     # That it hangs was told of the step before: this is not to end the rest.
     if connection is not None:
         with contextlib.suppress(TimeoutError):
-            peer._within(STEP_SECONDS, connection.close)
+            bounded.within(STEP_SECONDS, connection.close)

@@ -79,10 +79,11 @@ class Destination(peer.Destination):
             try:
                 self.create_file(self._claim_name, 0)
                 self._check_claim()
-            except (libvirt.libvirtError, peer.Unsuitable) as error:
+            except (libvirt.libvirtError, TimeoutError,
+                    peer.Unsuitable) as error:
                 try:
                     self._give_up(self._directory)
-                except libvirt.libvirtError as second:
+                except (libvirt.libvirtError, TimeoutError) as second:
                     error.add_note(f'Deleting the claim failed: {second}')
                 raise
 

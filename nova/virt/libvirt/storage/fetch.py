@@ -89,7 +89,7 @@ def _directory(
     uri: str, path: str, pool_name: str,
 ) -> ty.Iterator[storage_pool.Pool]:
     """A pool of the directory of a file, over a connection of its own."""
-    connection = peer.open_connection(uri)
+    connection = peer.open_bounded(uri)
     try:
         with storage_pool.at(
                 connection, os.path.dirname(path), pool_name) as pool:

@@ -13,9 +13,8 @@
 
 """The other host of a cold migration, as seen over its libvirt daemon.
 
-Every call here may block on that daemon; the keepalive of the connection is
-what bounds the wait. In eventlet mode call it through
-``nova.utils.tpool_wrap``.
+Every call here may block on that daemon, as long as it may be gone, or take to
+answer. In eventlet mode call it through ``nova.utils.tpool_wrap``.
 """
 
 import contextlib
@@ -28,8 +27,8 @@ from oslo_utils import uuidutils
 import nova.conf
 from nova.conf import storage_migrate  # noqa: F401 (registers the options)
 from nova.virt.libvirt.storage import access
+from nova.virt.libvirt.storage import bounded
 from nova.virt.libvirt.storage import pool as storage_pool
-from nova.virt.libvirt.storage import stream
 
 try:
     import libvirt
@@ -84,7 +83,7 @@ class Superseded(Unsuitable):
 def open_connection(
     uri: str, keepalive: bool = True,
 ) -> 'libvirt.virConnect':
-    """Open a connection to a libvirt daemon, with a bound on every wait.
+    """Open a connection to a libvirt daemon that may be gone.
 
     Credentials for SASL come from libvirt's auth.conf, or from the Kerberos
     ticket; nobody is asked for any.
@@ -99,12 +98,23 @@ def open_connection(
         libvirt.VIR_CRED_NOECHOPROMPT, libvirt.VIR_CRED_EXTERNAL]
     auth = [credentials, lambda creds, opaque: -1, None]
     # A host that is down would cost what the kernel allows, minutes.
-    connection = _within(
+    connection = bounded.within(
         CONF.libvirt.vol_upload_migration_connect_timeout,
         lambda: libvirt.openAuth(uri, auth, 0))
     if keepalive:
         start_keepalive(connection)
     return connection
+
+
+def open_bounded(uri: str, keepalive: bool = True) -> bounded.Bounded:
+    """The same to a daemon that may also hang, as another host's.
+
+    :raises: libvirtError if the daemon refuses
+    :raises: TimeoutError if it does not answer, then or later
+    """
+    return bounded.Bounded(
+        open_connection(uri, keepalive),
+        CONF.libvirt.vol_upload_migration_stall_timeout)
 
 
 def start_keepalive(connection: 'libvirt.virConnect') -> None:
@@ -141,7 +151,7 @@ class Destination:
             f'{self._prefix}{CLAIM}-{uuidutils.generate_uuid()}')
         self._directory_path = directory
         self._directory_pool = f'nova-{uuid}'
-        self._connection: 'libvirt.virConnect | None' = None
+        self._connection: bounded.Bounded | None = None
         # That of a copy, which often is found dead before the other one.
         self._is_lost = False
         self._directory: storage_pool.Pool | None = None
@@ -272,10 +282,10 @@ class Destination:
             try:
                 self._check_claim()
                 self._directory = self._make_directory()
-            except (libvirt.libvirtError, Unsuitable) as error:
+            except (libvirt.libvirtError, TimeoutError, Unsuitable) as error:
                 try:
                     claim.delete()
-                except libvirt.libvirtError as second:
+                except (libvirt.libvirtError, TimeoutError) as second:
                     error.add_note(f'Deleting the claim failed: {second}')
                 raise
 
@@ -422,8 +432,8 @@ class Destination:
         self.close()
         self._connection = self._open()
         try:
-            self._look()
             with self._explained():
+                self._look()
                 self._check_claim()
                 self._clear()
         finally:
@@ -435,9 +445,9 @@ class Destination:
             self._connection.close()
             self._connection = None
 
-    def _open(self, keepalive: bool = True) -> 'libvirt.virConnect':
+    def _open(self, keepalive: bool = True) -> bounded.Bounded:
         try:
-            return open_connection(self.uri, keepalive)
+            return open_bounded(self.uri, keepalive)
         except (libvirt.libvirtError, TimeoutError) as error:
             raise self._unsuitable(
                 f'can not connect: {access.cause(error)}',
@@ -556,6 +566,10 @@ class Destination:
         """Say of an error of libvirt's which host it is about."""
         try:
             yield
+        except TimeoutError as error:
+            raise self._unsuitable(
+                error, 'It lives, and may wait for its disk: look into the '
+                'log of the kernel there.') from error
         except libvirt.libvirtError as error:
             raise self._unsuitable(
                 error, "Look into libvirt's log on both hosts.") from error
@@ -571,27 +585,3 @@ class Destination:
 
     def _unsuitable(self, reason: ty.Any, remedy: str) -> Unsuitable:
         return Unsuitable(self.host, self.uri, reason, remedy)
-
-
-def _within(seconds: float, function: ty.Callable[[], ty.Any]) -> ty.Any:
-    """Call a function in a thread of its own, and wait for it so long.
-
-    :raises: TimeoutError; the thread then ends when the function does
-    """
-    outcome: dict[str, ty.Any] = {}
-
-    def call() -> None:
-        try:
-            outcome['result'] = function()
-        except Exception as error:
-            outcome['error'] = error
-
-    thread = stream.native_threading().Thread(
-        target=call, name='libvirt-open', daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise TimeoutError(f'no answer within {seconds} seconds')
-    if 'error' in outcome:
-        raise outcome['error']
-    return outcome['result']

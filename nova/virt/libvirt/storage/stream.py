@@ -315,15 +315,16 @@ def _run(
         raise queue.error
 
 
-def write(destination: 'libvirt.virStorageVol', data: bytes) -> None:
-    """Write a few bytes at the beginning of a volume.
+def write(
+    destination: 'libvirt.virStorageVol',
+    data: bytes,
+    stall_seconds: float = STALL_SECONDS,
+) -> None:
+    """Write a few bytes at the beginning of a fresh volume.
 
     :raises: CopyError if the destination fails
     """
-    queue = _Queue(len(data) + 1)
-    queue.put(data)
-    queue.close()
-    _write(destination, len(data), queue)
+    copy(_Memory(data), destination, len(data), stall_seconds=stall_seconds)
 
 
 def native_threading() -> ty.Any:
@@ -586,6 +587,17 @@ class VolumeSource:
             self._end, self.path, offset + size - left,
             f'the window of {size} bytes at {offset} came with {size - left} '
             f'bytes; did the volume change its size?')
+
+
+class _Memory:
+    """A few bytes."""
+    path = kind = 'memory'
+
+    def __init__(self, data: bytes):
+        self._data = data
+
+    def chunks(self, length: int) -> Chunks:
+        yield self._data[:length]
 
 
 def _receive(stream: 'libvirt.virStream') -> bytes | int:

@@ -243,7 +243,8 @@ class Transfer:
             formats[self.destination_path(disk)] = disk.format
         data = (jsonutils.dumps(formats) + '\n').encode()
         file = self.destination.create_file('disk.info', len(data))
-        stream.write(file.libvirt_volume, data)
+        stream.write(file.libvirt_volume, data,
+                     CONF.libvirt.vol_upload_migration_stall_timeout)
 
     def _copy_file(self, name: str, cancel: stream.CancelEvent | None) -> None:
         # Through a pool here too: libvirt may have given the file to QEMU,

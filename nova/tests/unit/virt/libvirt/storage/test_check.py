@@ -22,6 +22,7 @@ from oslo_utils import units
 from nova import test
 from nova.tests.fixtures import libvirt_storage
 from nova.virt.libvirt.storage import access
+from nova.virt.libvirt.storage import bounded
 from nova.virt.libvirt.storage import check
 from nova.virt.libvirt.storage import peer
 
@@ -319,7 +320,7 @@ class DestinationTestCase(_CheckTestCase):
         with mock.patch.object(
                 check.Destination, '_probe', side_effect=KeyboardInterrupt):
             with mock.patch.object(
-                    peer, '_within', lambda seconds, step: step()):
+                    bounded, 'within', lambda seconds, step: step()):
                 self.assertRaises(KeyboardInterrupt, self._run)
         self.assertEqual(
             self.volumes, self.dest.volume_names('nova-disks'))

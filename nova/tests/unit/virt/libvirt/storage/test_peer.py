@@ -422,6 +422,32 @@ class ClaimTestCase(_PeerTestCase):
 
         self.assertEqual([rival], self.claims())
 
+    def test_claim_that_hangs_is_given_up(self):
+        self.flags(vol_upload_migration_stall_timeout=1, group='libvirt')
+        destination = self.connected()
+        blocked = self.dest.block('pool.createXML')
+        self.addCleanup(blocked.release)
+
+        self.assert_unsuitable('no answer within 1 seconds. It lives',
+                               destination.claim)
+
+        # What was asked for happens, and is for the next attempt to clear.
+        blocked.release()
+        self.assertTrue(libvirt_storage.wait_for(self.claims))
+        self.claimed()
+        self.assert_only_claimed()
+
+    def test_directory_that_hangs_is_given_up(self):
+        self.flags(vol_upload_migration_stall_timeout=1, group='libvirt')
+        destination = self.connected()
+        blocked = self.dest.block('conn.storagePoolCreateXML')
+        self.addCleanup(blocked.release)
+
+        self.assert_unsuitable('no answer within 1 seconds',
+                               destination.claim)
+
+        self.assertEqual([], self.claims())
+
     def test_claim_that_fails_leaves_nothing(self):
         self.dest.fail('conn.storagePoolCreateXML')
         destination = self.connected()
@@ -553,6 +579,14 @@ class TransferTestCase(_PeerTestCase):
                    if where == 'vol.delete']
         self.assertEqual(claim, deleted[-1])
         self.assertEqual(4, len(deleted))
+
+    def test_discard_that_hangs_names_the_host(self):
+        self.flags(vol_upload_migration_stall_timeout=1, group='libvirt')
+        blocked = self.dest.block('vol.delete')
+        self.addCleanup(blocked.release)
+
+        self.assert_unsuitable('no answer within 1 seconds',
+                               self.peer.discard)
 
     def test_discard_that_fails_names_the_host(self):
         self.dest.open_error = TLS_ERROR
