@@ -42,10 +42,13 @@ from oslo_utils import units
 from nova import block_device
 from nova.compute import power_state
 from nova.compute import task_states
+from nova.compute import vm_states
 import nova.conf
 from nova import exception
 from nova.i18n import _
+from nova import objects
 import nova.privsep.utils
+from nova.scheduler.client import report
 from nova import thread_pool_factory
 from nova import utils
 from nova import version
@@ -124,6 +127,7 @@ HOOKS = {
     '_is_path_shared_with': ('dest', 'path'),
     '_is_booted_from_volume': ('block_device_info',),
     'get_host_ip_addr': (),
+    'process_instances_at_startup': ('context', 'instances'),
     'cleanup_host': ('host',),
     'get_available_resource': ('nodename',),
     '_finish_revert_migration_vtpm': ('context', 'instance'),
@@ -184,6 +188,57 @@ class LibvirtDriver(driver.LibvirtDriver):
             fileutils.ensure_tree(cache_dir)
             _native(transfer.ensure_cache_pool, self._uri(), IMAGE_CACHE_POOL,
                     cache_dir)
+
+    def process_instances_at_startup(self, context, instances):
+        """Also put right what Nova leaves of migrations that it ended in."""
+        instances = super().process_instances_at_startup(context, instances)
+        mend = {task_states.RESIZE_MIGRATING: self._end_migration,
+                task_states.RESIZE_FINISH: self._offer_revert}
+        for instance in instances:
+            if (CONF.libvirt.vol_upload_migration and
+                    instance.task_state in mend):
+                try:
+                    mend[instance.task_state](
+                        context, instance,
+                        objects.Migration.get_by_id_and_instance(
+                            context, instance.migration_context.migration_id,
+                            instance.uuid))
+                except Exception:
+                    # This is not to keep nova-compute from starting.
+                    LOG.exception('The migration of the server, in which '
+                                  'nova-compute ended, can not be put right',
+                                  instance=instance)
+        return instances
+
+    def _end_migration(self, context, instance, migration) -> None:
+        """Let a migration fail, and this host be the server's again.
+
+        nova-compute ended in migrate_disk_and_power_off. Nova starts the
+        server next, and would leave the migration as one that is under way,
+        and the server's allocation at the destination.
+        """
+        migration.status = 'error'
+        migration.save()
+        report.report_client_singleton().move_allocations(
+            context, migration.uuid, instance.uuid)
+
+    def _offer_revert(self, context, instance, migration) -> None:
+        """Give a server the state from which its migration is reverted.
+
+        nova-compute ended in finish_migration. Nova would leave the server in
+        that for ever, with nothing that anybody could do with it.
+        """
+        migration.status = 'finished'
+        migration.save()
+        instance.vm_state = vm_states.RESIZED
+        instance.task_state = None
+        instance.save(expected_task_state=task_states.RESIZE_FINISH)
+        LOG.warning(
+            'nova-compute ended before the migration of the server did, which '
+            'may be off now. To start it on %(host)s as it was: openstack '
+            'server resize revert %(uuid)s',
+            {'host': migration.source_compute, 'uuid': instance.uuid},
+            instance=instance)
 
     def cleanup_host(self, host):
         """Stop what copies disks, and wait until its servers are back.

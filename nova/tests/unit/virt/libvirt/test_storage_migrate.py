@@ -28,10 +28,12 @@ from oslo_utils import units
 
 from nova.compute import power_state
 from nova.compute import task_states
+from nova.compute import vm_states
 from nova.conf import storage_migrate as storage_migrate_conf
 from nova import context as nova_context
 from nova import exception
 from nova import objects
+from nova.scheduler.client import report
 from nova import test
 from nova.tests import fixtures as nova_fixtures
 from nova.tests.fixtures import libvirt_storage
@@ -566,6 +568,7 @@ class ShutdownTestCase(DriverTestCase):
         self.cleanup.assert_called_once_with('source')
 
 
+@ddt.ddt
 class CrashTestCase(DriverTestCase):
 
     @mock.patch.object(driver.LibvirtDriver, '_finish_revert_migration_vtpm')
@@ -576,6 +579,65 @@ class CrashTestCase(DriverTestCase):
         self.instance.old_flavor = self.instance.flavor
         self.driver._finish_revert_migration_vtpm(self.context, self.instance)
         nova.assert_called_once_with(self.context, self.instance)
+
+    @mock.patch.object(report, 'report_client_singleton', autospec=True)
+    @mock.patch.object(driver.LibvirtDriver, 'process_instances_at_startup')
+    @mock.patch.object(objects.Migration, 'get_by_id_and_instance',
+                       autospec=True)
+    def _start(self, task_state, find, nova, placement):
+        """Start with a server in a migration, as nova-compute ended in it."""
+        self.instance.vm_state = vm_states.ACTIVE
+        self.instance.task_state = task_state
+        self.migration.configure_mock(uuid=uuids.migration, status='before')
+        if self.instance.migration_context:
+            find.return_value = self.migration
+        nova.side_effect = lambda context, instances: instances
+        self.assertEqual(
+            [self.instance], self.driver.process_instances_at_startup(
+                self.context, [self.instance]))
+        for call in find.call_args_list:
+            self.assertEqual(
+                mock.call(self.context, 42, uuids.instance), call)
+        return placement.return_value.move_allocations
+
+    def _assert_state(self, vm_state, task_state, migration):
+        self.assertEqual(
+            (vm_state, task_state, migration),
+            (self.instance.vm_state, self.instance.task_state,
+             self.migration.status))
+
+    def test_copy_fails_and_the_allocation_is_the_server_s_again(self):
+        move_allocations = self._start(task_states.RESIZE_MIGRATING)
+        self._assert_state(
+            vm_states.ACTIVE, task_states.RESIZE_MIGRATING, 'error')
+        self.migration.save.assert_called_once_with()
+        move_allocations.assert_called_once_with(
+            self.context, uuids.migration, uuids.instance)
+
+    def test_migration_that_was_not_finished_can_be_reverted(self):
+        move_allocations = self._start(task_states.RESIZE_FINISH)
+        self._assert_state(vm_states.RESIZED, None, 'finished')
+        self.migration.save.assert_called_once_with()
+        self.save.assert_called_once_with(
+            expected_task_state=task_states.RESIZE_FINISH)
+        move_allocations.assert_not_called()
+
+    @ddt.data(None, task_states.RESIZE_MIGRATED, task_states.RESIZE_PREP)
+    def test_other_servers_are_left_alone(self, task_state):
+        self._start(task_state)
+        self._assert_state(vm_states.ACTIVE, task_state, 'before')
+
+    @ddt.data(task_states.RESIZE_MIGRATING, task_states.RESIZE_FINISH)
+    def test_servers_are_nova_s_with_the_option_off(self, task_state):
+        self.flags(vol_upload_migration=False, group='libvirt')
+        self._start(task_state)
+        self._assert_state(vm_states.ACTIVE, task_state, 'before')
+
+    def test_what_can_not_be_put_right_does_not_end_the_start(self):
+        self.instance.migration_context = None
+        self._start(task_states.RESIZE_FINISH)
+        self._assert_state(
+            vm_states.ACTIVE, task_states.RESIZE_FINISH, 'before')
 
 
 class FinishTestCase(DriverTestCase):
