@@ -192,6 +192,17 @@ class TestRemoteLibvirtPage(base.LiveTestCase):
 class TestInstallPage(testtools.TestCase):
     """In an environment that has Nova, and in it nothing of ours."""
 
+    # The first thing that nova-compute does with the driver.
+    CHECK_HOOKS = """
+from nova import exception
+from nova.virt.libvirt import driver
+from nova.virt.libvirt import storage_migrate
+try:
+    storage_migrate.check_hooks(driver.LibvirtDriver)
+except exception.InternalError as error:
+    print(error)
+"""
+
     def setUp(self):
         super().setUp()
         self.work = pathlib.Path(self.useFixture(fixtures.TempDir()).path)
@@ -228,6 +239,22 @@ class TestInstallPage(testtools.TestCase):
             self.assertEqual(
                 [], list(self.site.glob('nova_storage_migrate*')))
         self.assertEqual(5, len(self.blocks))
+
+    def test_older_nova_is_told_which_it_has_to_be(self):
+        for release in '33', '32':
+            said = self.run_block(f"""
+                python3 -m pip wheel --no-deps --wheel-dir dist .
+                python3 -m pip download --no-deps --dest dist nova=={release}.*
+                mkdir {release}
+                for wheel in dist/*.whl; do
+                    python3 -m zipfile -e $wheel {release}
+                done
+                site=$PWD/{release}
+                cd /
+                PYTHONPATH=$site python3 -W ignore -c '{self.CHECK_HOOKS}'
+                """)
+            self.assertRegex(
+                said, rf'needs Nova 34\. This is Nova {release}\.\d+\.\d+')
 
     def block(self, *classes):
         return self.blocks[frozenset(classes)]
@@ -273,8 +300,8 @@ class TestInstallPage(testtools.TestCase):
             f'{said[0]}/virt/libvirt/storage_migrate.py', said[1])
         self.assertIn('usage: nova-storage-migrate check', said[2])
         self.assertIn('use_storage_pools', self.run_block(
-            'python3 -m oslo_config.generator '
+            'cd /; python3 -m oslo_config.generator '
             '--namespace nova.storage_migrate'))
         if has_script:
-            self.assertIn('exit status', self.run_block(
+            self.assertIn('usage: nova-storage-migrate check', self.run_block(
                 'nova-storage-migrate check --help'))
