@@ -527,7 +527,8 @@ class Cloud:
                 self.run(['qemu-img', 'convert', '-O', form, str(raw),
                           str(path)])
             image.create_image(name=name, filename=str(path), wait=True,
-                               disk_format=form, container_format='bare')
+                               disk_format=form, container_format='bare',
+                               visibility='public')
 
 
 def service_reports(compute: Any) -> dict[str, str]:

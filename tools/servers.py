@@ -15,12 +15,17 @@
 from collections.abc import Iterator
 import contextlib
 import hashlib
+import os
 from pathlib import Path
 import re
 from typing import Any
+from typing import TYPE_CHECKING
 
 import cloud as cloud_module
 import daemons
+
+if TYPE_CHECKING:
+    import lab as lab_module
 
 # Where disks are on a host: Nova's own place, and the disks pool's.
 INSTANCES = '/var/lib/nova/instances'
@@ -229,6 +234,23 @@ class Server:
         """The sha256 of each of its disks on a host."""
         return {name: sha256(path)
                 for name, path in sorted(self.disks(host).items())}
+
+
+def leftovers(host: 'lab_module.Host') -> list[str]:
+    """How a host differs from one that never had a server."""
+    found = []
+    for kind, expected, what in (
+            ('domain', [], ['list', '--all', '--name']),
+            ('pool', POOL_NAMES, ['pool-list', '--all', '--name']),
+            ('secret', [], ['-q', 'secret-list'])):
+        names = set(host.run(['virsh', *what]).stdout.split())
+        found += [f'{kind} {name}' for name in names.difference(expected)]
+        found += [f'no {kind} {name}' for name in set(expected) - names]
+    found += [f'{POOL}/{name}' for name in os.listdir(host.path(POOL))]
+    found += [f'{INSTANCES}/{name}'
+              for name in os.listdir(host.path(INSTANCES))
+              if name not in NOT_OF_SERVERS]
+    return [f'{host.name}: {what}' for what in found]
 
 
 def sha256(path: Path) -> str:

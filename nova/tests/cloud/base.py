@@ -132,15 +132,7 @@ class CloudTestCase(testtools.TestCase):
     def assert_hosts_are_empty(self) -> None:
         """Check that no server has left anything on any host."""
         for host in self.cloud.lab.hosts:
-            for what, nothing in (
-                    (['list', '--all', '--name'], []),
-                    (['pool-list', '--all', '--name'], servers.POOL_NAMES),
-                    (['-q', 'secret-list'], [])):
-                found = host.run(['virsh', *what]).stdout.split()
-                self.assertEqual(nothing, found, f'{what} on {host.name}')
-            self.assertEqual([], os.listdir(host.path(servers.POOL)))
-            self.assertEqual(set(), set(os.listdir(host.path(
-                servers.INSTANCES))) - servers.NOT_OF_SERVERS)
+            self.assertEqual([], servers.leftovers(host))
 
     def assert_same_disks(self, server: servers.Server,
                           names: set[str]) -> None:
