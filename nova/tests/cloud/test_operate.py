@@ -33,7 +33,7 @@ import servers
 RATE = 6
 # Besides what the guest has on it: random data in several places of its root
 # disk, so that a copy takes about 15 seconds and gets on all the time.
-PIECES = [offset * units.Mi for offset in range(200, 1000, 200)]
+PIECES = [offset * units.Mi for offset in range(150, 1000, 170)]
 PIECE_BYTES = 16 * units.Mi
 
 COPYING = re.compile(
@@ -118,8 +118,9 @@ class TestOperate(base.CloudTestCase):
 
         def over() -> bool:
             seen = server.get()
-            if seen.status == 'RESIZE' and seen.progress not in percents:
-                percents.append(seen.progress)
+            percent = seen.progress or 0
+            if seen.status == 'RESIZE' and percent not in percents:
+                percents.append(percent)
             recorded = self.figures(server)
             if recorded and recorded not in figures:
                 figures.append(recorded)
