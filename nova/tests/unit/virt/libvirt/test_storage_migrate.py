@@ -95,6 +95,14 @@ class DriverTestCase(test.NoDBTestCase):
         self.disk_info = self.useFixture(fixtures.MockPatchObject(
             self.driver, '_get_instance_disk_info', return_value=[])).mock
 
+    def _add_file(self, name, data):
+        """Put a file into the instance directory, which libvirt sees too."""
+        path = os.path.join(self.directory, name)
+        with open(path, 'wb') as file:
+            file.write(data)
+        self.source.add_file(path, data)
+        return path
+
     def _flavor(self, root_gb=1, ephemeral_gb=0):
         return objects.Flavor(
             root_gb=root_gb, ephemeral_gb=ephemeral_gb, swap=0,
@@ -826,27 +834,38 @@ class SameHostTestCase(DriverTestCase):
             'nova.virt.libvirt.storage_migrate._native',
             lambda function, *args: function(*args)))
 
+    def _crashes(self, name, nth, function):
+        """Whether nova-compute ends in a function of its.
+
+        :param name: of a function of os, at the nth call of which it does
+        """
+        original = getattr(os, name)
+        calls = itertools.count()
+
+        def crash(*args, **kwargs):
+            if next(calls) == nth:
+                raise Crash()
+            return original(*args, **kwargs)
+
+        with mock.patch(f'os.{name}', crash):
+            try:
+                function()
+            except Crash:
+                return True
+        return False
+
     def test_revert_may_end_anywhere_and_begin_again(self):
         self._crash_in_this_thread()
-        for call in ('os.replace', 'os.unlink', 'os.rename'):
-            for nth in range(4):
+        for name in 'replace', 'unlink', 'rename':
+            for nth in itertools.count():
                 self._resize()
                 self._change_copies()
-                count = itertools.count()
-
-                def crash(*args, function=getattr(os, call[3:]), nth=nth,
-                          count=count, **kwargs):
-                    if next(count) == nth:
-                        raise Crash()
-                    return function(*args, **kwargs)
-
-                with mock.patch(call, crash):
-                    try:
-                        self._revert()
-                    except Crash:
-                        pass
+                crashed = self._crashes(name, nth, self._revert)
                 self._nova_reverts()
                 self.assertEqual(self.before, self._state())
+                if not crashed:
+                    break
+            self.assertGreater(nth, 0, name)
 
     def _nova_reverts(self):
         self._revert()
@@ -856,21 +875,13 @@ class SameHostTestCase(DriverTestCase):
 
     def test_nova_compute_may_end_anywhere(self):
         self._crash_in_this_thread()
-        for nth in range(5):
-            count = itertools.count()
-
-            def crash(*args, function=os.rename, nth=nth, count=count):
-                if next(count) == nth:
-                    raise Crash()
-                return function(*args)
-
-            with mock.patch('os.rename', crash):
-                try:
-                    self._resize()
-                except Crash:
-                    pass
+        for nth in itertools.count():
+            crashed = self._crashes('rename', nth, self._resize)
             self._nova_reverts()
             self.assertEqual(self.before, self._state())
+            if not crashed:
+                break
+        self.assertGreater(nth, 1)
 
     def test_failed_copy_puts_the_server_back(self):
         self._fail_to_copy('_disk.local')

@@ -15,6 +15,7 @@ import os
 from unittest import mock
 
 import ddt
+import fixtures
 import libvirt
 from oslo_serialization import jsonutils
 from oslo_utils.fixture import uuidsentinel as uuids
@@ -47,15 +48,8 @@ class DirectoryTestCase(test_storage_migrate.DriverTestCase):
             self.instances: libvirt_storage.FakeDirectory(mode=0o755, **NOVA)}
         self.before = self._state()
         self.nova = self.useFixture(
-            test_storage_migrate.fixtures.MockPatchObject(
+            fixtures.MockPatchObject(
                 driver.LibvirtDriver, 'migrate_disk_and_power_off')).mock
-
-    def _add_file(self, name, data):
-        path = os.path.join(self.directory, name)
-        with open(path, 'wb') as file:
-            file.write(data)
-        self.source.add_file(path, data)
-        return path
 
     def _add_files(self):
         disks = [('disk', 'qcow2'), ('disk.eph0', 'raw'),
@@ -139,7 +133,7 @@ class MigrateTestCase(DirectoryTestCase):
         self.assertTrue(self.dest.pools['theirs'].active)
 
     def test_pool_that_another_migration_makes_meanwhile_is_used(self):
-        self.useFixture(test_storage_migrate.fixtures.MonkeyPatch(
+        self.useFixture(fixtures.MonkeyPatch(
             'nova.virt.libvirt.storage.pool.BUSY_WAIT', 0))
         self.dest.call(
             'conn.storagePoolCreateXML',

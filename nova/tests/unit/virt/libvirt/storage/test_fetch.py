@@ -246,10 +246,7 @@ class DriverTestCase(test_storage_migrate.DriverTestCase):
 
     def test_kernel_goes_with_a_server_in_the_pool(self):
         self._add_disk()
-        path = os.path.join(self.directory, 'kernel')
-        with open(path, 'wb') as file:
-            file.write(b'a kernel')
-        self.source.add_file(path, b'a kernel')
+        path = self._add_file('kernel', b'a kernel')
         self._migrate()
         self.assertEqual(
             b'a kernel', self.dest.files[path].content.read(0, units.Ki))

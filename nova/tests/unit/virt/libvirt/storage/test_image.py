@@ -26,7 +26,8 @@ from nova.virt.libvirt import imagebackend
 from nova.virt.libvirt.storage import image
 
 
-class BackendTestCase(test.NoDBTestCase):
+class PoolTestCase(test.NoDBTestCase):
+    """A host with an empty pool, and an empty instances directory."""
 
     def setUp(self):
         super().setUp()
@@ -35,6 +36,12 @@ class BackendTestCase(test.NoDBTestCase):
         self.flags(instances_path=self.instances)
         self.flags(use_storage_pools=True, disks_pool_path=self.pool,
                    group='libvirt')
+
+
+class BackendTestCase(PoolTestCase):
+
+    def setUp(self):
+        super().setUp()
         self.instance = objects.Instance(uuid=uuids.instance)
         self.directory = os.path.join(self.instances, uuids.instance)
         os.mkdir(self.directory)

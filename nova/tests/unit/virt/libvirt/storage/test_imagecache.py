@@ -14,25 +14,19 @@
 import os
 from unittest import mock
 
-import fixtures
 from oslo_serialization import jsonutils
 from oslo_utils.fixture import uuidsentinel as uuids
 
 from nova import exception
-from nova import test
+from nova.tests.unit.virt.libvirt.storage import test_image
 from nova.virt.libvirt import imagecache as nova_imagecache
 from nova.virt.libvirt.storage import imagecache
 
 
-class ImageCacheTestCase(test.NoDBTestCase):
+class ImageCacheTestCase(test_image.PoolTestCase):
 
     def setUp(self):
         super().setUp()
-        self.pool = self.useFixture(fixtures.TempDir()).path
-        self.instances = self.useFixture(fixtures.TempDir()).path
-        self.flags(instances_path=self.instances)
-        self.flags(use_storage_pools=True, disks_pool_path=self.pool,
-                   group='libvirt')
         self.manager = imagecache.ImageCacheManager()
         os.mkdir(self.manager.cache_dir)
         self.base = os.path.join(self.manager.cache_dir, 'abc')
