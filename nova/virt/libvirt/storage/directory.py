@@ -97,20 +97,6 @@ class Destination(peer.Destination):
         self._disks().volume(self._claim_name).delete()
         self._disks().detach()
 
-    def discard(self) -> None:
-        """Delete all that the migration made on the host.
-
-        :raises: Unsuitable, also if another attempt has taken over
-        """
-        self.close()
-        self._connection = self._open()
-        try:
-            self._look()
-            with self._explained():
-                self._clear_ours()
-        finally:
-            self.close()
-
     def shares(self) -> bool:
         """Whether the host sees what this host has in the directory.
 

@@ -434,8 +434,7 @@ class Destination:
         try:
             with self._explained():
                 self._look()
-                self._check_claim()
-                self._clear()
+                self._clear_ours()
         finally:
             self.close()
 
@@ -518,6 +517,14 @@ class Destination:
                        for volume in self.pool.volumes(self._prefix))
         finally:
             marker.delete()
+
+    def _clear_ours(self) -> None:
+        """Delete what this attempt made.
+
+        :raises: Superseded
+        """
+        self._check_claim()
+        self._clear()
 
     def _clear(self) -> None:
         """Delete all that was made under a claim, the claim itself last.

@@ -296,6 +296,17 @@ class FailureTestCase(DirectoryTestCase):
         self.dest.fail('pool.createXML', error=self.ERROR)
         self._assert_refused('No space left on device')
 
+    def test_discard_that_hangs_names_the_host(self):
+        self.flags(vol_upload_migration_stall_timeout=1, group='libvirt')
+        blocked = self.dest.block('conn.storagePoolCreateXML')
+        self.addCleanup(blocked.release)
+        there = directory.Destination(
+            'dest', 'qemu+tls://dest/system', f'nova-{uuids.instance}',
+            uuids.instance, self.directory)
+        error = self.assertRaises(peer.Unsuitable, there.discard)
+        self.assertIn('host dest (qemu+tls://dest/system): no answer within',
+                      str(error))
+
     def test_next_attempt_clears_what_is_left(self):
         self.dest.fail('stream.send', error=self.ERROR, nth=2)
         self.dest.fail('vol.delete', error=self.ERROR)
