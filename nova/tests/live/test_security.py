@@ -32,6 +32,7 @@ from nova.tests.live import hostile
 from nova.tests.live import test_transfer
 
 import lab_auth
+import process_trace
 
 lab = base.nova_lab
 
@@ -301,3 +302,20 @@ class HostileDiskTestCase(SecurityTestCase):
         record = self.destination.path(self.directory + '/disk.info')
         self.assertEqual(['raw'], list(
             jsonutils.loads(record.read_text()).values()))
+
+
+class TraceTestCase(SecurityTestCase):
+    """Which programs the hosts start for a migration."""
+
+    SSH = {'ssh', 'scp', 'sftp', 'rsync', 'sshd', 'sftp-server'}
+
+    def test_migration_starts_no_program_of_ssh(self):
+        with (process_trace.Trace(self.source) as source,
+              process_trace.Trace(self.destination) as destination):
+            self._assert_admitted(self.by_name)
+            # Which the trace has to see: this one starts a program.
+            self._call('grow', pool_path=f'/var/lib/nova/{self.pool_name}',
+                       uuid=self.uuid, size=2 * units.Mi)
+        self.assertIn('qemu-img', source.programs())
+        self.assertEqual(
+            set(), self.SSH & (source.programs() | destination.programs()))

@@ -1,0 +1,75 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Which programs the processes of a host start, as the kernel sees it."""
+
+import os
+from pathlib import Path
+import re
+import signal
+import subprocess
+from typing import TYPE_CHECKING
+
+import daemons
+
+if TYPE_CHECKING:
+    import lab as lab_module
+
+SECONDS = 30
+
+
+class Trace:
+    """Traces every process of a host, and all that they start.
+
+    strace records each execve, also one that fails for want of the program.
+    """
+
+    def __init__(self, host: 'lab_module.Host'):
+        self.host = host
+        self.record = Path(host.directory) / 'trace.log'
+        self.record.unlink(missing_ok=True)
+        self._strace: subprocess.Popen
+
+    def __enter__(self) -> 'Trace':
+        pids = [pid for pid in self.host.processes() if pid != self.host.pid]
+        self._strace = subprocess.Popen(
+            ['strace', '-f', '-qq', '-e', 'trace=execve', '-e', 'signal=none',
+             '-s', '200', '-o', str(self.record),
+             *(f'--attach={pid}' for pid in pids)],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, start_new_session=True)
+        daemons.wait_for(f'strace of {self.host.name}', lambda: (
+            self._strace.poll() is not None or
+            all(map(_is_traced, pids))), SECONDS)
+        if self._strace.poll() is not None:
+            assert self._strace.stderr is not None
+            raise daemons.Failed(
+                f'strace: {self._strace.stderr.read().decode()}')
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._strace.send_signal(signal.SIGINT)
+        self._strace.communicate(timeout=SECONDS)
+
+    def programs(self) -> set[str]:
+        """The names, without directories, of all that was started."""
+        found = re.findall(r'execve\("([^"]+)"', self.record.read_text())
+        return {os.path.basename(path) for path in found}
+
+
+def _is_traced(pid: int) -> bool:
+    """Whether a process is traced, or is no more."""
+    try:
+        status = Path(f'/proc/{pid}/status').read_text()
+    except OSError:
+        return True
+    return 'TracerPid:\t0\n' not in status
