@@ -62,20 +62,28 @@ def get_lab() -> nova_lab.Lab:
     return lab
 
 
+def python_as_nova(host: nova_lab.Host, *argv: str) -> list[str]:
+    """The command that runs Python in a host, as the user nova there.
+
+    Beyond what nova may do, it may read every file: this repository may be
+    where nobody but root can.
+    """
+    read = '+dac_read_search'
+    return ['setpriv', '--reuid', str(host.nova_uid),
+            '--regid', str(host.nova_gid),
+            '--init-groups', '--inh-caps', read, '--ambient-caps', read, '--',
+            sys.executable, '-W', 'ignore', *argv]
+
+
 def start_as_nova(host: nova_lab.Host, module: str,
                   **kwargs: Any) -> subprocess.Popen:
     """Run a module of the tests in a host, as the user nova there.
 
     It answers on standard output what it is asked on standard input, and
-    begins with a line of JSON that says its uid. Beyond what nova may do, it
-    may read every file: this repository may be where nobody but root can.
+    begins with a line of JSON that says its uid.
     """
-    read = '+dac_read_search'
     process = host.popen(
-        ['setpriv', '--reuid', str(host.nova_uid),
-         '--regid', str(host.nova_gid),
-         '--init-groups', '--inh-caps', read, '--ambient-caps', read, '--',
-         sys.executable, '-W', 'ignore', '-m', module],
+        python_as_nova(host, '-m', module),
         env={'OS_NOVA_DISABLE_EVENTLET_PATCHING': 'true'}, cwd='/',
         text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **kwargs)
     atexit.register(process.kill)

@@ -28,6 +28,20 @@ from nova.virt.libvirt.storage import pool
 from nova.virt.libvirt.storage import transfer
 
 INSTANCES = '/var/lib/nova/instances'
+# How Nova's own driver copies the files of a server.
+COPY = """\
+import sys
+import nova.conf
+from nova.virt.libvirt import utils
+from nova.virt.libvirt.volume import remotefs
+transport, host, directory, *names = sys.argv[1:]
+nova.conf.CONF.set_override(
+    'remote_filesystem_transport', transport, group='libvirt')
+remotefs.RemoteFilesystem().create_dir(host, directory)
+for name in names:
+    path = directory + '/' + name
+    utils.copy_image(path, path, host=host)
+"""
 
 
 class DirectoryTestCase(base.LiveTestCase):
@@ -58,6 +72,8 @@ class DirectoryTestCase(base.LiveTestCase):
         self.make_disk(self.source, f'{self.directory}/disk.eph0',
                        64 * units.Mi, [(32 * units.Mi, 4096)])
         (self.local / 'disk.info').write_text('{}')
+        for name in ('kernel', 'ramdisk'):
+            (self.local / name).write_text(f'a {name}')
         return [transfer.Disk('disk', 'qcow2'),
                 transfer.Disk('disk.eph0', 'raw')]
 
@@ -84,8 +100,7 @@ class DirectoryTestCase(base.LiveTestCase):
         return {pool.name()
                 for pool in self.connect(host).listAllStoragePools()}
 
-    def test_files_arrive_as_nova_s_of_that_host(self):
-        before = self._pools(self.source), self._pools(self.destination)
+    def _migrate(self):
         move, disks = self._start()
         for disk in disks:
             move.copy_disk(disk, None)
@@ -94,9 +109,39 @@ class DirectoryTestCase(base.LiveTestCase):
         move.copy_instance_dir(disks, None)
         move.close()
 
+    def _arrived(self):
+        """Owner, group, mode and checksum of the directory and its files."""
+        there = self.destination.path(self.directory)
+        return {
+            path.name: (path.stat().st_uid, path.stat().st_gid,
+                        path.stat().st_mode,
+                        self.sha256(path) if path.is_file() else '')
+            for path in (there, *there.iterdir())
+            if directory.ARRIVED not in path.name}
+
+    def test_files_are_as_nova_s_own_transports_make_them(self):
+        self._migrate()
+        ours = self._arrived()
+        self.assertEqual({self.uuid, 'disk', 'disk.eph0', 'disk.info',
+                          'kernel', 'ramdisk'}, set(ours))
+        self.addCleanup(self.lab.ssh, False)
+        self.lab.ssh(True)
+        for transport in ('ssh', 'rsync'):
+            shutil.rmtree(self.destination.path(self.directory))
+            self.source.run(base.python_as_nova(
+                self.source, '-c', COPY, transport, self.destination.name,
+                self.directory, *(name for name in ours
+                                  if name != self.uuid)))
+            self.assertEqual(ours, self._arrived(), transport)
+
+    def test_files_arrive_as_nova_s_of_that_host(self):
+        before = self._pools(self.source), self._pools(self.destination)
+        self._migrate()
+
         there = self.destination.path(self.directory)
         self.assertEqual(
-            {'disk', 'disk.eph0', 'disk.info', directory.ARRIVED},
+            {'disk', 'disk.eph0', 'disk.info', 'kernel', 'ramdisk',
+             directory.ARRIVED},
             self._names(there))
         self.assertNotEqual(self.source.nova_uid, self.destination.nova_uid)
         for path in (there, *there.iterdir()):
@@ -105,7 +150,7 @@ class DirectoryTestCase(base.LiveTestCase):
                 (self.destination.nova_uid, self.destination.nova_gid,
                  0o755 if path == there else 0o644),
                 (status.st_uid, status.st_gid, status.st_mode & 0o7777))
-            if path.name.startswith('disk'):
+            if path != there and directory.ARRIVED not in path.name:
                 self.assertEqual(self.sha256(self.local / path.name),
                                  self.sha256(path))
         self.assertEqual(4096, self.allocated(there / 'disk.eph0'))
