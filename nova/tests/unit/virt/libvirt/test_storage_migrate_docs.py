@@ -23,6 +23,7 @@ import testtools
 
 ROOT = pathlib.Path(__file__).resolve().parents[5]
 PAGE = ROOT / 'doc/source/admin/troubleshooting.rst'
+CONTRIBUTOR = ROOT / 'doc/source/contributor/index.rst'
 OPERATIONS = ROOT / 'doc/source/admin/operations.rst'
 
 # The messages here are not ours.
@@ -78,6 +79,15 @@ class OperationsTestCase(testtools.TestCase):
                  for literal in entry.findall(nodes.literal)}
         self.assertGreater(len(named), 10)
         self.assertEqual(set(), named - read_tests())
+
+
+class ContributorTestCase(testtools.TestCase):
+
+    def test_modules_are_named(self):
+        text = CONTRIBUTOR.read_text()
+        for place in ('nova/cmd', 'nova/virt'):
+            for path in (ROOT / place).rglob('*.py'):
+                self.assertIn(f'{path.name}``', text)
 
 
 class TroubleshootingTestCase(testtools.TestCase):
