@@ -126,8 +126,11 @@ class GoodTestCase(CheckTestCase):
         self._assert_nothing_left()
 
     def test_json_of_several_hosts(self):
+        others = self.source.path('/etc/nova-others')
+        self.addCleanup(others.unlink)
+        others.write_text(f'198.18.255.254  # gone\n{self.source.address}\n')
         status, out = self._check(
-            self.address, '198.18.255.254', self.source.address, '--json')
+            self.address, '--all', '/etc/nova-others', '--json')
         self.assertEqual(1, status)
         findings = jsonutils.loads(out)
         self.assertEqual(
