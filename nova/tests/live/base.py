@@ -13,6 +13,7 @@
 
 import atexit
 import functools
+import gc
 import hashlib
 import os
 import pathlib
@@ -58,6 +59,9 @@ def get_lab() -> nova_lab.Lab:
     lab = nova_lab.Lab(DIRECTORY, subnet=SUBNET)
     if not lab.is_up:
         atexit.register(lab.down)
+        # Comes before that: a connection that nothing but an exception's
+        # cycle holds on to would wait for ever for a daemon that is gone.
+        atexit.register(gc.collect)
     lab.up()
     return lab
 

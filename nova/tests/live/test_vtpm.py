@@ -24,6 +24,7 @@ from oslo_utils import uuidutils
 from nova.tests.live import base
 from nova.virt.libvirt.storage import directory
 from nova.virt.libvirt.storage import peer
+from nova.virt.libvirt.storage import transfer
 
 INSTANCES = '/var/lib/nova/instances'
 VTPM = '/var/lib/libvirt/swtpm'
@@ -60,6 +61,12 @@ utils.restore_vtpm_dir(sys.argv[1])
 
 class VtpmTestCase(base.LiveTestCase):
     """The state that a real emulator made moves to where another uses it."""
+
+    DESTINATION = directory.Destination
+    TRANSFER = directory.Transfer
+
+    def pool_name(self):
+        return f'nova-{self.uuid}'
 
     def setUp(self):
         super().setUp()
@@ -98,13 +105,14 @@ class VtpmTestCase(base.LiveTestCase):
             for path in top.rglob('*')}
 
     def migrate(self):
-        destination = directory.Destination(
-            self.destination.name, self.lab.uri(self.destination),
-            f'nova-{self.uuid}', self.uuid, self.directory)
-        move = directory.Transfer(
+        pool = self.pool_name()
+        destination = self.DESTINATION(
+            self.destination.name, self.lab.uri(self.destination), pool,
+            self.uuid, self.directory)
+        move = self.TRANSFER(
             'qemu+unix:///system?socket=%s' % self.source.path(
                 '/run/libvirt/libvirt-sock'),
-            destination, f'nova-{self.uuid}', self.directory)
+            destination, pool, self.directory)
         self.addCleanup(move.close)
         move.check([])
         destination.claim()
@@ -118,6 +126,7 @@ class VtpmTestCase(base.LiveTestCase):
         domain.destroy()
         before = self.files(self.source, self.state)
         self.assertIn('tpm2/tpm2-00.permall', before)
+        self.pool_name()
         pools = [self.pools(host) for host in self.lab.hosts]
 
         move = self.migrate()
@@ -155,6 +164,7 @@ class VtpmTestCase(base.LiveTestCase):
         os.makedirs(self.source.path(self.directory))
         domain, _secret = self.define(self.source, b'of the server')
         domain.create()
+        self.pool_name()
         pools = self.pools(self.destination)
         move = self.migrate()
         self.assertTrue(self.destination.path(self.directory).exists())
@@ -165,3 +175,17 @@ class VtpmTestCase(base.LiveTestCase):
     def pools(self, host):
         return {pool.name()
                 for pool in self.connect(host).listAllStoragePools()}
+
+
+class VtpmAndPoolTestCase(VtpmTestCase):
+    """The same where the disks are in a storage pool."""
+
+    DESTINATION = peer.Destination
+    TRANSFER = transfer.Transfer
+
+    def pool_name(self):
+        name = f'test-{self.uuid}'
+        if name not in self.pools(self.source):
+            for host in (self.source, self.destination):
+                self.make_pool(host, name)
+        return name
