@@ -25,6 +25,7 @@ from nova.tests.live import base as live
 
 # Found by the path that live sets.
 import cloud
+import daemons
 import servers
 import tripwire
 
@@ -105,10 +106,9 @@ class CloudTestCase(testtools.TestCase):
 
     # ---- servers
 
-    def create(self, **kwargs) -> servers.Server:
-        """Boot a server on the source, to be deleted after the test."""
-        server = servers.Server.create(self.cloud, SOURCE, self.id(),
-                                       **kwargs)
+    def create(self, host: str = SOURCE, **kwargs) -> servers.Server:
+        """Boot a server on a host, to be deleted after the test."""
+        server = servers.Server.create(self.cloud, host, self.id(), **kwargs)
         self.addCleanup(server.delete)
         return server
 
@@ -140,6 +140,19 @@ class CloudTestCase(testtools.TestCase):
         source = server.checksums(SOURCE)
         self.assertEqual(names, set(source))
         self.assertEqual(source, server.checksums(DESTINATION))
+
+    def assert_usage(self, **usage: int) -> None:
+        """Wait until placement has given so many GiB away on each host."""
+        placement = self.cloud.connection().placement
+
+        def given() -> dict[str, int]:
+            return {provider.name: placement.get(
+                f'/resource_providers/{provider.id}/usages').json()[
+                    'usages']['DISK_GB']
+                for provider in placement.resource_providers()}
+
+        daemons.wait_for(f'placement to show {usage}',
+                         lambda: given() == usage, poll=0.5)
 
     def image_info(self, server: servers.Server, host: str,
                    disk: str) -> dict:
