@@ -27,6 +27,8 @@ unprivileged user nova, with sudo and nova-rootwrap for what needs root.
 import argparse
 import base64
 from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
 import concurrent.futures
 import functools
 import os
@@ -297,14 +299,7 @@ class Cloud:
 
     def make_schemas(self) -> None:
         """Make the databases, and what has to be in them."""
-        statements = [f"CREATE USER lab@'%' IDENTIFIED BY "
-                      f"'{config.PASSWORD}';"]
-        for name in config.DATABASES:
-            statements += [f'CREATE DATABASE {name};',
-                           f"GRANT ALL ON {name}.* TO lab@'%';"]
-        socket = self.directory / 'mariadb/sock'
-        self.run(['mariadb', '--no-defaults', f'--socket={socket}', '-uroot',
-                  '-e', ' '.join(statements)])
+        self.make_databases(config.DATABASES)
         self.make_keystone_keys()
         with concurrent.futures.ThreadPoolExecutor() as pool:
             for future in [pool.submit(step) for step in (
@@ -315,6 +310,17 @@ class Cloud:
                     lambda: self.run(self.program(
                         'placement-manage', 'db', 'sync')))]:
                 future.result()
+
+    def make_databases(self, names: Iterable[str]) -> None:
+        """Make empty databases, where missing, and who may use them."""
+        statements = [f"CREATE USER IF NOT EXISTS lab@'%' IDENTIFIED BY "
+                      f"'{config.PASSWORD}';"]
+        for name in names:
+            statements += [f'CREATE DATABASE IF NOT EXISTS {name};',
+                           f"GRANT ALL ON {name}.* TO lab@'%';"]
+        socket = self.directory / 'mariadb/sock'
+        self.run(['mariadb', '--no-defaults', f'--socket={socket}', '-uroot',
+                  '-e', ' '.join(statements)])
 
     def make_keystone_keys(self) -> None:
         """The two keys that Fernet tokens need."""
@@ -348,9 +354,9 @@ class Cloud:
 
     def start_apis(self) -> None:
         """Start the five API services and wait until each answers."""
-        for name in API_MODULES:
+        for name, module in API_MODULES.items():
             self.daemon(name).start(
-                self.uwsgi(name), cwd=str(self.directory / name),
+                self.uwsgi(name, module), cwd=str(self.directory / name),
                 env={f'OS_{name.upper()}_CONFIG_DIR':
                      str(self.directory / name),
                      'OS_NEUTRON_CONFIG_FILES': 'neutron.conf'})
@@ -358,12 +364,16 @@ class Cloud:
         for name in API_MODULES:
             self.wait_port(name)
 
-    def uwsgi(self, name: str) -> list[str]:
-        """The command line of an API service."""
-        return [venv.program('uwsgi'),
+    def uwsgi(self, name: str, module: str,
+              root: Path = venv.ROOT) -> list[str]:
+        """The command line of an API service.
+
+        :param root: the environment that it is installed in
+        """
+        return [venv.program('uwsgi', root),
                 '--http-socket', f'{self.site.address}:{config.PORTS[name]}',
-                '--module', f'{API_MODULES[name]}:application',
-                '--virtualenv', str(venv.ROOT),
+                '--module', f'{module}:application',
+                '--virtualenv', str(root),
                 '--master', '--processes', '1', '--enable-threads',
                 '--threads', '6', '--lazy-apps', '--need-app',
                 '--die-on-term', '--buffer-size', '65535',
@@ -393,8 +403,13 @@ class Cloud:
                 'OS_IDENTITY_API_VERSION': '3',
                 'OS_COMPUTE_API_VERSION': MICROVERSION}
 
-    def register_services(self) -> None:
-        """Make the service users and the catalogue, where missing."""
+    def register_services(
+            self, catalogue: Mapping[str, tuple[str, str]] = CATALOGUE
+    ) -> None:
+        """Make the service users and the catalogue, where missing.
+
+        :param catalogue: by name, a service's type and the path of its API
+        """
         identity = self.connection().identity
         domain = 'default'
         if identity.find_project('service') is None:
@@ -404,7 +419,7 @@ class Cloud:
         if 'service' not in roles:
             roles['service'] = identity.create_role(name='service')
         known = {service.name for service in identity.services()}
-        for name, (kind, path) in CATALOGUE.items():
+        for name, (kind, path) in catalogue.items():
             if name in known:
                 continue
             user = identity.create_user(

@@ -21,7 +21,8 @@ from cloud_venv import ROOT
 Options = Mapping[str, Mapping[str, object]]
 
 PORTS = {'keystone': 5000, 'placement': 8778, 'glance': 9292,
-         'neutron': 9696, 'nova': 8774, 'mariadb': 3306, 'rabbitmq': 5672}
+         'neutron': 9696, 'nova': 8774, 'cinder': 8776, 'mariadb': 3306,
+         'rabbitmq': 5672}
 DATABASES = ('keystone', 'glance', 'placement', 'neutron', 'nova',
              'nova_api', 'nova_cell0')
 REGION = 'RegionOne'
@@ -152,6 +153,34 @@ def neutron(site: Site) -> Options:
         'keystone_authtoken': site.token_check('neutron'),
         'ml2': {'mechanism_drivers': '', 'type_drivers': 'local',
                 'tenant_network_types': 'local'},
+    }
+
+
+def cinder(site: Site, root: Path) -> Options:
+    """cinder.conf, with one backend.
+
+    :param root: Cinder's environment
+    """
+    state = site.directory / 'cinder'
+    return {
+        'DEFAULT': {'transport_url': site.transport,
+                    'auth_strategy': 'keystone',
+                    'my_ip': site.address,
+                    'host': 'control',
+                    'state_path': state,
+                    'api_paste_config': root / 'etc/cinder/api-paste.ini',
+                    'resource_query_filters_file':
+                        root / 'etc/cinder/resource_filters.json',
+                    'enabled_backends': 'files'},
+        'files': {'volume_backend_name': 'files',
+                  'volume_driver': 'cinder_files.FileDriver',
+                  'volumes_dir': state / 'volumes'},
+        'database': {'connection': site.database('cinder')},
+        'oslo_concurrency': {'lock_path': state / 'lock'},
+        'coordination': {'backend_url': f'file://{state}/coordination'},
+        'keystone_authtoken': {**site.token_check('cinder'),
+                               'service_token_roles': 'service',
+                               'service_token_roles_required': True},
     }
 
 

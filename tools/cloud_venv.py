@@ -33,30 +33,30 @@ REPOSITORY = TOOLS.parent
 REQUIREMENTS = TOOLS / 'cloud-requirements.txt'
 
 
-def program(name: str) -> str:
+def program(name: str, root: Path = ROOT) -> str:
     """The full path of a program of the environment."""
-    return str(ROOT / 'bin' / name)
+    return str(root / 'bin' / name)
 
 
-def fingerprint() -> str:
+def fingerprint(requirements: Path = REQUIREMENTS) -> str:
     """What the environment has to be made anew for when it changes."""
-    return hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()
+    return hashlib.sha256(requirements.read_bytes()).hexdigest()
 
 
-def ensure() -> bool:
+def ensure(root: Path = ROOT, requirements: Path = REQUIREMENTS) -> bool:
     """Make the environment where it is missing or of other requirements.
 
     :returns: True where something was installed.
     """
-    stamp = ROOT / 'requirements.sha256'
-    if stamp.is_file() and stamp.read_text() == fingerprint():
+    stamp = root / 'requirements.sha256'
+    if stamp.is_file() and stamp.read_text() == fingerprint(requirements):
         return False
-    if not os.access(program('python'), os.X_OK):
-        subprocess.run([PYTHON, '-m', 'venv', str(ROOT)], check=True)
-    shutil.rmtree(ROOT / 'databases', ignore_errors=True)
-    pip('install', '--upgrade', 'pip', 'setuptools', 'wheel')
-    pip('install', '--requirement', str(REQUIREMENTS))
-    stamp.write_text(fingerprint())
+    if not os.access(program('python', root), os.X_OK):
+        subprocess.run([PYTHON, '-m', 'venv', str(root)], check=True)
+    shutil.rmtree(root / 'databases', ignore_errors=True)
+    pip('install', '--upgrade', 'pip', 'setuptools', 'wheel', root=root)
+    pip('install', '--requirement', str(requirements), root=root)
+    stamp.write_text(fingerprint(requirements))
     return True
 
 
@@ -74,9 +74,9 @@ def install_project() -> None:
             '--force-reinstall', str(copy))
 
 
-def pip(*arguments: str) -> None:
+def pip(*arguments: str, root: Path = ROOT) -> None:
     """Run pip in the environment; its output is shown only where it fails."""
-    argv = [program('python'), '-m', 'pip', '--quiet',
+    argv = [program('python', root), '-m', 'pip', '--quiet',
             '--disable-pip-version-check', '--no-input', *arguments]
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

@@ -1,0 +1,116 @@
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Servers with volumes of Cinder, besides disks of their own or instead."""
+
+import atexit
+import functools
+import shutil
+
+from oslo_utils import units
+
+from nova.tests.cloud import base
+
+# Found by the path that base sets.
+import cloud_volumes
+import daemons
+import servers
+
+
+@functools.cache
+def get_volumes() -> cloud_volumes.Volumes:
+    """The Cinder of this process's cloud."""
+    made = cloud_volumes.Volumes(base.get_cloud())
+    atexit.register(made.down)
+    made.up()
+    return made
+
+
+class VolumeTestCase(base.CloudTestCase):
+    """Servers and volumes of which nothing is left in the end."""
+
+    def setUp(self):
+        super().setUp()
+        self.volumes = get_volumes()
+        self.storage = self.volumes.connection()
+        self.addCleanup(self.assert_hosts_are_empty)
+
+    def make_volume(self) -> str:
+        volume = self.storage.create_volume(size=1, name=self.id())
+        self.addCleanup(self._delete_volume, volume.id)
+        self.wait_volume(volume.id, 'available')
+        return volume.id
+
+    def _delete_volume(self, volume: str) -> None:
+        self.wait_volume(volume, 'available')
+        self.storage.delete_volume(volume)
+        daemons.wait_for('the end of the volume', lambda: (
+            self.storage.find_volume(volume) is None), poll=0.5)
+
+    def wait_volume(self, volume: str, status: str) -> None:
+        daemons.wait_for(f'volume {volume} to be {status}', lambda: (
+            self.storage.get_volume(volume).status == status), poll=0.5)
+
+    def assert_attached(self, volume: str, server: servers.Server) -> None:
+        """Cinder knows of one attachment, of the server on its host."""
+        self.wait_volume(volume, 'in-use')
+        attachment, = self.storage.get_volume(volume).attachments
+        self.assertEqual((server.id, server.host), (
+            attachment['server_id'], attachment['host_name']))
+
+
+class TestBootFromVolume(VolumeTestCase):
+    """A server without a disk of its own."""
+
+    def test_nothing_is_copied(self):
+        volume = self.make_volume()
+        shutil.copyfile(self.cloud.directory / 'guest.raw',
+                        self.volumes.path(volume))
+        with open(self.volumes.path(volume), 'r+b') as file:
+            file.truncate(units.Gi)
+        self.storage.set_volume_bootable_status(volume, True)
+        server = self._boot(volume)
+        self.assert_counts(server, vda=1)
+
+        server.migrate(base.DESTINATION)
+        self.assert_on(base.DESTINATION, server, volume, 2)
+        server.confirm()
+        self.assert_no_disks(server, base.SOURCE)
+        server.migrate(base.SOURCE)
+        self.assert_on(base.SOURCE, server, volume, 3)
+        server.revert()
+        # The same volume was used there.
+        self.assert_on(base.DESTINATION, server, volume, 4)
+        self.assert_no_disks(server, base.SOURCE)
+
+    def _boot(self, volume: str) -> servers.Server:
+        compute = self.cloud.connection().compute
+        made = compute.create_server(
+            name=self.id(), host=base.SOURCE, networks='none',
+            flavor_id=compute.find_flavor('small').id,
+            block_device_mapping_v2=[{
+                'boot_index': 0, 'uuid': volume, 'source_type': 'volume',
+                'destination_type': 'volume'}])
+        server = servers.Server(self.cloud, made.id)
+        self.addCleanup(server.delete)
+        server.wait('ACTIVE')
+        return server
+
+    def assert_on(self, host: str, server: servers.Server, volume: str,
+                  boots: int) -> None:
+        """It runs there, from the volume, and has no other disk anywhere."""
+        self.assertEqual(host, server.host)
+        self.assert_counts(server, vda=boots)
+        self.assert_attached(volume, server)
+        for name in (base.SOURCE, base.DESTINATION):
+            self.assertEqual({}, server.disks(name))
