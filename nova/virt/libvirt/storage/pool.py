@@ -21,6 +21,7 @@ connection that is wrapped so already, as that of nova.virt.libvirt.host is.
 import contextlib
 import dataclasses
 import os
+import sys
 import typing as ty
 
 from lxml import builder
@@ -359,9 +360,10 @@ def attached(
         yield pool
     finally:
         # One that stays, as the connection was lost, is in nobody's way: the
-        # next attempt uses it.
-        with contextlib.suppress(libvirt.libvirtError):
-            pool.detach()
+        # next attempt uses it. A daemon that hangs would hang with this, too.
+        if not isinstance(sys.exception(), TimeoutError):
+            with contextlib.suppress(libvirt.libvirtError, TimeoutError):
+                pool.detach()
 
 
 @contextlib.contextmanager

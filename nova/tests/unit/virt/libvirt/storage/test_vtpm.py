@@ -126,6 +126,19 @@ class PoolTestCase(VtpmMixin, test_storage_migrate.DriverTestCase):
                        action=lambda: self.dest.files.pop(path))
         self.assertIn('the state of the vTPM', self._fail())
 
+    def test_destination_that_hangs_is_asked_nothing_more(self):
+        self.flags(vol_upload_migration_stall_timeout=1, group='libvirt')
+        blocked = self.dest.block(
+            'conn.storagePoolCreateXML',
+            name=f'nova-{uuids.instance}-swtpm-{uuids.instance}')
+        self.addCleanup(blocked.release)
+        ended = []
+        self.calls.power_on.side_effect = lambda *args: ended.extend(
+            name for call, name in self.dest.calls if call == 'pool.destroy')
+        self.assertIn('no answer within 1 seconds', self._fail())
+        self.assertTrue(blocked.reached.is_set())
+        self.assertNotIn(f'nova-{uuids.instance}-swtpm', ended)
+
     def test_shared_storage_is_refused(self):
         with mock.patch.object(
                 peer.Destination, '_find_shared', return_value=True):
