@@ -12,6 +12,7 @@
 """What live tests share: two lab hosts, connections, pools and files."""
 
 import atexit
+import faulthandler
 import functools
 import gc
 import hashlib
@@ -66,6 +67,12 @@ def get_lab() -> nova_lab.Lab:
     return lab
 
 
+@functools.cache
+def run_event_loop() -> None:
+    """Run libvirt's event loop, of which a process has one."""
+    stream.run_event_loop()
+
+
 def python_as_nova(host: nova_lab.Host, *argv: str) -> list[str]:
     """The command that runs Python in a host, as the user nova there.
 
@@ -107,10 +114,20 @@ class LabMixin:
         super().setUp()
         if os.geteuid():
             self.skipTest('the lab needs root')
-        stream.run_event_loop()
+        self._end_the_run_if_this_hangs()
+        run_event_loop()
         self.lab = get_lab()
         self.hosts = self.lab.hosts
         self.source, self.destination = self.hosts[:2]
+
+    def _end_the_run_if_this_hangs(self) -> None:
+        # The timeout of Nova's base class, and that of the test runner, is a
+        # signal, which Python heeds when libvirt has returned.
+        seconds = int(os.environ.get('OS_TEST_TIMEOUT', 0))
+        if seconds:
+            faulthandler.dump_traceback_later(
+                seconds + 60, exit=True, file=sys.__stderr__)
+            self.addCleanup(faulthandler.cancel_dump_traceback_later)
 
     def connect(self, host: nova_lab.Host,
                 pki: str | os.PathLike | None = None) -> libvirt.virConnect:
@@ -124,6 +141,9 @@ class LabMixin:
 
     def _open(self, uri: str) -> libvirt.virConnect:
         connection = libvirt.open(uri)
+        # Who frees the last pool of a connection, which may be the garbage
+        # collector, asks the daemon, which a test may have stopped.
+        connection.setKeepAlive(2, 3)
         self.addCleanup(self._close, connection)
         return connection
 

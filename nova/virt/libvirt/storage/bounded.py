@@ -48,7 +48,8 @@ def within(seconds: float, function: ty.Callable[[], ty.Any]) -> ty.Any:
     if thread.is_alive():
         raise TimeoutError(f'no answer within {seconds} seconds')
     if 'error' in outcome:
-        raise outcome['error']
+        # Its traceback leads here: what holds on to it, it would hold on to.
+        raise outcome.pop('error')
     return outcome['result']
 
 

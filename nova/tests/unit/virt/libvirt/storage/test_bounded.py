@@ -10,7 +10,9 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
+import gc
 from unittest import mock
+import weakref
 
 import libvirt
 
@@ -83,6 +85,24 @@ class BoundedTestCase(test.NoDBTestCase):
             'other')
         self.assertEqual(
             libvirt.VIR_ERR_NO_STORAGE_POOL, error.get_error_code())
+
+    def test_an_error_holds_on_to_nothing_once_it_is_handled(self):
+        # To free the last volume of a connection is to ask its daemon, which
+        # no garbage collection should do in whatever thread it happens to be.
+        def fail(volume):
+            raise ValueError(volume)
+
+        class Volume:
+            pass
+
+        volume = Volume()
+        freed = weakref.ref(volume)
+        gc.disable()
+        self.addCleanup(gc.enable)
+        with self.assertRaises(ValueError):
+            bounded.within(10, lambda given=volume: fail(given))
+        del volume
+        self.assertIsNone(freed())
 
     def test_a_close_that_hangs_is_no_error(self):
         closing = stream.native_threading().Event()
