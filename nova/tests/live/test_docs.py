@@ -29,11 +29,14 @@ import testtools
 
 import nova
 from nova.tests.live import base
+from nova.virt.libvirt.storage import peer
+from nova.virt.libvirt.storage import pool
 
 lab = base.nova_lab
 
 PAGE = base.ROOT / 'doc/source/admin/remote-libvirt.rst'
 INSTALL_PAGE = base.ROOT / 'doc/source/install/index.rst'
+SWITCH_PAGE = base.ROOT / 'doc/source/admin/switch-on.rst'
 
 # What the page says of systemd, and what Debian 12 has of it.
 UNITS = pathlib.Path('/lib/systemd/system')
@@ -187,6 +190,58 @@ class TestRemoteLibvirtPage(base.LiveTestCase):
         self.assertEqual(64 * units.Mi, result['length'])
         self.assertEqual(
             self.sha256(disk), self.sha256(self.destination.path(path)))
+
+
+class TestSwitchOnPage(base.LiveTestCase):
+    """The pools go before the driver does, and not with a disk in them."""
+
+    POOLS = {'nova-disks': '/var/lib/nova/disks',
+             'nova-image-cache': '/var/lib/nova/instances/_base'}
+
+    def setUp(self):
+        super().setUp()
+        connection = self.connect_local(self.destination)
+        nova = pool.Permissions(
+            self.destination.nova_uid, self.destination.nova_gid, 0o755)
+        for name, path in self.POOLS.items():
+            self.addCleanup(shutil.rmtree, self.destination.path(path),
+                            ignore_errors=True)
+            self.addCleanup(self.remove_pool, name)
+            pool.Pool.ensure(connection, name, path, nova)
+        self.there = peer.Destination(
+            'host', self.lab.uri(self.destination), 'nova-disks',
+            uuidutils.generate_uuid(), '/var/lib/nova/instances/server')
+        self.addCleanup(self.there.close)
+
+    def test_off(self):
+        remove_disks, remove_cache = (
+            commands for classes, commands in read_blocks(SWITCH_PAGE)
+            if classes == {'off'})
+        disk = self.make_disk(
+            self.destination, '/var/lib/nova/disks/disk', units.Mi, [])
+        error = self.assertRaises(lab.LabError, self.run_block, remove_disks)
+        self.assertIn("failed to remove '/var/lib/nova/disks'", str(error))
+        self.run_block('virsh pool-start nova-disks')
+        self.there.connect()
+        self.there.close()
+        disk.unlink()
+        self.run_block(remove_disks)
+        error = self.assertRaises(peer.Unsuitable, self.there.connect)
+        self.assertIn('there is no storage pool nova-disks', str(error))
+        self.run_block(remove_cache)
+        self.assertEqual(
+            '', self.run_block('virsh pool-list --all --name').strip())
+        self.assertTrue(self.destination.path(
+            self.POOLS['nova-image-cache']).exists())
+
+    def remove_pool(self, name):
+        """Remove what a test that failed has left."""
+        for action in 'destroy', 'undefine':
+            self.destination.run(['virsh', f'pool-{action}', name],
+                                 check=False)
+
+    def run_block(self, commands):
+        return self.destination.run(['sh', '-eu', '-c', commands]).stdout
 
 
 class TestInstallPage(testtools.TestCase):
