@@ -437,7 +437,8 @@ class Host:
         """End every process of the host; the namespaces go with the last."""
         self.end(self.processes())
         self._holder = None
-        execute('ip', 'link', 'delete', self._port, check=False)
+        if not self.lab.rival:
+            execute('ip', 'link', 'delete', self._port, check=False)
 
     def end(self, pids: Sequence[int]) -> None:
         """End processes of the host, by force where they do not."""
@@ -808,10 +809,29 @@ class Lab:
         """Whether each host has its namespaces and a libvirtd."""
         return all(host.pid and host.libvirtd_pid for host in self.hosts)
 
+    @property
+    def rival(self) -> str:
+        """The directory of another lab that has our subnet, or ''."""
+        owner = ''
+        with contextlib.suppress(OSError):
+            owner = pathlib.Path(
+                '/sys/class/net/%s/ifalias' % self.bridge).read_text().strip()
+        if owner == str(self.directory) or not os.path.exists(
+                os.path.join(owner, MARKER)):
+            return ''
+        return owner
+
     def up(self) -> None:
-        """Make what is missing; a lab that is up stays as it is."""
+        """Make what is missing; a lab that is up stays as it is.
+
+        :raises LabError: if another lab has the subnet
+        """
         self._require_root()
         with self._lock():
+            if self.rival:
+                raise LabError(
+                    '%s is the network of the lab in %s: choose another with '
+                    'NOVA_LAB_SUBNET' % (self.network, self.rival))
             self._start_directory()
             make_ca(self.ca)
             make_client(self.ca, self.pki)
@@ -828,7 +848,8 @@ class Lab:
             if not self._load():
                 # Nothing was made, or something that is not ours is there.
                 return
-            execute('ip', 'link', 'delete', self.bridge, check=False)
+            if not self.rival:
+                execute('ip', 'link', 'delete', self.bridge, check=False)
             shutil.rmtree(self.directory)
             remove_mount_points()
 
@@ -862,6 +883,8 @@ class Lab:
         if not os.path.exists('/sys/class/net/' + self.bridge):
             execute('ip', 'link', 'add', self.bridge, 'type', 'bridge',
                     'forward_delay', '0', 'stp_state', '0')
+        # Tells whose it is.
+        execute('ip', 'link', 'set', self.bridge, 'alias', self.directory)
         bits = self.network.prefixlen
         execute('ip', 'address', 'replace', '%s/%d' % (self.address, bits),
                 'dev', self.bridge)

@@ -284,6 +284,19 @@ class TestUpAndDown(base.LiveTestCase):
                 self.source.path(top)))
         self.assertTrue(self.lab.is_up)
 
+    def test_subnet_of_another_lab_is_refused(self):
+        other = lab.Lab(self.directory + '-other', subnet=self.subnet)
+        self.addCleanup(other.down)
+        error = self.assertRaises(lab.LabError, other.up)
+        self.assertIn(f'the lab in {self.directory}: choose', str(error))
+        self.assertFalse(other.directory.exists())
+        # As if it had lost its bridge to the other.
+        other._start_directory()
+        other.down()
+        self.assertFalse(other.directory.exists())
+        for host in self.second.hosts:
+            self.connect_to(host)
+
     def test_up_repairs_what_died(self):
         first, second = self.second.hosts
         other = second.pid
