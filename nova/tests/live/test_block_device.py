@@ -79,6 +79,16 @@ class BlockDeviceTestCase(base.LiveTestCase):
         self.assertNotEqual(before, self.sha256(file))
         self.assertEqual(self.sha256(disk), self.sha256(file))
 
+    def test_device_that_is_larger(self):
+        disk, source = self.add_file(self.source, DATA)
+        # By one extent of a logical volume.
+        file, device = self.add_device(
+            self.destination, SIZE + 4 * units.Mi)
+        self.copy(source, device)
+        content = file.read_bytes()
+        self.assertEqual(disk.read_bytes(), content[:SIZE])
+        self.assertEqual(OLD * 4 * units.Mi, content[SIZE:])
+
     def test_device_arrives_and_its_zeros_become_holes(self):
         file, device = self.add_device(self.source)
         with open(file, 'r+b') as data:

@@ -295,7 +295,7 @@ class FetchTestCase(base.LiveTestCase):
         self.assertEqual([], os.listdir(self.cache))
 
 
-class SharedTestCase(base.LiveTestCase):
+class SharedDirectoryTestCase(base.LiveTestCase):
     """One directory that both hosts see at the same path, or do not."""
 
     def setUp(self):
