@@ -67,12 +67,6 @@ def get_lab() -> nova_lab.Lab:
     return lab
 
 
-@functools.cache
-def run_event_loop() -> None:
-    """Run libvirt's event loop, of which a process has one."""
-    stream.run_event_loop()
-
-
 def python_as_nova(host: nova_lab.Host, *argv: str) -> list[str]:
     """The command that runs Python in a host, as the user nova there.
 
@@ -115,7 +109,7 @@ class LabMixin:
         if os.geteuid():
             self.skipTest('the lab needs root')
         self._end_the_run_if_this_hangs()
-        run_event_loop()
+        stream.run_event_loop()
         self.lab = get_lab()
         self.hosts = self.lab.hosts
         self.source, self.destination = self.hosts[:2]
