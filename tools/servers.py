@@ -15,7 +15,6 @@
 from collections.abc import Iterator
 import contextlib
 import hashlib
-import os
 from pathlib import Path
 import re
 from typing import Any
@@ -246,10 +245,10 @@ def leftovers(host: 'lab_module.Host') -> list[str]:
         names = set(host.run(['virsh', *what]).stdout.split())
         found += [f'{kind} {name}' for name in names.difference(expected)]
         found += [f'no {kind} {name}' for name in set(expected) - names]
-    found += [f'{POOL}/{name}' for name in os.listdir(host.path(POOL))]
-    found += [f'{INSTANCES}/{name}'
-              for name in os.listdir(host.path(INSTANCES))
-              if name not in NOT_OF_SERVERS]
+    # Asked in the host: only there is seen what is mounted there.
+    for path, known in ((POOL, set()), (INSTANCES, NOT_OF_SERVERS)):
+        names = set(host.run(['ls', '-A', path]).stdout.split())
+        found += [f'{path}/{name}' for name in sorted(names - known)]
     return [f'{host.name}: {what}' for what in found]
 
 
