@@ -11,6 +11,7 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
+from collections.abc import Iterator
 import contextlib
 
 from openstack import exceptions
@@ -48,6 +49,10 @@ class LifeTestCase(base.CloudTestCase):
         self.boots += 1
         self.assert_counts(self.server, **(
             {'vda': self.boots, 'vdb': self.boots} | counters))
+        self.assert_in_place()
+
+    def assert_in_place(self) -> None:
+        """The disks are in the pool, and none in the instance directory."""
         directory = self.cloud.lab.host(self.server.host).path(
             f'{servers.INSTANCES}/{self.server.id}')
         self.assertEqual(
@@ -60,9 +65,35 @@ class LifeTestCase(base.CloudTestCase):
         getattr(self.server.compute, action)(self.server.id, *args, **kwargs)
         self.server.wait(status)
 
+    @contextlib.contextmanager
+    def evacuated(self) -> Iterator[None]:
+        """Evacuate the server from the source, which is back in the end."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.cloud.wait_computes)
+            stack.callback(self._force_source_down, False)
+            stack.callback(self.cloud.start_compute, self.source)
+            self.cloud.daemon(f'nova-compute-{base.SOURCE}').stop()
+            self._force_source_down(True)
+            self.act('evacuate_server', status='SHUTOFF')
+            self.assertEqual(base.DESTINATION, self.server.host)
+            yield
 
-class TestLife(LifeTestCase):
-    """What operators do with a server whose disks are in the pool."""
+    def _force_source_down(self, forced: bool) -> None:
+        compute = self.server.compute
+        service = next(compute.services(
+            binary='nova-compute', host=base.SOURCE))
+        # Nova lets go of it only when the host has cleared up what was
+        # evacuated from it.
+        daemons.wait_for('the host to be forced down, or not', lambda: (
+            compute.put(f'/os-services/{service.id}',
+                        json={'forced_down': forced}).ok), poll=0.5)
+
+
+class LifeMixin:
+    """What operators do with a server."""
+
+    # What a resize on the same host makes of an ephemeral disk.
+    bigger_ephemeral = 2 * GIB
 
     def test_stop_start_reboot_rescue_suspend(self):
         self.server.stop()
@@ -106,7 +137,7 @@ class TestLife(LifeTestCase):
         self.server.resize('large-ephemeral', base.SOURCE)
         self.assertEqual(base.SOURCE, self.server.host)
         self.assert_boots()
-        self.assertEqual({'vda': 2 * GIB, 'vdb': 2 * GIB},
+        self.assertEqual({'vda': 2 * GIB, 'vdb': self.bigger_ephemeral},
                          self.server.sizes())
         self.server.revert()
         # The boot from the copies went with them.
@@ -123,14 +154,7 @@ class TestLife(LifeTestCase):
         self.assert_no_disks(self.server, base.DESTINATION)
 
     def test_evacuate(self):
-        with contextlib.ExitStack() as stack:
-            stack.callback(self.cloud.wait_computes)
-            stack.callback(self._force_source_down, False)
-            stack.callback(self.cloud.start_compute, self.source)
-            self.cloud.daemon(f'nova-compute-{base.SOURCE}').stop()
-            self._force_source_down(True)
-            self.act('evacuate_server', status='SHUTOFF')
-            self.assertEqual(base.DESTINATION, self.server.host)
+        with self.evacuated():
             self.assertNotEqual({}, self.server.disks(base.SOURCE))
         daemons.wait_for('the source to clear up', lambda: (
             not self.server.disks(base.SOURCE)), poll=0.5)
@@ -139,15 +163,9 @@ class TestLife(LifeTestCase):
         # Both disks are new: those of the source were lost.
         self.assert_boots(vda=1, vdb=1)
 
-    def _force_source_down(self, forced: bool) -> None:
-        compute = self.server.compute
-        service = next(compute.services(
-            binary='nova-compute', host=base.SOURCE))
-        # Nova lets go of it only when the host has cleared up what was
-        # evacuated from it.
-        daemons.wait_for('the host to be forced down, or not', lambda: (
-            compute.put(f'/os-services/{service.id}',
-                        json={'forced_down': forced}).ok), poll=0.5)
+
+class TestLife(LifeMixin, LifeTestCase):
+    """A server whose disks are in the pool."""
 
     def test_live_migration_is_refused(self):
         self.assertRaises(
