@@ -84,12 +84,14 @@ class ProgressTestCase(test_transfer.TransferTestCase):
         self.assertEqual(sorted(set(self.percents)), self.percents)
         self.assertEqual(100, self.percents[-1])
         self.assertEqual((self.size, self.size, 0), self.figures[-1][1:])
-        for first, second in itertools.pairwise(self.figures[:-1]):
+        copying = self.figures[:-1]
+        for first, second in itertools.pairwise(copying):
             self.assertEqual(self.size, first[2] + first[3])
-            rate = (second[2] - first[2]) / (second[0] - first[0])
-            # Only 0.5 s of a limit that is kept with 0.1 s of slack.
-            self.assertGreater(rate, 0.7 * RATE)
-            self.assertLess(rate, 1.3 * RATE)
+            self.assertGreater(second[2], first[2])
+        # One report may come late on a busy machine.
+        rate = ((copying[-1][2] - copying[0][2]) /
+                (copying[-1][0] - copying[0][0]))
+        self.assertAlmostEqual(RATE, rate, delta=0.15 * RATE)
 
     def test_log_tells_the_rate_and_the_time_left(self):
         *told, (_message, end) = self._watch()
