@@ -17,6 +17,7 @@ import argparse
 import collections.abc
 import contextlib
 import fcntl
+import math
 import os
 import signal
 import sys
@@ -94,7 +95,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _size(text: str) -> int:
     size = float(text)
-    if size < 0:
+    if not 0 <= size < math.inf:
         raise ValueError(text)
     return int(size * units.Gi)
 

@@ -207,5 +207,28 @@ class LabMixin:
         return os.stat(path).st_blocks * 512
 
 
+class CertificateMixin(LabMixin):
+    """Gives hosts other certificates for the length of a test."""
+
+    def set_client(self, **certificate: Any) -> None:
+        """Give the source another one; see Host.set_certificate()."""
+        self.addCleanup(self.source.set_certificate, 'client')
+        self.source.set_certificate('client', **certificate)
+
+    def set_server(self, **certificate: Any) -> None:
+        """Give the destination another one, which libvirtd then reads."""
+        self.addCleanup(self._restore_server)
+        self.destination.set_certificate('server', **certificate)
+
+    def _restore_server(self) -> None:
+        self.destination.set_certificate('server')
+        self.destination.restart_libvirtd()
+
+    def other_ca(self) -> pathlib.Path:
+        """A CA that no host knows."""
+        return nova_lab.make_ca(
+            self.lab.directory / 'other-ca', 'another CA')
+
+
 class LiveTestCase(LabMixin, testtools.TestCase):
     """A test on real hosts that needs nothing of Nova's fixtures."""

@@ -113,28 +113,13 @@ class SecurityTestCase(test_transfer.TransferTestCase):
         self.source.certificate('client').unlink()
 
 
-class CertificateTestCase(SecurityTestCase):
-
-    def _set_client(self, **certificate):
-        self.addCleanup(self.source.set_certificate, 'client')
-        self.source.set_certificate('client', **certificate)
-
-    def _set_server(self, **certificate):
-        self.addCleanup(self._restore_server)
-        self.destination.set_certificate('server', **certificate)
-
-    def _restore_server(self):
-        self.destination.set_certificate('server')
-        self.destination.restart_libvirtd()
+class CertificateTestCase(base.CertificateMixin, SecurityTestCase):
 
     def _assert_server_not_trusted(self, fault, remedy):
         """Assert that the source does not take the certificate."""
         # Else libvirtd does not start; one that runs does not look again.
         self.destination.restart_libvirtd(tls_no_sanity_certificate=1)
         self._assert_refused(fault, "verify peer's certificate", remedy)
-
-    def _other_ca(self):
-        return lab.make_ca(self.lab.directory / 'other-ca', 'another CA')
 
     def test_compute_host_gets_in(self):
         self._assert_admitted(self.destination.uri)
@@ -147,7 +132,7 @@ class CertificateTestCase(SecurityTestCase):
                               self.destination.name)
 
     def test_host_that_is_not_on_the_list(self):
-        self._set_client(name='webserver')
+        self.set_client(name='webserver')
         self._assert_not_confirmed('certificate of the source is not on the '
                                    'list of the destination')
 
@@ -156,29 +141,29 @@ class CertificateTestCase(SecurityTestCase):
         self._assert_not_confirmed('no client certificate')
 
     def test_client_certificate_of_another_ca(self):
-        self._set_client(ca=self._other_ca())
+        self.set_client(ca=self.other_ca())
         self._assert_refused('certificate of the source is of another CA',
                              'known issuer', '/etc/pki')
 
     def test_client_certificate_expired(self):
-        self._set_client()
+        self.set_client()
         self.source.expire_certificate('client')
         self._assert_refused('certificate of the source has expired',
                              'expired', '/etc/pki')
 
     def test_server_certificate_expired(self):
-        self._set_server()
+        self.set_server()
         self.destination.expire_certificate('server')
         self._assert_server_not_trusted(
             'certificate of the destination has expired', 'not expired')
 
     def test_server_certificate_of_another_ca(self):
-        self._set_server(ca=self._other_ca())
+        self.set_server(ca=self.other_ca())
         self._assert_server_not_trusted(
             'certificate of the destination is of another CA', 'cacert.pem')
 
     def test_server_certificate_of_another_name(self):
-        self._set_server(name='host9')
+        self.set_server(name='host9')
         self._assert_server_not_trusted(
             'certificate of the destination is for another name',
             'valid for the name in the URI')

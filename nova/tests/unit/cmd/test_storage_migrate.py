@@ -101,6 +101,7 @@ class CommandTestCase(test.NoDBTestCase):
 
     def test_wrong_usage(self):
         for argv in ((), ('dest', '--size', '-1'), ('dest', '--size', 'big'),
+                     ('dest', '--size', 'inf'),
                      ('--all', '/not/there'), ('dest', '--unknown')):
             with contextlib.redirect_stderr(io.StringIO()):
                 error = self.assertRaises(SystemExit, self._run, *argv)

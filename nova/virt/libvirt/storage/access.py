@@ -99,7 +99,7 @@ def check_uri(uri: str) -> None:
     :raises: Unsafe
     """
     if any(name.lower() == 'no_verify' and value != '0'
-           for name, value in _parameters(uri)):
+           for name, value in parameters(uri)):
         raise Unsafe(
             f'{uri}: no_verify lets any host pass for the destination, and '
             f'get the disks of servers',
@@ -109,10 +109,21 @@ def check_uri(uri: str) -> None:
 
 def weakness(uri: str) -> str | None:
     """What is wrong with the transport of a URI, None if nothing is."""
-    transport = _transport(uri)
-    if transport == 'tls':
-        return None
-    return WEAKNESSES.get(transport, SSH_WEAKNESS)
+    name = transport(uri)
+    return None if name == 'tls' else WEAKNESSES.get(name, SSH_WEAKNESS)
+
+
+def transport(uri: str) -> str:
+    """What a URI goes over: tls, tcp, ssh and so on."""
+    _driver, plus, name = uri.partition(':')[0].partition('+')
+    return name if plus else DEFAULT_TRANSPORT
+
+
+def parameters(uri: str) -> list[tuple[str, str]]:
+    """The names and values of a URI's query."""
+    # libvirt takes a semicolon for an ampersand.
+    query = uri.partition('?')[2].replace(';', '&')
+    return parse.parse_qsl(query, keep_blank_values=True)
 
 
 def cause(error: Exception) -> str:
@@ -130,14 +141,3 @@ def remedy(error: Exception) -> str:
         if re.search(pattern, str(error)):
             return text
     return OTHER_REMEDY
-
-
-def _transport(uri: str) -> str:
-    _driver, plus, transport = uri.partition(':')[0].partition('+')
-    return transport if plus else DEFAULT_TRANSPORT
-
-
-def _parameters(uri: str) -> list[tuple[str, str]]:
-    # libvirt takes a semicolon for an ampersand.
-    query = uri.partition('?')[2].replace(';', '&')
-    return parse.parse_qsl(query, keep_blank_values=True)

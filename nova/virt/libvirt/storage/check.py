@@ -27,6 +27,7 @@ from urllib import parse
 
 from oslo_utils import units
 from oslo_utils import uuidutils
+from oslo_utils import versionutils
 
 from nova.virt.libvirt.storage import access
 from nova.virt.libvirt.storage import bounded
@@ -196,7 +197,13 @@ class Source(Checks):
         _close(self._connection)
 
     def _user(self) -> str:
-        owner = os.stat(self._settings.instances_path).st_uid
+        try:
+            owner = os.stat(self._settings.instances_path).st_uid
+        except OSError as error:
+            raise Problem(
+                f'{self._settings.instances_path}: {error.strerror}',
+                'Name the configuration of nova-compute with --config-file '
+                'if that is not its instances_path')
         if os.geteuid() != owner:
             raise Problem(
                 f'this runs with uid {os.geteuid()}, and '
@@ -220,7 +227,8 @@ class Source(Checks):
             raise Problem(f'{self._settings.uri}: {error}',
                           'Start libvirt, and let this user connect to it')
         self.version = self._connection.getLibVersion()
-        return f'version {_version(self.version)}'
+        version = versionutils.convert_version_to_str(self.version)
+        return f'version {version}'
 
     def _pool(self) -> str:
         name = self._settings.pool
@@ -254,8 +262,7 @@ class Destination(Checks):
         self._size = size
         self._uri = parse.urlsplit(uri)
         self._name = self._uri.hostname or ''
-        _driver, plus, transport = self._uri.scheme.partition('+')
-        self._transport = transport if plus else 'tls'
+        self._transport = access.transport(uri)
         self._pool: storage_pool.Pool
         self._shares_directory = False
         self._port = self._uri.port or PORTS.get(self._transport, 0)
@@ -349,15 +356,16 @@ class Destination(Checks):
 
     @property
     def _files(self) -> certificates.Files:
-        parameters = parse.parse_qs(self._uri.query.replace(';', '&'))
-        return certificates.find_files(parameters.get('pkipath', [None])[0])
+        parameters = dict(access.parameters(self._uri.geturl()))
+        return certificates.find_files(parameters.get('pkipath'))
 
     def _connect(self) -> str:
         self._peer.connect()
         self._connection = self._peer.pool.libvirt_pool.connect()
         version = self._connection.getLibVersion()
-        return (f'version {_version(version)} there, '
-                f'{_version(self._source.version)} here')
+        there, here = map(versionutils.convert_version_to_str, (
+            version, self._source.version))
+        return f'version {there} there, {here} here'
 
     def _encryption(self) -> str:
         weakness = access.weakness(self._uri.geturl())
@@ -412,10 +420,10 @@ class Destination(Checks):
         needed = max(self._size, PROBE_BYTES)
         if available < needed:
             raise Problem(
-                f'{_gib(available)} are free in {self._pool.path}, '
-                f'{_gib(needed)} are needed',
+                f'{_readable(available)} are free in {self._pool.path}, '
+                f'{_readable(needed)} are needed',
                 f'Free some space on {self.host}, or choose another host')
-        return f'{_gib(available)} free'
+        return f'{_readable(available)} free'
 
     def _run_probe(self) -> ty.Iterator[Finding]:
         """Look what becomes of a volume, and delete it in any case."""
@@ -456,7 +464,7 @@ class Destination(Checks):
                 f'{speed / units.Mi:.0f} MiB/s, read back, deleted')
         if self._size:
             limit = self._settings.bandwidth or speed
-            text += (f'; {_gib(self._size)} take about '
+            text += (f'; {_readable(self._size)} take about '
                      f'{_duration(self._size / min(speed, limit))}')
         return text
 
@@ -521,12 +529,9 @@ def _describe(pool: storage_pool.Pool) -> str:
             f'{pool.permissions.mode:04o}')
 
 
-def _version(number: int) -> str:
-    """A version as libvirt tells it, 9000000, as people do, 9.0.0."""
-    return f'{number // 1000000}.{number // 1000 % 1000}.{number % 1000}'
-
-
-def _gib(size: int) -> str:
+def _readable(size: int) -> str:
+    if size < units.Gi:
+        return f'{size // units.Mi} MiB'
     return f'{size / units.Gi:.1f} GiB'
 
 

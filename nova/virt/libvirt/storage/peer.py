@@ -23,6 +23,7 @@ import tempfile
 import typing as ty
 
 from oslo_utils import uuidutils
+from oslo_utils import versionutils
 
 import nova.conf
 from nova.conf import storage_migrate  # noqa: F401 (registers the options)
@@ -167,9 +168,11 @@ class Destination:
         with self._explained():
             version = self._connection.getLibVersion()
             if version < MIN_LIBVIRT_VERSION:
+                has, needs = map(versionutils.convert_version_to_str, (
+                    version, MIN_LIBVIRT_VERSION))
                 raise self._unsuitable(
-                    f'its libvirt is version {version}',
-                    f'At least {MIN_LIBVIRT_VERSION} is needed.')
+                    f'its libvirt is version {has}',
+                    f'At least {needs} is needed.')
             self._look()
 
     def check(self, needed: int, source_pool: storage_pool.Pool) -> None:

@@ -395,7 +395,7 @@ class RefusalTestCase(DriverTestCase):
 
     def test_old_libvirt(self):
         self.dest.version = 7_000_000
-        self._assert_refused('7000000', '8000000')
+        self._assert_refused('7.0.0', '8.0.0')
 
 
 class FailureTestCase(DriverTestCase):

@@ -83,6 +83,11 @@ class SourceTestCase(_CheckTestCase):
             self._only_failure(self._run(), 'uid 12345', 'sudo -u nova',
                                status=check.WARN)
 
+    def test_no_instances_path(self):
+        self.settings['instances_path'] = '/not/there'
+        self._only_failure(self._run(), '/not/there: No such file',
+                           '--config-file')
+
     def test_not_enabled(self):
         self.settings['enabled'] = False
         self._only_failure(
@@ -175,7 +180,7 @@ class DestinationTestCase(_CheckTestCase):
 
     def test_old_libvirt(self):
         self.dest.version = 7_000_000
-        self._only_failure(self._run(), '7000000', '8000000')
+        self._only_failure(self._run(), '7.0.0', '8.0.0')
 
     def test_pool_that_is_not_there(self):
         del self.dest.pools['nova-disks']

@@ -204,7 +204,7 @@ class ConnectTestCase(_PeerTestCase):
         if good:
             self.connected()
         else:
-            self.assert_unsuitable('7000000', self.destination().connect)
+            self.assert_unsuitable('7.0.0', self.destination().connect)
 
     def test_close(self):
         destination = self.connected()
