@@ -104,6 +104,14 @@ class CloudTestCase(testtools.TestCase):
             lambda: [read_log(self.cloud, name, size).encode()
                      for name, size in sizes.items()])
 
+    def forget_pools(self, *hosts: live.nova_lab.Host) -> None:
+        """Take the pools away that a nova-compute defines as it starts."""
+        for host in hosts:
+            known = host.run(['virsh', 'pool-list', '--all', '--name']).stdout
+            for name in set(servers.POOL_NAMES) & set(known.split()):
+                host.run(['virsh', 'pool-destroy', name], check=False)
+                host.run(['virsh', 'pool-undefine', name])
+
     # ---- servers
 
     def create(self, host: str = SOURCE, **kwargs) -> servers.Server:
