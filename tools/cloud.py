@@ -65,7 +65,11 @@ IMAGES = {'guest': 'raw', 'guest-qcow2': 'qcow2'}
 # name -> root disk and ephemeral disk, GiB, and swap disk, MiB
 FLAVORS = {'small': (1, 0, 0), 'large': (2, 0, 0),
            'small-ephemeral': (1, 1, 0), 'large-ephemeral': (2, 2, 0),
-           'small-swap': (1, 1, 64), 'large-swap': (2, 2, 128)}
+           'small-swap': (1, 1, 64), 'large-swap': (2, 2, 128),
+           'small-vtpm': (1, 1, 64), 'large-vtpm': (2, 2, 128)}
+# What some have besides.
+EXTRA_SPECS = {name: {'hw:tpm_version': '2.0', 'hw:tpm_model': 'tpm-tis'}
+               for name in ('small-vtpm', 'large-vtpm')}
 MEMORY_MIB = 256
 # The first that lets an administrator name the host of a new server.
 MICROVERSION = '2.96'
@@ -103,6 +107,7 @@ class Cloud:
         self.options = options or {}
         self.host_options: dict[str, config.Options] = {}
         self.directory = Path(lab.directory) / 'cloud'
+        self.secrets = self.directory / 'secrets'
         self.site = config.Site(lab.address, self.directory)
         self.say = say or Clock().say
 
@@ -176,6 +181,8 @@ class Cloud:
         """Write the configuration of the control plane."""
         self.directory.mkdir(parents=True, exist_ok=True)
         self.directory.chmod(0o711)
+        self.secrets.mkdir(exist_ok=True)
+        self.secrets.chmod(0o777)
         files = {'keystone/keystone.conf': config.keystone(self.site),
                  'glance/glance-api.conf': config.glance(self.site),
                  'placement/placement.conf': config.placement(self.site),
@@ -494,7 +501,8 @@ class Cloud:
         path = f'{venv.ROOT}/bin:/usr/sbin:/usr/bin:/sbin:/bin'
         self.daemon(f'nova-compute-{host.name}').start(
             host.command(argv, 'nova'),
-            env=host.environment('nova', {'PATH': path}))
+            env=host.environment('nova', {
+                'PATH': path, 'NOVA_LAB_SECRETS': str(self.secrets)}))
 
     def configure_host(self, host: 'lab_module.Host') -> None:
         """Give a host its /etc/nova, as an installed package would."""
@@ -522,9 +530,11 @@ class Cloud:
         known = {flavor.name for flavor in compute.flavors()}
         for name, (root, ephemeral, swap) in FLAVORS.items():
             if name not in known:
-                compute.create_flavor(name=name, ram=MEMORY_MIB, vcpus=1,
-                                      disk=root, ephemeral=ephemeral,
-                                      swap=swap)
+                flavor = compute.create_flavor(
+                    name=name, ram=MEMORY_MIB, vcpus=1, disk=root,
+                    ephemeral=ephemeral, swap=swap)
+                compute.create_flavor_extra_specs(
+                    flavor, EXTRA_SPECS.get(name, {}))
 
     def make_images(self) -> None:
         """Build the guest and upload it, raw and as qcow2, where missing."""

@@ -232,7 +232,9 @@ def nova_compute(site: Site, name: str, address: str) -> Options:
                     # The guest has no driver for the default, vfat.
                     'default_ephemeral_format': 'ext4'},
         'oslo_concurrency': {'lock_path': '/var/lib/nova/lock'},
-        'libvirt': {'virt_type': 'qemu', 'cpu_mode': 'none'},
+        'libvirt': {'virt_type': 'qemu', 'cpu_mode': 'none',
+                    'swtpm_enabled': True},
+        'key_manager': {'backend': 'lab_keys.KeyManager'},
     })
 
 

@@ -12,6 +12,7 @@
 
 """Which programs the processes of a host start, as the kernel sees it."""
 
+from collections.abc import Container
 import os
 from pathlib import Path
 import re
@@ -25,12 +26,14 @@ if TYPE_CHECKING:
     import lab as lab_module
 
 SECONDS = 30
+CANARY = '/usr/bin/true'
 
 
 class Trace:
     """Traces every process of a host, and all that they start.
 
     strace records each execve, also one that fails for want of the program.
+    A process of our own, which starts CANARY in the end, shows that it did.
     """
 
     def __init__(self, host: 'lab_module.Host'):
@@ -38,8 +41,14 @@ class Trace:
         self.record = Path(host.directory) / 'trace.log'
         self.record.unlink(missing_ok=True)
         self._strace: subprocess.Popen
+        self._canary: subprocess.Popen
 
     def __enter__(self) -> 'Trace':
+        self._canary = self.host.popen(
+            ['sh', '-c', f'echo; read line; {CANARY}'],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._canary.stdout is not None
+        self._canary.stdout.readline()
         pids = [pid for pid in self.host.processes() if pid != self.host.pid]
         self._strace = subprocess.Popen(
             ['strace', '-f', '-qq', '-e', 'trace=execve', '-e', 'signal=none',
@@ -57,13 +66,27 @@ class Trace:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._canary.communicate(b'\n', timeout=SECONDS)
         self._strace.send_signal(signal.SIGINT)
         self._strace.communicate(timeout=SECONDS)
+        if f'execve("{CANARY}"' not in self.record.read_text():
+            raise daemons.Failed(f'strace of {self.host.name} saw nothing')
 
     def programs(self) -> set[str]:
         """The names, without directories, of all that was started."""
         found = re.findall(r'execve\("([^"]+)"', self.record.read_text())
         return {os.path.basename(path) for path in found}
+
+    def commands(self, programs: Container[str]) -> list[str]:
+        """The arguments of such programs, each a text as strace has it.
+
+        A program that is looked for in several directories is there once.
+        """
+        found = re.findall(r'execve\("([^"]+)", \[(.*?)\], 0x',
+                           self.record.read_text())
+        return [arguments for path, arguments in found
+                if os.path.basename(path) in programs and
+                os.path.exists(path)]
 
 
 def _is_traced(pid: int) -> bool:

@@ -31,6 +31,7 @@ INSTANCES = '/var/lib/nova/instances'
 POOL = '/var/lib/nova/disks'
 POOL_NAMES = ['nova-disks', 'nova-image-cache']
 # What Nova keeps among the instance directories.
+VTPM = '/var/lib/libvirt/swtpm'
 NOT_OF_SERVERS = {'_base', 'compute_nodes', 'locks', 'snapshots'}
 # A guest in software emulation on a busy machine.
 BOOT_SECONDS = 180
@@ -106,6 +107,12 @@ class Server:
         """Cold migrate it."""
         self.compute.migrate_server(self.id, host=host)
         self._wait_for_task(status)
+
+    def live_migrate(self, host: str) -> None:
+        """Live migrate it, with the disks that hosts do not share."""
+        self.compute.live_migrate_server(
+            self.id, host=host, block_migration='auto')
+        self._wait_for_task('ACTIVE')
 
     def resize(self, flavor: str, host: str,
                status: str = 'VERIFY_RESIZE') -> None:
@@ -249,6 +256,7 @@ def leftovers(host: 'lab_module.Host') -> list[str]:
     for path, known in ((POOL, set()), (INSTANCES, NOT_OF_SERVERS)):
         names = set(host.run(['ls', '-A', path]).stdout.split())
         found += [f'{path}/{name}' for name in sorted(names - known)]
+    found += [f'{VTPM}/{path.name}' for path in host.path(VTPM).glob('*')]
     return [f'{host.name}: {what}' for what in found]
 
 

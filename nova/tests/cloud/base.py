@@ -15,6 +15,7 @@
 import atexit
 import functools
 import os
+import stat
 
 from oslo_serialization import jsonutils
 import testtools
@@ -26,12 +27,15 @@ from nova.tests.live import base as live
 # Found by the path that live sets.
 import cloud
 import daemons
+import guest
+import process_trace
 import servers
 import tripwire
 
 EVENTLET = os.environ.get('NOVA_LAB_EVENTLET', '') == '1'
 SOURCE = 'host1'
 DESTINATION = 'host2'
+SSH_PROGRAMS = {'ssh', 'scp', 'sftp', 'rsync', 'sshd', 'sftp-server'}
 
 
 @functools.cache
@@ -112,6 +116,24 @@ class CloudTestCase(testtools.TestCase):
                 host.run(['virsh', 'pool-destroy', name], check=False)
                 host.run(['virsh', 'pool-undefine', name])
 
+    # ---- what a migration starts
+
+    def migrate_traced(self, server: servers.Server,
+                       host: str) -> dict[str, process_trace.Trace]:
+        """Cold migrate a server.
+
+        :returns: what each host started meanwhile
+        """
+        with (process_trace.Trace(self.source) as source,
+              process_trace.Trace(self.destination) as destination):
+            server.migrate(host)
+        return {SOURCE: source, DESTINATION: destination}
+
+    def migrate_without_ssh(self, server: servers.Server, host: str) -> None:
+        """Cold migrate a server, and check what was started for that."""
+        for trace in self.migrate_traced(server, host).values():
+            self.assertEqual(set(), SSH_PROGRAMS & trace.programs())
+
     # ---- servers
 
     def create(self, host: str = SOURCE, **kwargs) -> servers.Server:
@@ -175,13 +197,46 @@ class CloudTestCase(testtools.TestCase):
             user='nova').stdout
         return jsonutils.loads(said)
 
-    def make_image(self, name: str) -> str:
-        """Upload the guest once more, for a test to lose; return its id."""
-        image = self.cloud.connection().image
-        made = image.create_image(
-            name=name, filename=str(self.cloud.directory / 'guest.raw'),
-            wait=True, disk_format='raw', container_format='bare')
-        self.addCleanup(image.delete_image, made, ignore_missing=True)
+    def vtpm(self, server: servers.Server,
+             host: str) -> dict[str, tuple[str, int]]:
+        """The state of its vTPM: checksum and mode of files by path."""
+        top = self.cloud.lab.host(host).path(f'{servers.VTPM}/{server.id}')
+        return {
+            str(path.relative_to(top)): (
+                servers.sha256(path) if path.is_file() else '',
+                stat.S_IMODE(path.stat().st_mode))
+            for path in top.rglob('*')}
+
+    def assert_same_vtpm(self, server: servers.Server) -> None:
+        """Check that a server that is off has one, the same on all hosts."""
+        state = self.vtpm(server, SOURCE)
+        self.assertIn('tpm2/tpm2-00.permall', state)
+        self.assertEqual(state, self.vtpm(server, DESTINATION))
+
+    def make_boot_images(self, name: str) -> list[str]:
+        """Upload the guest with a kernel and a ramdisk of its own.
+
+        :returns: the ids of the images
+        """
+        disk = self.cloud.directory / 'guest.raw'
+        properties = {'os_command_line': guest.KERNEL_PARAMETERS}
+        for kind, form, file in (('kernel', 'aki', 'vmlinuz'),
+                                 ('ramdisk', 'ari', 'initrd')):
+            path = self.cloud.directory / file
+            self.addCleanup(path.unlink)
+            self.cloud.run(['debugfs', '-R', f'dump /boot/{file} {path}',
+                            f'{disk}?offset={guest.PARTITION_START}'])
+            properties[f'{kind}_id'] = self._upload(
+                kind, path, disk_format=form, container_format=form)
+        return [properties['kernel_id'], properties['ramdisk_id'],
+                self._upload(name, disk, disk_format='raw',
+                             container_format='bare', **properties)]
+
+    def _upload(self, name: str, path: os.PathLike, **kwargs) -> str:
+        images = self.cloud.connection().image
+        made = images.create_image(
+            name=name, filename=str(path), wait=True, **kwargs)
+        self.addCleanup(images.delete_image, made.id, ignore_missing=True)
         return made.id
 
 

@@ -29,19 +29,22 @@ SECRET = 'injected-and-kept'
 # is nova's of that host.
 MODES = {'disk': 0o644, 'disk.eph0': 0o644, 'disk.config': 0o644,
          'disk.swap': 0o644, 'disk.info': 0o644, '.': 0o755}
+BOOT_MODES = {'kernel': 0o644, 'ramdisk': 0o644}
 
 
 class DirectoryTestCase(base.CloudTestCase):
     """A server with root, ephemeral and swap disk and a config drive."""
 
     options: base.cloud.config.Options = {'libvirt': {
-        'use_storage_pools': False, 'vol_upload_migration_legacy': True}}
+        'use_storage_pools': False, 'vol_upload_migration_legacy': True,
+        'live_migration_scheme': 'tls'}}
+    modes = MODES
 
     def create_full(self, **kwargs: Any) -> servers.Server:
         """Boot a server whose password is on its config drive."""
-        return self.create_booted(
-            flavor='small-swap', config_drive=True, admin_password=SECRET,
-            **kwargs)
+        return self.create_booted(**{
+            'flavor': 'small-swap', 'config_drive': True,
+            'admin_password': SECRET, **kwargs})
 
     def directory(self, server: servers.Server, host: str):
         """The path of its instance directory on a host."""
@@ -60,7 +63,7 @@ class DirectoryTestCase(base.CloudTestCase):
         found = {name: os.stat(directory / name)
                  for name in ('.', *os.listdir(directory))
                  if name not in not_disks}
-        self.assertEqual(MODES, {
+        self.assertEqual(self.modes, {
             name: stat.S_IMODE(status.st_mode)
             for name, status in found.items()})
         self.assertEqual({(nova.nova_uid, nova.nova_gid)}, {
@@ -80,8 +83,10 @@ class DirectoryTestCase(base.CloudTestCase):
 class TestOverlays(DirectoryTestCase):
     """qcow2 files with a base image in the image cache."""
 
-    def test_resize_and_revert_then_migrate_with_the_image_lost(self):
-        image = self.make_image('lost')
+    modes = MODES | BOOT_MODES
+
+    def test_resize_and_revert_then_migrate_with_the_images_lost(self):
+        images = self.make_boot_images('lost')
         server = self.create_full(image='lost')
 
         server.resize('large-swap', base.DESTINATION)
@@ -96,15 +101,20 @@ class TestOverlays(DirectoryTestCase):
         self.assert_no_disks(server, base.DESTINATION)
 
         server.stop()
+        for image in images:
+            self.cloud.connection().image.delete_image(image)
         backing = self.image_info(
             server, base.SOURCE, 'disk')['backing-filename']
-        self.cloud.connection().image.delete_image(image)
         self.destination.path(backing).unlink()
-        server.migrate(base.DESTINATION)
+        self.migrate_without_ssh(server, base.DESTINATION)
         self.assertEqual(
             backing, self.image_info(
                 server, base.DESTINATION, 'disk')['backing-filename'])
-        self.assert_same_base(backing)
+        self.assert_fetched(backing, self.source, self.destination)
+        status = self.destination.path(backing).stat()
+        self.assertEqual(
+            (self.destination.nova_uid, self.destination.nova_gid, 0o644),
+            (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)))
         self.assert_owned_by_nova(server, base.DESTINATION)
         self.assert_keeps_password(server, base.DESTINATION)
         sums = [server.checksums(host)
@@ -116,15 +126,34 @@ class TestOverlays(DirectoryTestCase):
         server.start()
         self.assert_counts(server, vda=3, vdb=3)
 
-    def assert_same_base(self, path: str) -> None:
-        """Check that a base image came whole, and is the destination's."""
-        there = self.destination.path(path)
-        self.assertEqual(servers.sha256(self.source.path(path)),
+        self.source.path(backing).unlink()
+        boot_files = {name: servers.sha256(self.destination.path(
+            self.path(server, name))) for name in BOOT_MODES}
+        server.live_migrate(base.SOURCE)
+        self.assertEqual(base.SOURCE, server.host)
+        self.assert_fetched(backing, self.destination, self.source)
+        for name, checksum in boot_files.items():
+            path = self.path(server, name)
+            self.assertIn(f'Fetching {path}',
+                          base.read_log(self.cloud, base.SOURCE))
+            self.assertEqual(
+                checksum, servers.sha256(self.source.path(path)))
+        self.assert_no_disks(server, base.DESTINATION)
+        server.stop()
+        server.start()
+        self.assert_counts(server, vda=4, vdb=4)
+
+    @staticmethod
+    def path(server: servers.Server, name: str) -> str:
+        return f'{servers.INSTANCES}/{server.id}/{name}'
+
+    def assert_fetched(self, path: str, source, destination) -> None:
+        """Check that a base image came whole from the other host."""
+        there = destination.path(path)
+        self.assertIn(f'Fetching {path}',
+                      base.read_log(self.cloud, destination.name))
+        self.assertEqual(servers.sha256(source.path(path)),
                          servers.sha256(there))
-        status = there.stat()
-        self.assertEqual(
-            (self.destination.nova_uid, self.destination.nova_gid, 0o644),
-            (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)))
         self.assertEqual([], list(there.parent.glob('*.part')))
 
 
@@ -138,14 +167,16 @@ class TestRawToNovasOwnDriver(DirectoryTestCase):
         'DEFAULT': {'compute_driver': 'libvirt.LibvirtDriver'}}}
 
     def test_migrate_and_confirm(self):
-        server = self.create_full()
+        server = self.create_full(flavor='small-vtpm')
         server.stop()
         server.migrate(base.DESTINATION)
+        self.assert_same_vtpm(server)
         # Nova's own driver leaves what says that all has arrived.
         marker, = self.directory(server, base.DESTINATION).glob(
             f'{server.id}_*')
         self.assertEqual(0, marker.stat().st_size)
-        self.assert_owned_by_nova(server, base.DESTINATION, marker.name)
+        self.assert_owned_by_nova(
+            server, base.DESTINATION, marker.name, 'swtpm')
         self.assert_keeps_password(server, base.DESTINATION)
         for disk in ('disk', 'disk.eph0'):
             self.assertEqual('raw', self.image_info(
