@@ -21,6 +21,7 @@ connection does not end it either: whoever waits has to go on without.
 
 import contextlib
 import typing as ty
+import weakref
 
 from nova.virt.libvirt.storage import stream
 
@@ -39,7 +40,9 @@ def within(seconds: float, function: ty.Callable[[], ty.Any]) -> ty.Any:
         try:
             outcome['result'] = function()
         except Exception as error:
-            outcome['error'] = error
+            # Without the frames of libvirt's module: whoever keeps the error
+            # would keep what they hold on to.
+            outcome['error'] = error.with_traceback(None)
 
     thread = stream.native_threading().Thread(
         target=call, name='libvirt-call', daemon=True)
@@ -48,7 +51,7 @@ def within(seconds: float, function: ty.Callable[[], ty.Any]) -> ty.Any:
     if thread.is_alive():
         raise TimeoutError(f'no answer within {seconds} seconds')
     if 'error' in outcome:
-        # Its traceback leads here: what holds on to it, it would hold on to.
+        # Its traceback will lead here, and must not lead back to it.
         raise outcome.pop('error')
     return outcome['result']
 
@@ -63,30 +66,51 @@ class Bounded:
     chunk would cost more than the chunk.
     """
 
-    def __init__(self, wrapped: ty.Any, seconds: float):
+    def __init__(
+        self, wrapped: ty.Any, seconds: float,
+        family: 'weakref.WeakSet[Bounded] | None' = None,
+    ):
         """Bound every wait.
 
         :param wrapped: libvirt's object
         :param seconds: how long an answer may take
+        :param family: of all objects of the connection
         """
         self._wrapped = wrapped
         self._seconds = seconds
+        self._family: weakref.WeakSet[Bounded] = (
+            weakref.WeakSet() if family is None else family)
+        self._family.add(self)
 
     def close(self) -> None:
-        """Close the connection; it is given up if that takes too long."""
+        """Close the connection; it is given up if that takes too long.
+
+        No pool and no volume of it can be used any more. libvirt keeps a
+        connection open as long as there is one, and whoever frees the last
+        of them waits for the daemon.
+        """
         with contextlib.suppress(TimeoutError):
-            within(self._seconds, self._wrapped.close)
+            within(self._seconds, self._free)
+
+    def _free(self) -> None:
+        connection = self._wrapped
+        for each in list(self._family):
+            each._wrapped = None
+        connection.close()
 
     def __getattr__(self, name: str) -> ty.Any:
         attribute = getattr(self._wrapped, name)
         if not callable(attribute) or name == 'newStream':
             return attribute
 
+        def ask(*args: ty.Any) -> ty.Any:
+            # By name: the frames of an error hold on to nothing of libvirt's.
+            return getattr(self._wrapped, name)(*args)
+
         def call(*args: ty.Any) -> ty.Any:
             if name in _LOCAL:
-                return self._wrap(attribute(*args))
-            return self._wrap(
-                within(self._seconds, lambda: attribute(*args)))
+                return self._wrap(ask(*args))
+            return self._wrap(within(self._seconds, lambda: ask(*args)))
 
         return call
 
@@ -95,4 +119,4 @@ class Bounded:
             return [self._wrap(each) for each in result]
         if result is None or isinstance(result, (int, str, tuple, dict)):
             return result
-        return Bounded(result, self._seconds)
+        return Bounded(result, self._seconds, self._family)

@@ -104,6 +104,26 @@ class BoundedTestCase(test.NoDBTestCase):
         del volume
         self.assertIsNone(freed())
 
+    def test_pools_and_volumes_are_freed_before_the_connection_is_closed(self):
+        # The connection stays open as long as there is one of them.
+        freed = []
+
+        class Object:
+            def __init__(self, name):
+                self.lookup = lambda: Object(name + 1)
+                self.close = lambda: freed.append('closed')
+                weakref.finalize(self, freed.append, name)
+
+        connection = bounded.Bounded(Object(0), 10)
+        pool = connection.lookup()
+        volume = pool.lookup()
+        gc.disable()
+        self.addCleanup(gc.enable)
+        connection.close()
+        self.assertEqual({1, 2}, set(freed[:2]))
+        self.assertEqual(['closed', 0], freed[2:])
+        self.assertRaises(AttributeError, lambda: volume.lookup)
+
     def test_a_close_that_hangs_is_no_error(self):
         closing = stream.native_threading().Event()
         raw = mock.Mock()
