@@ -42,6 +42,8 @@ class TransferTestCase(base.LiveTestCase):
         self.pool_name = 'test-' + uuidutils.generate_uuid()
         self.pools = {host: self.make_pool(host, self.pool_name)
                       for host in (self.source, self.destination)}
+        # Before their connections are closed, which they would keep open.
+        self.addCleanup(self.pools.clear)
         self.bandwidth = None
         self._name_server()
 

@@ -34,9 +34,7 @@ def within(seconds: float, function: ty.Callable[[], ty.Any]) -> ty.Any:
 
     :raises: TimeoutError; the thread then ends when the function does
     """
-    outcome: dict[str, ty.Any] = {}
-
-    def call() -> None:
+    def call(outcome: dict[str, ty.Any]) -> None:
         try:
             outcome['result'] = function()
         except Exception as error:
@@ -44,11 +42,15 @@ def within(seconds: float, function: ty.Callable[[], ty.Any]) -> ty.Any:
             # would keep what they hold on to.
             outcome['error'] = error.with_traceback(None)
 
+    outcome: dict[str, ty.Any] = {}
     thread = stream.native_threading().Thread(
-        target=call, name='libvirt-call', daemon=True)
+        target=call, args=(outcome,), name='libvirt-call', daemon=True)
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
+        # What comes late is left to the thread. To free it may be to ask the
+        # daemon once more, and whoever keeps the error would do that.
+        del outcome
         raise TimeoutError(f'no answer within {seconds} seconds')
     if 'error' in outcome:
         # Its traceback will lead here, and must not lead back to it.

@@ -104,6 +104,28 @@ class BoundedTestCase(test.NoDBTestCase):
         del volume
         self.assertIsNone(freed())
 
+    def test_what_comes_late_is_freed_where_it_comes(self):
+        # A connection to a daemon that hangs, for example: to close it is to
+        # ask that daemon.
+        class Connection:
+            pass
+
+        threads = stream.native_threading()
+        answer, freed = threads.Event(), threads.Event()
+
+        def connect():
+            answer.wait(10)
+            connection = Connection()
+            weakref.finalize(connection, freed.set)
+            return connection
+
+        try:
+            bounded.within(SECONDS, connect)
+        except TimeoutError as error:
+            kept = error
+        answer.set()
+        self.assertTrue(freed.wait(10), kept)
+
     def test_pools_and_volumes_are_freed_before_the_connection_is_closed(self):
         # The connection stays open as long as there is one of them.
         freed = []
