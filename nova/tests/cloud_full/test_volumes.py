@@ -114,3 +114,64 @@ class TestBootFromVolume(VolumeTestCase):
         self.assert_attached(volume, server)
         for name in (base.SOURCE, base.DESTINATION):
             self.assertEqual({}, server.disks(name))
+
+
+class TestAttached(VolumeTestCase):
+    """A server with a disk in the pool, and a volume beside it."""
+
+    def test_attach_reboot_resize_detach(self):
+        volume = self.make_volume()
+        path = self.volumes.path(volume)
+        self.cloud.run(['mke2fs', '-q', '-F', '-t', 'ext4', str(path)])
+        server = self.create_booted(flavor='small')
+        server.compute.create_volume_attachment(server.id, volume)
+        self.assert_attached(volume, server)
+        self._reboot_soft(server)
+        self.assert_counts(server, vda=2, vdb=1)
+
+        server.resize('large', base.DESTINATION)
+        self.assertEqual(base.DESTINATION, server.host)
+        self.assert_counts(server, vda=3, vdb=2)
+        self.assert_attached(volume, server)
+        server.revert()
+        # What the guest wrote there, it wrote to its copied disk, and to the
+        # volume.
+        self.assert_counts(server, vda=3, vdb=3)
+        self.assert_attached(volume, server)
+        self.assert_no_disks(server, base.DESTINATION)
+        server.resize('large', base.DESTINATION)
+        server.confirm()
+        self.assert_counts(server, vda=4, vdb=4)
+        self.assertEqual({'vda': 2 * units.Gi, 'vdb': units.Gi},
+                         server.sizes())
+        self.assert_attached(volume, server)
+        self.assertEqual({'disk'}, set(server.disks(base.DESTINATION)))
+        self.assert_no_disks(server, base.SOURCE)
+
+        server.compute.delete_volume_attachment(server.id, volume)
+        self.wait_volume(volume, 'available')
+        server.compute.reboot_server(server.id, 'HARD')
+        server.wait('ACTIVE')
+        self.assert_counts(server, vda=5)
+
+    def _reboot_soft(self, server: servers.Server) -> None:
+        size = base.log_size(self.cloud, base.SOURCE)
+        server.compute.reboot_server(server.id, 'SOFT')
+        server.wait('ACTIVE')
+        said = base.read_log(self.cloud, base.SOURCE, size)
+        # The guest powered off by itself: it was not done the hard way.
+        self.assertIn('Instance shutdown successfully', said)
+        self.assertNotIn('Failed to soft reboot', said)
+
+
+class TestAttachedRaw(TestAttached):
+    """The same with a disk that is no overlay."""
+
+    options = {'DEFAULT': {'use_cow_images': False}}
+
+
+class TestAttachedFile(TestAttached):
+    """The same with a disk in the instance directory."""
+
+    options = {'libvirt': {'use_storage_pools': False,
+                           'vol_upload_migration_legacy': True}}
