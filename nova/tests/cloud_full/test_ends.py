@@ -204,3 +204,19 @@ class TestEndsFile(EndsMixin, test_legacy.DirectoryTestCase):
         # Nova's own code leaves an ephemeral disk of such a server as it is.
         self.assertEqual({'vda': 2 * units.Gi, 'vdb': units.Gi},
                          self.server.sizes())
+
+
+class TestAutoConfirm(base.CloudTestCase):
+    """Nova confirms what nobody has confirmed for a while."""
+
+    options = {'DEFAULT': {'resize_confirm_window': 5}}
+
+    def test_confirmed_by_nova(self):
+        self.addCleanup(self.assert_hosts_are_empty)
+        server = self.create_booted()
+        server.migrate(base.DESTINATION)
+        self.assertNotEqual({}, server.disks(base.SOURCE))
+        server.wait_confirmed()
+        self.assert_no_disks(server, base.SOURCE)
+        self.assertEqual(base.DESTINATION, server.host)
+        self.assert_counts(server, vda=2)
