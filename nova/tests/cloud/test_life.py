@@ -73,6 +73,8 @@ class LifeTestCase(base.CloudTestCase):
             stack.callback(self._force_source_down, False)
             stack.callback(self.cloud.start_compute, self.source)
             self.cloud.daemon(f'nova-compute-{base.SOURCE}').stop()
+            # On a host that is down no guest holds on to its disks.
+            self.source.run(['virsh', 'destroy', self.server.id])
             self._force_source_down(True)
             self.act('evacuate_server', status='SHUTOFF')
             self.assertEqual(base.DESTINATION, self.server.host)
