@@ -30,13 +30,18 @@ class ImageCacheManager(imagecache.ImageCacheManager):
 
     def _list_backing_images(self):
         images = super()._list_backing_images()
-        # Not every base image that is in use is that of a known server's
-        # image: the disk of one that was unshelved has a snapshot below it.
+        # Not every base image that is in use is that of a server here: what
+        # is kept for the revert of a migration is of one on another host.
         for path in self._list_bases_of_volumes():
             if path not in images:
                 images.append(path)
             if path in self.unexplained_images:
                 self.unexplained_images.remove(path)
+            # Of ephemeral and swap disks Nova has lists of their own, at
+            # which it looks next.
+            name = {os.path.basename(path)}
+            self.used_ephemeral_images |= name & self.back_ephemeral_images
+            self.used_swap_images |= name & self.back_swap_images
         return images
 
     def get_disk_usage(self):

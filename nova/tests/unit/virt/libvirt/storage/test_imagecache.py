@@ -78,6 +78,35 @@ class ImageCacheTestCase(test_image.PoolTestCase):
         self.assertEqual([], self._list())
         self.assertEqual([self.base], self.manager.unexplained_images)
 
+    def _update(self, *names):
+        """Which of these old base images stay if an overlay is on the first.
+
+        It is that of no server that Nova knows to be on this host.
+        """
+        self._add_volume('qcow2')
+        for name in names:
+            path = os.path.join(self.manager.cache_dir, name)
+            with open(path, 'w'):
+                os.utime(path, (0, 0))
+        with mock.patch('nova.virt.libvirt.utils.get_disk_backing_file',
+                        return_value=names[0]), \
+             mock.patch('nova.objects.BlockDeviceMappingList.'
+                        'bdms_by_instance_uuid', return_value={}), \
+             mock.patch('nova.privsep.path.utime'):
+            self.manager.update(mock.sentinel.context, [])
+        return os.listdir(self.manager.cache_dir)
+
+    def test_base_image_of_a_disk_kept_for_a_revert_stays(self):
+        kept, other = '0' * 40, '1' * 40
+        self.assertEqual([kept], self._update(kept, other))
+
+    def test_base_of_an_ephemeral_disk_kept_for_a_revert_stays(self):
+        kept, other = 'ephemeral_1_40d1d2c', 'ephemeral_2_40d1d2c'
+        self.assertEqual([kept], self._update(kept, other))
+
+    def test_base_of_a_swap_disk_kept_for_a_revert_stays(self):
+        self.assertEqual(['swap_64'], self._update('swap_64', 'swap_128'))
+
     def _usage(self, devices):
         """What the cache takes if directories are on these devices."""
         with mock.patch.object(nova_imagecache.ImageCacheManager,
