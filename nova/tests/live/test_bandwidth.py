@@ -41,23 +41,27 @@ class BandwidthTestCase(test_transfer.TransferTestCase):
             seconds = time.monotonic() - started
         return sum(result.wire for result in results) / seconds, results
 
-    def _assert_limited(self, rate):
-        self.assertGreater(rate, 0.95 * RATE)
-        self.assertLess(rate, 1.05 * RATE)
+    def _copy_limited(self, *sizes):
+        """Copy disks at once, and check the rate of all.
+
+        A machine that has other things to do makes them slower, and never
+        faster: that is tried three times.
+        """
+        self.bandwidth = stream.Bandwidth(RATE)
+        for _attempt in range(3):
+            rate, results = self._copy_all(
+                *[self._new_disk(*size) for size in sizes])
+            self.assertLess(rate, 1.05 * RATE)
+            if rate > 0.95 * RATE:
+                return results
+        self.fail(f'{rate} bytes per second where {RATE} are allowed')
 
     def test_one_copy(self):
-        self.bandwidth = stream.Bandwidth(RATE)
-        rate, _results = self._copy_all(
-            self._new_disk(64 * units.Mi, units.Gi))
-        self._assert_limited(rate)
+        self._copy_limited((64 * units.Mi, units.Gi))
 
     def test_two_copies_share_the_limit(self):
-        self.bandwidth = stream.Bandwidth(RATE)
-        rate, results = self._copy_all(
-            self._new_disk(32 * units.Mi, units.Gi),
-            self._new_disk(32 * units.Mi, 0))
-        self._assert_limited(rate)
-        for result in results:
+        for result in self._copy_limited(
+                (32 * units.Mi, units.Gi), (32 * units.Mi, 0)):
             self.assertGreater(result.wire / result.seconds, 0.95 * RATE / 2)
             self.assertLess(result.wire / result.seconds, 1.05 * RATE / 2)
 
