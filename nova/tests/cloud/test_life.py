@@ -20,7 +20,6 @@ from nova.tests.cloud import base
 
 # Found by the path that base sets.
 import daemons
-import guest
 import servers
 
 GIB = 1024 ** 3
@@ -188,42 +187,33 @@ class TestLifeRaw(TestLife):
 
 
 class TestEveryDisk(LifeTestCase):
-    """A server with every kind of disk, and a kernel beside them."""
+    """A server with every kind of disk, a kernel beside them, and a vTPM.
 
-    flavor = 'small-swap'
+    :cvar needs_base: whether its root disk is an overlay
+    """
+
+    flavor = 'small-vtpm'
+    needs_base = True
 
     def _server(self):
+        self.lost = self.make_boot_images('every-disk')
         return {**super()._server(), 'config_drive': True,
-                'image': self._make_image()}
-
-    def _make_image(self) -> str:
-        """An image that starts with a kernel and a ramdisk of their own."""
-        disk = self.cloud.directory / 'guest.raw'
-        properties = {'os_command_line': guest.KERNEL_PARAMETERS}
-        for kind, form, name in (('kernel', 'aki', 'vmlinuz'),
-                                 ('ramdisk', 'ari', 'initrd')):
-            path = self.cloud.directory / name
-            self.addCleanup(path.unlink)
-            self.cloud.run(['debugfs', '-R', f'dump /boot/{name} {path}',
-                            f'{disk}?offset={guest.PARTITION_START}'])
-            properties[f'{kind}_id'] = self._upload(
-                kind, path, disk_format=form, container_format=form)
-        self._upload('every-disk', disk, disk_format='raw',
-                     container_format='bare', **properties)
-        return 'every-disk'
-
-    def _upload(self, name, path, **kwargs) -> str:
-        image = self.images.create_image(
-            name=name, filename=str(path), wait=True, **kwargs)
-        self.addCleanup(self.images.delete_image, image.id)
-        return image.id
+                'image': 'every-disk'}
 
     def test_migrate_while_off_without_a_target(self):
         self.server.stop()
+        for image in self.lost:
+            self.images.delete_image(image)
+        size = base.log_size(self.cloud, base.DESTINATION)
         self.server.migrate()
         self.assertEqual(base.DESTINATION, self.server.host)
+        self.assertEqual(
+            self.needs_base, 'which Glance does not have' in base.read_log(
+                self.cloud, base.DESTINATION, size))
+        self.assert_same_vtpm(self.server)
         self.server.confirm('SHUTOFF')
         self.assert_no_disks(self.server, base.SOURCE)
+        self.assertEqual({}, self.vtpm(self.server, base.SOURCE))
         self.server.start()
         self.assert_boots()
         self.assertEqual(64 * 1024 ** 2, self.server.sizes()['vdc'])
@@ -235,4 +225,5 @@ class TestEveryDisk(LifeTestCase):
 class TestEveryDiskRaw(TestEveryDisk):
     """The same with disks that are no overlays."""
 
+    needs_base = False
     options = {'DEFAULT': {'use_cow_images': 'False'}}

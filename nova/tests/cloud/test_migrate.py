@@ -30,7 +30,7 @@ class TestMigrate(base.CloudTestCase):
 
     def test_confirm_leaves_the_server_on_the_destination_alone(self):
         server = self.create_booted(flavor='small-ephemeral')
-        server.migrate(base.DESTINATION)
+        self.migrate_without_ssh(server, base.DESTINATION)
         self.assertEqual(base.DESTINATION, server.host)
         self.assert_counts(server, vda=2, vdb=2)
         self.assertNotEqual({}, server.disks(base.SOURCE))

@@ -89,6 +89,24 @@ class TestOverlayDirectory(EndsMixin, FullTestCase):
     format = 'qcow2'
 
 
+class TestRawDirectory(EndsMixin, FullTestCase):
+    """images_type = raw."""
+
+    format = 'raw'
+    options = base.cloud.config.merge(FullTestCase.options, {
+        'DEFAULT': {'use_cow_images': False},
+        'libvirt': {'images_type': 'raw'}})
+
+
+class TestFlatDirectory(EndsMixin, FullTestCase):
+    """images_type = flat."""
+
+    format = 'raw'
+    options = base.cloud.config.merge(FullTestCase.options, {
+        'DEFAULT': {'use_cow_images': False},
+        'libvirt': {'images_type': 'flat'}})
+
+
 class TestNovasOwnWay(FullTestCase):
     """Without the opt-in this driver does what Nova's own does."""
 
