@@ -25,6 +25,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[5]
 PAGE = ROOT / 'doc/source/admin/troubleshooting.rst'
 CONTRIBUTOR = ROOT / 'doc/source/contributor/index.rst'
 OPERATIONS = ROOT / 'doc/source/admin/operations.rst'
+TRANSPORTS = ROOT / 'doc/source/admin/transports.rst'
 
 # The messages here are not ours.
 LIBVIRT = 'What libvirt says'
@@ -72,12 +73,26 @@ def read_tests():
             for test in tests}
 
 
+def read_literals(page):
+    """What is marked as code in the tables of a page."""
+    tree = core.publish_doctree(page.read_text())
+    return {literal.astext() for entry in tree.findall(nodes.entry)
+            for literal in entry.findall(nodes.literal)}
+
+
 class OperationsTestCase(testtools.TestCase):
 
     def test_tests_are_there(self):
-        tree = core.publish_doctree(OPERATIONS.read_text())
-        named = {literal.astext() for entry in tree.findall(nodes.entry)
-                 for literal in entry.findall(nodes.literal)}
+        named = read_literals(OPERATIONS)
+        self.assertGreater(len(named), 10)
+        self.assertEqual(set(), named - read_tests())
+
+
+class TransportsTestCase(testtools.TestCase):
+
+    def test_tests_are_there(self):
+        named = {text for text in read_literals(TRANSPORTS)
+                 if '.test_' in text}
         self.assertGreater(len(named), 10)
         self.assertEqual(set(), named - read_tests())
 
