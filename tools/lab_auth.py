@@ -30,6 +30,7 @@ NOVA_KEYTAB = '/etc/nova.keytab'
 RENEWAL_KEYTAB = '/etc/nova-renewal.keytab'
 LIBVIRT_KEYTAB = '/etc/libvirt/krb5.tab'
 AUTH_CONF = '/etc/libvirt/auth.conf'
+SASL_CONF = '/etc/sasl2/libvirt.conf'
 PASSWORDS = '/etc/libvirt/passwd.db'
 
 AUTH = """\
@@ -39,6 +40,16 @@ password={password}
 
 [auth-libvirt-default]
 credentials=nova
+"""
+
+SCRAM = """\
+mech_list: scram-sha-256
+sasldb_path: /etc/libvirt/passwd.db
+"""
+
+GSSAPI = """\
+mech_list: gssapi
+keytab: /etc/libvirt/krb5.tab
 """
 
 # Nothing of it is to be looked up in a DNS, which the lab has not.
@@ -77,8 +88,7 @@ class Scram:
 
     def enable(self) -> None:
         """Ask for a password that no other host knows yet."""
-        _set_mechanism(self.server, 'scram-sha-256',
-                       'sasldb_path: ' + PASSWORDS)
+        _write(self.server.path(SASL_CONF), SCRAM)
         self._set(secrets.token_hex())
         self.server.restart_libvirtd(
             auth_tls='sasl', sasl_allowed_username_list=['nova'])
@@ -128,7 +138,7 @@ class Kerberos:
                 kdc=self.server.address, port=KDC_PORT))
         if not self.server.listens(KDC_PORT):
             self._start()
-        _set_mechanism(self.server, 'gssapi', 'keytab: ' + LIBVIRT_KEYTAB)
+        _write(self.server.path(SASL_CONF), GSSAPI)
         self._make_keytab(self.principal, LIBVIRT_KEYTAB)
         # A pattern would let a realm in that this one trusts.
         self.server.restart_libvirtd(
@@ -192,12 +202,6 @@ class Kerberos:
     def _kadmin(self, query: str, check: bool = True) -> str:
         return self.server.run(
             ['kadmin.local', '-r', REALM, '-q', query], check=check).stdout
-
-
-def _set_mechanism(server: nova_lab.Host, name: str, setting: str) -> None:
-    path = server.path('/etc/sasl2')
-    path.mkdir(exist_ok=True)
-    _write(path / 'libvirt.conf', 'mech_list: %s\n%s\n' % (name, setting))
 
 
 def _write(path: pathlib.Path, text: str) -> None:

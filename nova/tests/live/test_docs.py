@@ -32,10 +32,13 @@ from nova.tests.live import base
 from nova.virt.libvirt.storage import peer
 from nova.virt.libvirt.storage import pool
 
+import lab_auth
+
 lab = base.nova_lab
 
 PAGE = base.ROOT / 'doc/source/admin/remote-libvirt.rst'
 INSTALL_PAGE = base.ROOT / 'doc/source/install/index.rst'
+SECURITY_PAGE = base.ROOT / 'doc/source/admin/security.rst'
 SWITCH_PAGE = base.ROOT / 'doc/source/admin/switch-on.rst'
 
 # What the page says of systemd, and what Debian 12 has of it.
@@ -190,6 +193,16 @@ class TestRemoteLibvirtPage(base.LiveTestCase):
         self.assertEqual(64 * units.Mi, result['length'])
         self.assertEqual(
             self.sha256(disk), self.sha256(self.destination.path(path)))
+
+
+class TestSecurityPage(testtools.TestCase):
+
+    def test_files_are_those_of_the_tests(self):
+        """ScramTestCase lets a host in with these, and none without."""
+        self.assertEqual(
+            [lab_auth.AUTH.format(password='secret'), lab_auth.SCRAM],
+            [f'{text}\n' for _classes, text in read_blocks(
+                SECURITY_PAGE, 'ini')])
 
 
 class TestSwitchOnPage(base.LiveTestCase):
