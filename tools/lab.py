@@ -60,6 +60,12 @@ FIRST_HOST = 11
 # number instead of being looked up on the destination shows.
 FIRST_UID = 64060
 
+# Where there are daemons to run in place of libvirtd, which Debian 12 does not
+# have; see tools/modular-daemons. The first of them is what others connect to.
+DAEMONS = os.environ.get('NOVA_LAB_DAEMONS', '')
+MODULAR = ('virtproxyd', 'virtqemud', 'virtsecretd', 'virtstoraged')
+LISTENER = 'virtproxyd' if DAEMONS else 'libvirtd'
+
 TLS_PORT = 16514
 SSH_PORT = 22
 NOVA_HOME = '/var/lib/nova'
@@ -627,9 +633,10 @@ class Host:
                 uuid.NAMESPACE_URL, str(self.directory))),
             'tls_allowed_dn_list': ['CN=' + name for name in allowed],
             **LIBVIRTD_CONF, **settings}
-        self.path('/etc/libvirt/libvirtd.conf').write_text(''.join(
-            '%s = %s\n' % (name, json.dumps(value))  # noqa: N324
-            for name, value in settings.items()))
+        for daemon in ('libvirtd', *MODULAR):
+            self.path('/etc/libvirt/%s.conf' % daemon).write_text(''.join(
+                '%s = %s\n' % (name, json.dumps(value))  # noqa: N324
+                for name, value in settings.items()))
 
     def restart_libvirtd(self, **settings: Any) -> None:
         """Start libvirtd anew, with settings; guests go on."""
@@ -639,17 +646,21 @@ class Host:
 
     @property
     def libvirtd_pid(self) -> int | None:
-        """The pid of the host's libvirtd, or None where none runs."""
+        """The pid of the host's libvirtd, or None where none runs.
+
+        With several daemons in its place, of the one that listens.
+        """
         with contextlib.suppress(OSError, ValueError):
-            pid = int(self.path('/run/libvirtd.pid').read_text())
-            if (_command_name(pid) == 'libvirtd' and self.pid and
+            pid = int(self.path('/run/%s.pid' % LISTENER).read_text())
+            if (_command_name(pid) == LISTENER and self.pid and
                     _mount_namespace(pid) == _mount_namespace(self.pid)):
                 return pid
         return None
 
     def start_libvirtd(self) -> None:
         """Start libvirtd and wait until it answers, over TLS as well."""
-        process = self.daemon(['libvirtd', '--listen'], 'libvirtd.log')
+        process = self._start_modular() if DAEMONS else self.daemon(
+            ['libvirtd', '--listen'], 'libvirtd.log')
 
         def listens() -> bool:
             if process.poll() is not None:
@@ -661,13 +672,27 @@ class Host:
         self.run(['virsh', '-c', 'qemu:///system', 'uri'],
                  timeout=START_TIMEOUT)
 
+    def _start_modular(self) -> subprocess.Popen:
+        """Start what there is in place of libvirtd.
+
+        :returns: the daemon that the others are behind
+        """
+        first, *behind = [os.path.join(DAEMONS, name) for name in MODULAR]
+        for path in behind:
+            name = os.path.basename(path)
+            self.daemon([path], name + '.log')
+            wait_for(self.path('/run/libvirt/%s-sock' % name).exists, name,
+                     START_TIMEOUT)
+        return self.daemon([first], 'libvirtd.log')
+
     def stop_libvirtd(self, signal: int = signal.SIGTERM) -> None:
         """End libvirtd, its guests go on; SIGKILL is a crash of it."""
-        pid = self.libvirtd_pid
-        if pid:
-            _kill([pid], signal)
-            wait_for(lambda: not self._alive([pid]),
-                     'the end of libvirtd of ' + self.name, STOP_TIMEOUT)
+        found = [self.libvirtd_pid, *(
+            pid for name in MODULAR[1:] for pid in self.running(name))]
+        pids = [pid for pid in found if pid]
+        _kill(pids, signal)
+        wait_for(lambda: not self._alive(pids),
+                 'the end of libvirtd of ' + self.name, STOP_TIMEOUT)
 
     def listens(self, port: int) -> bool:
         """Whether something in the host accepts connections on a TCP port.

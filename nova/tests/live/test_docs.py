@@ -89,7 +89,7 @@ class TestRemoteLibvirtPage(base.LiveTestCase):
             if classes == {'with-systemd'}:
                 self.check_units(commands)
             elif classes == {'untested'}:
-                # Debian 12 has no such daemons; the page says so.
+                # Debian 12 has no such units; the page says so.
                 self.assertIn('virtproxyd', commands)
             elif classes == {'on-ca', 'fails'}:
                 error = self.assertRaises(
