@@ -168,6 +168,14 @@ class CertificateTestCase(base.CertificateMixin, SecurityTestCase):
             'certificate of the destination is for another name',
             'valid for the name in the URI')
 
+    def test_server_certificate_is_renewed_without_a_restart(self):
+        self.set_server(name='host9')
+        self._assert_admitted(self.by_name)
+        self.destination.run(['virt-admin', '-c', 'libvirtd:///system',
+                              'server-update-tls', lab.LISTENER])
+        self.assertIn("verify peer's certificate",
+                      self._migrate(self.by_name)['error'])
+
     def test_name_that_does_not_resolve(self):
         self._assert_refused(
             'name of the destination can not be resolved', 'resolve', 'DNS',
