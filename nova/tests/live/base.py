@@ -108,13 +108,14 @@ class LabMixin:
         super().setUp()
         if os.geteuid():
             self.skipTest('the lab needs root')
-        self._end_the_run_if_this_hangs()
+        self.end_the_run_if_this_hangs()
         stream.run_event_loop()
         self.lab = get_lab()
         self.hosts = self.lab.hosts
         self.source, self.destination = self.hosts[:2]
 
-    def _end_the_run_if_this_hangs(self) -> None:
+    def end_the_run_if_this_hangs(self) -> None:
+        """Give the test that much time, from now on."""
         # The timeout of Nova's base class, and that of the test runner, is a
         # signal, which Python heeds when libvirt has returned.
         seconds = int(os.environ.get('OS_TEST_TIMEOUT', 0))

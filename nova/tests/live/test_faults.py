@@ -696,6 +696,7 @@ class RandomFaultsTestCase(FaultTestCase):
         self.addCleanup(self.destination.link, True)
         happened, violations = collections.Counter(), []
         for seed in range(first, first + runs):
+            self.end_the_run_if_this_hangs()
             try:
                 happened[self.run_one(random.Random(seed))] += 1
             except Exception as error:
