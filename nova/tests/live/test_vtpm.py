@@ -26,6 +26,9 @@ from nova.virt.libvirt.storage import directory
 from nova.virt.libvirt.storage import peer
 from nova.virt.libvirt.storage import transfer
 
+# Found by the path that base sets.
+import daemons
+
 INSTANCES = '/var/lib/nova/instances'
 VTPM = '/var/lib/libvirt/swtpm'
 SECRET = """\
@@ -153,6 +156,8 @@ class VtpmTestCase(base.LiveTestCase):
         # It is encrypted: what starts with this secret is this vTPM.
         domain, secret = self.define(self.destination, b'of another one')
         self.assertRaises(libvirt.libvirtError, domain.create)
+        daemons.wait_for('the end of the emulator', lambda: (
+            not self.destination.running('swtpm')), poll=0.1)
         secret.setValue(b'of the server')
         domain.create()
         self.assertTrue(domain.isActive())
