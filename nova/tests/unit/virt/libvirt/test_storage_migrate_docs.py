@@ -87,6 +87,19 @@ class OperationsTestCase(testtools.TestCase):
         self.assertGreater(len(named), 10)
         self.assertEqual(set(), named - read_tests())
 
+    def test_no_cell_is_without_a_test(self):
+        tree = core.publish_doctree(OPERATIONS.read_text())
+        rows = [row for body in tree.findall(nodes.tbody)
+                for row in body.findall(nodes.row)]
+        self.assertGreater(len(rows), 20)
+        for row in rows:
+            operation, *cells = row.findall(nodes.entry)
+            for cell in cells:
+                self.assertTrue(
+                    list(cell.findall(nodes.literal)) or
+                    cell.astext() in ('not applicable', 'as raw'),
+                    operation.astext())
+
 
 class TransportsTestCase(testtools.TestCase):
 
