@@ -17,7 +17,7 @@ from oslo_utils import units
 
 from nova.tests.cloud import base
 from nova.tests.cloud import test_legacy
-from nova.tests.cloud import test_life
+from nova.tests.cloud_full import test_life
 
 # Found by the path that base sets.
 import servers

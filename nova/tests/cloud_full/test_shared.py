@@ -18,7 +18,7 @@ import pathlib
 import shutil
 
 from nova.tests.cloud import base
-from nova.tests.cloud import test_life
+from nova.tests.cloud_full import test_life
 from nova.tests.live import base as live
 
 # Found by the path that base sets.

@@ -701,6 +701,7 @@ class RandomFaultsTestCase(FaultTestCase):
                 happened[self.run_one(random.Random(seed))] += 1
             except Exception as error:
                 violations.append((seed, error))
+                print(seed, repr(error), file=sys.stderr)
                 self.heal()
                 self.clear()
         print(dict(happened), file=sys.stderr)

@@ -14,6 +14,7 @@
 """What the documentation says of the code is so."""
 
 import ast
+import collections
 import pathlib
 import re
 
@@ -57,18 +58,27 @@ def read_strings():
 
 def read_tests():
     """The names of tests in clouds and on hosts, inherited ones included."""
-    found = {}
+    bases = collections.defaultdict(list)
+    found = collections.defaultdict(set)
     for kind in ('live', 'cloud', 'cloud_full'):
-        for path in sorted((ROOT / 'nova/tests' / kind).glob('test_*.py')):
-            # Base classes come before what is derived from them.
+        for path in (ROOT / 'nova/tests' / kind).glob('test_*.py'):
             for node in ast.parse(path.read_text()).body:
                 if isinstance(node, ast.ClassDef):
-                    names = {each.name for each in node.body
-                             if isinstance(each, ast.FunctionDef)}
-                    for base in node.bases:
-                        name = ast.unparse(base).rpartition('.')[2]
-                        names |= found.get(name, set())
-                    found[node.name] = names
+                    bases[node.name] += [
+                        ast.unparse(base).rpartition('.')[2]
+                        for base in node.bases]
+                    found[node.name] |= {
+                        each.name for each in node.body
+                        if isinstance(each, ast.FunctionDef)}
+
+    def add_inherited(name):
+        for base in bases.pop(name, []):
+            if base in found:
+                add_inherited(base)
+                found[name] |= found[base]
+
+    for name in found:
+        add_inherited(name)
     return {f'{name}.{test}' for name, tests in found.items()
             for test in tests}
 
