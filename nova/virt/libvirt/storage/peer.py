@@ -224,11 +224,15 @@ class Destination:
         """Check that nothing there has the names of what is to come."""
         volumes = self.pool.volumes(self._prefix)
         if not any(self._is_claim(volume.name) for volume in volumes):
-            if volumes:
-                raise self._unsuitable(
-                    f'volume {volumes[0].path} is in the way',
-                    'Find out whose it is, and delete it if it is not '
-                    'needed.')
+            for volume in volumes:
+                # One with nothing in it is nobody's: what an attempt asks
+                # for over a link that is down may be made when it is up
+                # again, and the attempt long over.
+                if volume.allocation:
+                    raise self._unsuitable(
+                        f'volume {volume.path} is in the way',
+                        'Find out whose it is, and delete it if it is not '
+                        'needed.')
             self._check_directory()
 
     def _check_directory(self) -> None:

@@ -374,7 +374,7 @@ class RefusalTestCase(DriverTestCase):
         self._assert_refused('a domain with uuid ' + uuids.instance)
 
     def test_foreign_volume_in_the_way(self):
-        self.dest.add_volume('nova-disks', self.volume)
+        self.dest.add_volume('nova-disks', self.volume, b'not ours')
         error = self.assertRaises(
             exception.InstanceFaultRollback, self._migrate).inner_exception
         self.assertIn('/srv/disks/' + self.volume, str(error))

@@ -281,6 +281,15 @@ class CheckTestCase(_PeerTestCase):
 
         self.assert_refused('/srv/disks/' + volume_name('disk'))
 
+    def test_volume_with_nothing_in_it_is_not_in_the_way(self):
+        # Asked for over a link that was down, and made when it was up again.
+        hole = libvirt_storage.Content(4097)
+        self.dest.add_volume('disks', volume_name('disk'), hole)
+
+        self.check()
+        self.peer.claim()
+        self.peer.create_disk(volume_name('disk'), 4097)
+
     def test_volumes_of_a_crashed_attempt_are_not_in_the_way(self):
         for disk in (peer.CLAIM, 'disk'):
             self.dest.add_volume('disks', volume_name(disk))
