@@ -1096,7 +1096,7 @@ class CopyMemoryTestCase(_CopyTestCase):
         self.assertEqual(32 * units.Mi, stream.WINDOW_BYTES)
         self.assertLessEqual(stream.QUEUE_BYTES, stream.WINDOW_BYTES)
         self.assertEqual(libvirt_storage.MESSAGE_MAX, stream.RECEIVE_BYTES)
-        self.assertEqual(units.Mi, stream.MESSAGE_BYTES)
+        self.assertEqual(256 * units.Ki, stream.MESSAGE_BYTES)
 
     def test_two_copies_side_by_side_do_not_mix(self):
         contents = {'one': Content.of(patterned(40 * UNIT)),
