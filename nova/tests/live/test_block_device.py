@@ -98,9 +98,11 @@ class BlockDeviceTestCase(base.LiveTestCase):
                        check=True)
         disk, target = self.add_file(self.destination, [])
         result = self.copy(device, target)
-        self.assertEqual(units.Mi, result.wire)
         self.assertEqual(self.sha256(file), self.sha256(disk))
-        self.assertEqual(units.Mi, self.allocated(disk))
+        # libvirt cuts what it reads anywhere: some zeros may come with data.
+        for seen in (result.wire, self.allocated(disk)):
+            self.assertGreaterEqual(seen, units.Mi)
+            self.assertLess(seen, units.Mi + 2 * stream.ZERO_BYTES)
 
     def loop_of(self, file):
         return subprocess.run(
