@@ -17,7 +17,8 @@ All ways copy between the two hosts of the lab, as user nova, over TLS or SSH,
 one after the other in each round: what disturbs the machine disturbs all. The
 figures are medians, and medians of the ratios within a round. What takes
 minutes is measured in the first round only. The disks are in the page cache,
-and were copied once before the first round.
+and were copied once before the first round. Each copy finds warm memory, see
+Reserve.
 
 Takes the lab of NOVA_LAB_DIR if it is up, and one of its own otherwise.
 
@@ -33,6 +34,7 @@ import contextlib
 import dataclasses
 import filecmp
 import json
+import mmap
 import os
 import pathlib
 import platform
@@ -67,6 +69,12 @@ GOALS = (
     ('extents', 'direct', 'rsync --sparse', 5),
     ('small', 'direct', 'ssh path', 1.5),
 )
+
+# The memory kept for a copy: how much at most, in how big pieces it becomes
+# free, and how many of them before they are needed. In bytes.
+MOST_RESERVED = 8 * 1024 * MIB
+PIECE = 32 * MIB
+PIECES_AHEAD = 8
 
 # How long the daemon of the destination is stopped for, and how long a copier
 # may take to import what it needs, in seconds.
@@ -232,7 +240,7 @@ class Bench:
         :param compare: whether to compare all of its bytes
         """
         before = self._daemons_cpu(), self._wire()
-        with Watch(self.destination) as sshd:
+        with self._reserve(way), Watch(self.destination) as sshd:
             outcome = self._ways[way]()
         daemons = self._daemons_cpu() - before[0] + sshd.seconds
         wire = self._wire() - before[1]
@@ -244,6 +252,17 @@ class Bench:
         return Sample(outcome.seconds, outcome.client, daemons,
                       outcome.memory, wire, used, outcome.late,
                       outcome.late_99, outcome.grown)
+
+    def _reserve(self, way: str) -> 'Reserve':
+        status = self._file.stat()
+        if way == 'scp':
+            # Holes are written too.
+            size = status.st_size
+        else:
+            size = status.st_blocks * 512 * (2 if way == 'two at once' else 1)
+        return Reserve(
+            [self.source.path(DIRECTORY), self.destination.path(DIRECTORY)],
+            min(size, MOST_RESERVED))
 
     def _check_copy(self, compare: bool) -> None:
         if self._copy.stat().st_size != self._file.stat().st_size:
@@ -365,6 +384,59 @@ class Bench:
         return sum(_cpu_seconds(host.libvirtd_pid)
                    for host in (self.source, self.destination)
                    if host.libvirtd_pid)
+
+
+class Reserve(threading.Thread):
+    """Memory that becomes free as a copy grows.
+
+    A hypervisor may take back memory that its guest does not use, and then
+    makes it wait for each page of it: up to two seconds per GiB here, for
+    whatever is copied in whatever way. A host of a cloud keeps its memory.
+    """
+
+    def __init__(self, directories: Sequence[pathlib.Path],
+                 size: int) -> None:
+        """Take the memory.
+
+        :param directories: where the copy will grow
+        :param size: bytes
+        """
+        super().__init__(daemon=True)
+        self._directories = directories
+        self._before = self._used()
+        self._freed = 0
+        self._pieces = [mmap.mmap(-1, PIECE) for _index in range(
+            0, size, PIECE)]
+        for piece in self._pieces:
+            piece.write(b'x' * PIECE)
+        self._end = threading.Event()
+
+    def __enter__(self) -> None:
+        self.start()
+
+    def __exit__(self, *args: object) -> None:
+        self._end.set()
+        self.join()
+
+    def run(self) -> None:
+        while not self._end.wait(0.02):
+            grown = self._used() - self._before
+            # Not before the copy begins: memory that is free for seconds is
+            # what the hypervisor takes.
+            while grown and self._pieces and (
+                    self._freed < grown + PIECES_AHEAD * PIECE):
+                self._pieces.pop().close()
+                self._freed += PIECE
+        self._pieces.clear()
+
+    def _used(self) -> int:
+        """Bytes that the directories' files take up."""
+        used = 0
+        for directory in self._directories:
+            for path in directory.iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    used += path.stat().st_blocks * 512
+        return used
 
 
 class Watch(threading.Thread):
