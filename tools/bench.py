@@ -34,7 +34,6 @@ import contextlib
 import dataclasses
 import filecmp
 import json
-import mmap
 import os
 import pathlib
 import platform
@@ -405,10 +404,13 @@ class Reserve(threading.Thread):
         self._directories = directories
         self._before = self._used()
         self._freed = 0
-        self._pieces = [mmap.mmap(-1, PIECE) for _index in range(
-            0, size, PIECE)]
+        # Of files, so that they are no part of this process, whose size Linux
+        # tells as the least of what those that it starts had at their peak.
+        self._pieces = [open(os.memfd_create('reserve'), 'wb', buffering=0)
+                        for _index in range(0, size, PIECE)]
         for piece in self._pieces:
-            piece.write(b'x' * PIECE)
+            for _index in range(0, PIECE, MIB):
+                piece.write(bytes(MIB))
         self._end = threading.Event()
 
     def __enter__(self) -> None:
@@ -427,7 +429,8 @@ class Reserve(threading.Thread):
                     self._freed < grown + PIECES_AHEAD * PIECE):
                 self._pieces.pop().close()
                 self._freed += PIECE
-        self._pieces.clear()
+        for piece in self._pieces:
+            piece.close()
 
     def _used(self) -> int:
         """Bytes that the directories' files take up."""
