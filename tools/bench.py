@@ -44,6 +44,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Self
 
 import lab as nova_lab
 from oslo_utils import uuidutils
@@ -70,10 +71,10 @@ GOALS = (
 )
 
 # The memory kept for a copy: how much at most, in how big pieces it becomes
-# free, and how many of them before they are needed. In bytes.
+# free, and how much of it before it is needed. In bytes.
 MOST_RESERVED = 8 * 1024 * MIB
 PIECE = 32 * MIB
-PIECES_AHEAD = 8
+AHEAD = 8 * PIECE
 
 # How long the daemon of the destination is stopped for, and how long a copier
 # may take to import what it needs, in seconds.
@@ -385,13 +386,43 @@ class Bench:
                    if host.libvirtd_pid)
 
 
-class Reserve(threading.Thread):
+class Observer(threading.Thread):
+    """Looks at something again and again while a copy runs.
+
+    :ivar interval: seconds
+    """
+
+    interval: float
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._end = threading.Event()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self._end.set()
+        self.join()
+
+    def run(self) -> None:
+        while not self._end.wait(self.interval):
+            self.look()
+
+    def look(self) -> None:
+        raise NotImplementedError
+
+
+class Reserve(Observer):
     """Memory that becomes free as a copy grows.
 
     A hypervisor may take back memory that its guest does not use, and then
     makes it wait for each page of it: up to two seconds per GiB here, for
     whatever is copied in whatever way. A host of a cloud keeps its memory.
     """
+
+    interval = 0.02
 
     def __init__(self, directories: Sequence[pathlib.Path],
                  size: int) -> None:
@@ -400,37 +431,31 @@ class Reserve(threading.Thread):
         :param directories: where the copy will grow
         :param size: bytes
         """
-        super().__init__(daemon=True)
+        super().__init__()
         self._directories = directories
         self._before = self._used()
-        self._freed = 0
         # Of files, so that they are no part of this process, whose size Linux
         # tells as the least of what those that it starts had at their peak.
         self._pieces = [open(os.memfd_create('reserve'), 'wb', buffering=0)
                         for _index in range(0, size, PIECE)]
+        self._size = len(self._pieces) * PIECE
         for piece in self._pieces:
             for _index in range(0, PIECE, MIB):
                 piece.write(bytes(MIB))
-        self._end = threading.Event()
-
-    def __enter__(self) -> None:
-        self.start()
 
     def __exit__(self, *args: object) -> None:
-        self._end.set()
-        self.join()
-
-    def run(self) -> None:
-        while not self._end.wait(0.02):
-            grown = self._used() - self._before
-            # Not before the copy begins: memory that is free for seconds is
-            # what the hypervisor takes.
-            while grown and self._pieces and (
-                    self._freed < grown + PIECES_AHEAD * PIECE):
-                self._pieces.pop().close()
-                self._freed += PIECE
+        super().__exit__(*args)
         for piece in self._pieces:
             piece.close()
+
+    def look(self) -> None:
+        grown = self._used() - self._before
+        if not grown:
+            # Memory that is free for seconds is what the hypervisor takes.
+            return
+        left = self._size - grown - AHEAD
+        while self._pieces and len(self._pieces) * PIECE > left:
+            self._pieces.pop().close()
 
     def _used(self) -> int:
         """Bytes that the directories' files take up."""
@@ -442,37 +467,29 @@ class Reserve(threading.Thread):
         return used
 
 
-class Watch(threading.Thread):
+class Watch(Observer):
     """Adds up the CPU time of the processes that begin on a host.
 
     sshd does not wait for all of its own, so that asking it is not enough.
     The last quarter of a second of each is missed.
     """
 
+    interval = 0.25
+
     def __init__(self, host: nova_lab.Host) -> None:
-        super().__init__(daemon=True)
+        super().__init__()
         self._host = host
         self._before = set(host.processes())
         self._seen: dict[int, float] = {}
-        self._end = threading.Event()
 
     @property
     def seconds(self) -> float:
         return sum(self._seen.values())
 
-    def __enter__(self) -> 'Watch':
-        self.start()
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        self._end.set()
-        self.join()
-
-    def run(self) -> None:
-        while not self._end.wait(0.25):
-            for pid in set(self._host.processes()) - self._before:
-                with contextlib.suppress(OSError):
-                    self._seen[pid] = _cpu_seconds(pid)
+    def look(self) -> None:
+        for pid in set(self._host.processes()) - self._before:
+            with contextlib.suppress(OSError):
+                self._seen[pid] = _cpu_seconds(pid)
 
 
 def _cpu_seconds(pid: int) -> float:
