@@ -17,8 +17,8 @@ All ways copy between the two hosts of the lab, as user nova, over TLS or SSH,
 one after the other in each round: what disturbs the machine disturbs all. The
 figures are medians, and medians of the ratios within a round. What takes
 minutes is measured in the first round only. The disks are in the page cache,
-and were copied once before the first round. Each copy finds warm memory, see
-Reserve.
+and were copied once before the first round. They find warm memory, see
+warm_memory().
 
 Takes the lab of NOVA_LAB_DIR if it is up, and one of its own otherwise.
 
@@ -34,6 +34,7 @@ import contextlib
 import dataclasses
 import filecmp
 import json
+import mmap
 import os
 import pathlib
 import platform
@@ -70,11 +71,8 @@ GOALS = (
     ('small', 'direct', 'ssh path', 1.5),
 )
 
-# The memory kept for a copy: how much at most, in how big pieces it becomes
-# free, and how much of it before it is needed. In bytes.
-MOST_RESERVED = 8 * 1024 * MIB
-PIECE = 32 * MIB
-AHEAD = 8 * PIECE
+# The memory that is kept warm for the copies of a disk, in bytes.
+WARM = 9 * 1024 * MIB
 
 # How long the daemon of the destination is stopped for, and how long a copier
 # may take to import what it needs, in seconds.
@@ -240,7 +238,7 @@ class Bench:
         :param compare: whether to compare all of its bytes
         """
         before = self._daemons_cpu(), self._wire()
-        with self._reserve(way), Watch(self.destination) as sshd:
+        with Watch(self.destination) as sshd:
             outcome = self._ways[way]()
         daemons = self._daemons_cpu() - before[0] + sshd.seconds
         wire = self._wire() - before[1]
@@ -252,17 +250,6 @@ class Bench:
         return Sample(outcome.seconds, outcome.client, daemons,
                       outcome.memory, wire, used, outcome.late,
                       outcome.late_99, outcome.grown)
-
-    def _reserve(self, way: str) -> 'Reserve':
-        status = self._file.stat()
-        if way == 'scp':
-            # Holes are written too.
-            size = status.st_size
-        else:
-            size = status.st_blocks * 512 * (2 if way == 'two at once' else 1)
-        return Reserve(
-            [self.source.path(DIRECTORY), self.destination.path(DIRECTORY)],
-            min(size, MOST_RESERVED))
 
     def _check_copy(self, compare: bool) -> None:
         if self._copy.stat().st_size != self._file.stat().st_size:
@@ -386,17 +373,25 @@ class Bench:
                    if host.libvirtd_pid)
 
 
-class Observer(threading.Thread):
-    """Looks at something again and again while a copy runs.
+class Watch(threading.Thread):
+    """Adds up the CPU time of the processes that begin on a host.
 
-    :ivar interval: seconds
+    sshd does not wait for all of its own, so that asking it is not enough.
+    The last quarter of a second of each is missed.
     """
 
-    interval: float
+    interval = 0.25
 
-    def __init__(self) -> None:
+    def __init__(self, host: nova_lab.Host) -> None:
         super().__init__(daemon=True)
         self._end = threading.Event()
+        self._host = host
+        self._before = set(host.processes())
+        self._seen: dict[int, float] = {}
+
+    @property
+    def seconds(self) -> float:
+        return sum(self._seen.values())
 
     def __enter__(self) -> Self:
         self.start()
@@ -408,88 +403,33 @@ class Observer(threading.Thread):
 
     def run(self) -> None:
         while not self._end.wait(self.interval):
-            self.look()
+            for pid in set(self._host.processes()) - self._before:
+                with contextlib.suppress(OSError):
+                    self._seen[pid] = _cpu_seconds(pid)
 
-    def look(self) -> None:
-        raise NotImplementedError
 
+@contextlib.contextmanager
+def warm_memory(size: int) -> Iterator[None]:
+    """Free memory that a hypervisor does not take back.
 
-class Reserve(Observer):
-    """Memory that becomes free as a copy grows.
+    It may take back what its guest does not use, and then makes it wait for
+    each page of it: up to two seconds per GiB here, for whatever is copied in
+    whatever way. A host of a cloud keeps its memory. Only blocks of 2 MiB and
+    more are taken back, and of those that are free here one page in each MiB
+    is not.
 
-    A hypervisor may take back memory that its guest does not use, and then
-    makes it wait for each page of it: up to two seconds per GiB here, for
-    whatever is copied in whatever way. A host of a cloud keeps its memory.
+    :param size: bytes
     """
-
-    interval = 0.02
-
-    def __init__(self, directories: Sequence[pathlib.Path],
-                 size: int) -> None:
-        """Take the memory.
-
-        :param directories: where the copy will grow
-        :param size: bytes
-        """
-        super().__init__()
-        self._directories = directories
-        self._before = self._used()
-        # Of files, so that they are no part of this process, whose size Linux
-        # tells as the least of what those that it starts had at their peak.
-        self._pieces = [open(os.memfd_create('reserve'), 'wb', buffering=0)
-                        for _index in range(0, size, PIECE)]
-        self._size = len(self._pieces) * PIECE
-        for piece in self._pieces:
-            for _index in range(0, PIECE, MIB):
-                piece.write(bytes(MIB))
-
-    def __exit__(self, *args: object) -> None:
-        super().__exit__(*args)
-        for piece in self._pieces:
-            piece.close()
-
-    def look(self) -> None:
-        grown = self._used() - self._before
-        if not grown:
-            # Memory that is free for seconds is what the hypervisor takes.
-            return
-        left = self._size - grown - AHEAD
-        while self._pieces and len(self._pieces) * PIECE > left:
-            self._pieces.pop().close()
-
-    def _used(self) -> int:
-        """Bytes that the directories' files take up."""
-        used = 0
-        for directory in self._directories:
-            for path in directory.iterdir():
-                with contextlib.suppress(FileNotFoundError):
-                    used += path.stat().st_blocks * 512
-        return used
-
-
-class Watch(Observer):
-    """Adds up the CPU time of the processes that begin on a host.
-
-    sshd does not wait for all of its own, so that asking it is not enough.
-    The last quarter of a second of each is missed.
-    """
-
-    interval = 0.25
-
-    def __init__(self, host: nova_lab.Host) -> None:
-        super().__init__()
-        self._host = host
-        self._before = set(host.processes())
-        self._seen: dict[int, float] = {}
-
-    @property
-    def seconds(self) -> float:
-        return sum(self._seen.values())
-
-    def look(self) -> None:
-        for pid in set(self._host.processes()) - self._before:
-            with contextlib.suppress(OSError):
-                self._seen[pid] = _cpu_seconds(pid)
+    # Of a file, so that it is no part of this process, whose size Linux tells
+    # as the least of what those that it starts had at their peak.
+    with open(os.memfd_create('warm'), 'wb+', buffering=0) as file:
+        for _index in range(0, size, MIB):
+            file.write(bytes(MIB))
+        with mmap.mmap(file.fileno(), size) as pages:
+            for start in range(0, size, MIB):
+                pages.madvise(mmap.MADV_REMOVE, start + mmap.PAGESIZE,
+                              MIB - mmap.PAGESIZE)
+        yield
 
 
 def _cpu_seconds(pid: int) -> float:
@@ -504,18 +444,19 @@ Samples = dict[str, list[Sample]]
 def run(bench: Bench, work: Work, rounds: int) -> Samples:
     """Measure all ways in each round, each time from another one on."""
     bench.make(work.disk)
-    # The first copy on a new lab takes up to twice as long as the others.
-    bench.measure(work.ways[0])
     samples: Samples = {way: [] for way in (*work.ways, *work.slow)}
-    for number in range(rounds):
-        first = number % len(work.ways)
-        ways = [*work.ways[first:], *work.ways[:first]]
-        for way in [*ways, *(work.slow if not number else ())]:
-            sample = bench.measure(way, compare=not number)
-            samples[way].append(sample)
-            print('%s, round %d: %s %.2f s' % (
-                work.disk.name, number + 1, way, sample.seconds),
-                file=sys.stderr)
+    with warm_memory(WARM):
+        # The first copy on a new lab takes up to twice as long as the others.
+        bench.measure(work.ways[0])
+        for number in range(rounds):
+            first = number % len(work.ways)
+            ways = [*work.ways[first:], *work.ways[:first]]
+            for way in [*ways, *(work.slow if not number else ())]:
+                sample = bench.measure(way, compare=not number)
+                samples[way].append(sample)
+                print('%s, round %d: %s %.2f s' % (
+                    work.disk.name, number + 1, way, sample.seconds),
+                    file=sys.stderr)
     return samples
 
 
