@@ -11,6 +11,7 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
+import mmap
 import os
 import shutil
 import signal
@@ -172,6 +173,21 @@ class CopyTestCase(TransferTestCase):
         result = self._copy()
         self._assert_arrived()
         self.assertEqual(20000 * 4096, result.wire)
+
+    def test_daemon_keeps_the_memory_that_it_needs(self):
+        """And gets it not again for each message: see LONG_MESSAGE_BYTES."""
+        size = 128 * units.Mi
+        self._make_disk(size, [(0, size)])
+        before = self._page_faults()
+        self._copy()
+        self.assertLess(
+            (self._page_faults() - before) * mmap.PAGESIZE, size // 4)
+
+    def _page_faults(self):
+        """How many pages the other daemon has got from the system so far."""
+        path = f'/proc/{self.destination.libvirtd_pid}/stat'
+        with open(path) as status:
+            return int(status.read().rpartition(')')[2].split()[7])
 
     def test_files_belong_to_nova_of_the_destination(self):
         self.assertNotEqual(self.source.nova_uid, self.destination.nova_uid)

@@ -72,11 +72,16 @@ class _CopyTestCase(test.NoDBTestCase):
         self.progress: list[tuple[int, int]] = []
         self.threads_before = set(self._threads())
         self.addCleanup(self.assert_nothing_left)
+        # Most disks here are shorter than a long message.
+        self.set_size('LONG_MESSAGE_BYTES', 0)
 
     def set_sizes(self, window: int = WINDOW, queue: int = QUEUE) -> None:
-        for name, value in (('WINDOW_BYTES', window), ('QUEUE_BYTES', queue)):
-            self.useFixture(fixtures.MonkeyPatch(
-                'nova.virt.libvirt.storage.stream.' + name, value))
+        self.set_size('WINDOW_BYTES', window)
+        self.set_size('QUEUE_BYTES', queue)
+
+    def set_size(self, name: str, value: int) -> None:
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.stream.' + name, value))
 
     @staticmethod
     def _threads(name: str = 'volume-') -> list[ty.Any]:
@@ -1039,6 +1044,45 @@ class CopyCancelTestCase(_CopyTestCase):
         self.assertIsInstance(outcome.error, stream.CopyError)
 
 
+@ddt.ddt
+class LongMessageTestCase(_CopyTestCase):
+    """One message is so long that the daemon keeps memory for the others."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.set_size('LONG_MESSAGE_BYTES', 4 * UNIT)
+
+    # Chunks of the source, and lengths of the messages. Units; <0 for holes.
+    @ddt.data(
+        ([1, 1, 1, 1, 1, 1], [4, 1, 1]),
+        ([3, 3, 3], [6, 3]),
+        ([9, 9], [9, 9]),
+        ([1, 1], [2]),
+        ([1, 1, -3, 1, 1, 1, -1], [2, -3, 3, -1]),
+        ([-1, 2, -1, 2, 2, 2, -1, 2, 2], [-1, 2, -1, 4, 2, -1, 2, 2]),
+        ([-4], [-4]),
+    )
+    @ddt.unpack
+    def test_one_is_joined(self, chunks, messages):
+        source = mock.Mock(path='source', kind='file')
+        source.chunks.return_value = (
+            patterned(chunk * UNIT) if chunk > 0 else -chunk * UNIT
+            for chunk in chunks)
+        size = sum(map(abs, chunks)) * UNIT
+        self.dest.add_volume('disks', 'disk', Content(size))
+
+        result = utils.tpool_wrap(stream.copy)(
+            source, self.lookup(self.dest, 'disk'), size)
+
+        upload, = self.uploads()
+        self.assertEqual(
+            [('data' if length > 0 else 'hole', abs(length) * UNIT)
+             for length in messages],
+            [(kind, length) for kind, _offset, length in upload.events])
+        self.assertEqual(
+            sum(chunk for chunk in chunks if chunk > 0) * UNIT, result.wire)
+
+
 class CopyMemoryTestCase(_CopyTestCase):
     """What was read and not yet written is bounded."""
 
@@ -1096,7 +1140,7 @@ class CopyMemoryTestCase(_CopyTestCase):
         self.assertEqual(32 * units.Mi, stream.WINDOW_BYTES)
         self.assertLessEqual(stream.QUEUE_BYTES, stream.WINDOW_BYTES)
         self.assertEqual(libvirt_storage.MESSAGE_MAX, stream.RECEIVE_BYTES)
-        self.assertEqual(256 * units.Ki, stream.MESSAGE_BYTES)
+        self.assertEqual(512 * units.Ki, stream.MESSAGE_BYTES)
 
     def test_two_copies_side_by_side_do_not_mix(self):
         contents = {'one': Content.of(patterned(40 * UNIT)),
