@@ -71,8 +71,8 @@ GOALS = (
     ('small', 'direct', 'ssh path', 1.5),
 )
 
-# The memory that is kept warm for the copies of a disk, in bytes.
-WARM = 9 * 1024 * MIB
+# The smallest block of memory that a hypervisor takes back, in bytes.
+BLOCK = 2 * MIB
 
 # How long the daemon of the destination is stopped for, and how long a copier
 # may take to import what it needs, in seconds.
@@ -414,21 +414,22 @@ def warm_memory(size: int) -> Iterator[None]:
 
     It may take back what its guest does not use, and then makes it wait for
     each page of it: up to two seconds per GiB here, for whatever is copied in
-    whatever way. A host of a cloud keeps its memory. Only blocks of 2 MiB and
-    more are taken back, and of those that are free here one page in each MiB
-    is not.
+    whatever way. A host of a cloud keeps its memory. Only whole blocks are
+    taken back, and of each that is free here one page is not.
 
-    :param size: bytes
+    :param size: bytes, if there are as many
     """
+    free = os.sysconf('SC_AVPHYS_PAGES') * mmap.PAGESIZE - 1024 * MIB
+    size = min(size, free) // BLOCK * BLOCK
     # Of a file, so that it is no part of this process, whose size Linux tells
     # as the least of what those that it starts had at their peak.
     with open(os.memfd_create('warm'), 'wb+', buffering=0) as file:
-        for _index in range(0, size, MIB):
-            file.write(bytes(MIB))
+        for _index in range(0, size, BLOCK):
+            file.write(bytes(BLOCK))
         with mmap.mmap(file.fileno(), size) as pages:
-            for start in range(0, size, MIB):
+            for start in range(0, size, BLOCK):
                 pages.madvise(mmap.MADV_REMOVE, start + mmap.PAGESIZE,
-                              MIB - mmap.PAGESIZE)
+                              BLOCK - mmap.PAGESIZE)
         yield
 
 
@@ -445,7 +446,9 @@ def run(bench: Bench, work: Work, rounds: int) -> Samples:
     """Measure all ways in each round, each time from another one on."""
     bench.make(work.disk)
     samples: Samples = {way: [] for way in (*work.ways, *work.slow)}
-    with warm_memory(WARM):
+    # Twice as much as is copied, since a part of it is in pieces that are too
+    # small for a message, and something for all else.
+    with warm_memory(int(2 * work.disk.data + 2048) * MIB):
         # The first copy on a new lab takes up to twice as long as the others.
         bench.measure(work.ways[0])
         for number in range(rounds):
