@@ -47,6 +47,7 @@ import threading
 import time
 from typing import Self
 
+import daemons
 import lab as nova_lab
 from oslo_utils import uuidutils
 
@@ -240,14 +241,14 @@ class Bench:
         before = self._daemons_cpu(), self._wire()
         with Watch(self.destination) as sshd:
             outcome = self._ways[way]()
-        daemons = self._daemons_cpu() - before[0] + sshd.seconds
+        daemons_cpu = self._daemons_cpu() - before[0] + sshd.seconds
         wire = self._wire() - before[1]
         used = 0
         if way != 'cp':
             self._check_copy(compare and way != 'memory')
             used = self._copy.stat().st_blocks * 512
         outcome.end()
-        return Sample(outcome.seconds, outcome.client, daemons,
+        return Sample(outcome.seconds, outcome.client, daemons_cpu,
                       outcome.memory, wire, used, outcome.late,
                       outcome.late_99, outcome.grown)
 
@@ -380,14 +381,12 @@ class Watch(threading.Thread):
     The last quarter of a second of each is missed.
     """
 
-    interval = 0.25
-
     def __init__(self, host: nova_lab.Host) -> None:
         super().__init__(daemon=True)
-        self._end = threading.Event()
         self._host = host
         self._before = set(host.processes())
         self._seen: dict[int, float] = {}
+        self._end = threading.Event()
 
     @property
     def seconds(self) -> float:
@@ -402,7 +401,7 @@ class Watch(threading.Thread):
         self.join()
 
     def run(self) -> None:
-        while not self._end.wait(self.interval):
+        while not self._end.wait(0.25):
             for pid in set(self._host.processes()) - self._before:
                 with contextlib.suppress(OSError):
                     self._seen[pid] = _cpu_seconds(pid)
@@ -435,8 +434,7 @@ def warm_memory(size: int) -> Iterator[None]:
 
 def _cpu_seconds(pid: int) -> float:
     """CPU seconds of a process so far."""
-    text = pathlib.Path('/proc/%d/stat' % pid).read_text()
-    return sum(map(int, text.rpartition(')')[2].split()[11:13])) / TICKS
+    return sum(map(int, daemons.stat_fields(pid)[11:13])) / TICKS
 
 
 Samples = dict[str, list[Sample]]

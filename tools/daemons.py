@@ -64,11 +64,21 @@ def listening(address: str, port: int) -> bool:
 def started_at(pid: int) -> str | None:
     """The kernel's start time of a process, which tells a reused pid apart."""
     try:
-        stat = Path(f'/proc/{pid}/stat').read_text()
+        fields = stat_fields(pid)
     except OSError:
         return None
-    fields = stat.rpartition(')')[2].split()
     return None if fields[0] == 'Z' else fields[19]
+
+
+def stat_fields(pid: int) -> list[str]:
+    """What proc_pid_stat(5) tells of a process, from its state on.
+
+    The first two fields are left out: the name may have spaces in it.
+
+    :raises: OSError if there is no such process
+    """
+    stat = Path(f'/proc/{pid}/stat').read_text()
+    return stat.rpartition(')')[2].split()
 
 
 class Daemon:

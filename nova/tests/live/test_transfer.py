@@ -185,9 +185,7 @@ class CopyTestCase(TransferTestCase):
 
     def _page_faults(self):
         """How many pages the other daemon has got from the system so far."""
-        path = f'/proc/{self.destination.libvirtd_pid}/stat'
-        with open(path) as status:
-            return int(status.read().rpartition(')')[2].split()[7])
+        return int(daemons.stat_fields(self.destination.libvirtd_pid)[7])
 
     def test_files_belong_to_nova_of_the_destination(self):
         self.assertNotEqual(self.source.nova_uid, self.destination.nova_uid)

@@ -694,15 +694,15 @@ def _with_long_message(queue: _Queue) -> ty.Iterator[bytes | int]:
     chunks = iter(queue)
     start = b''
     for chunk in chunks:
-        if isinstance(chunk, bytes):
+        if isinstance(chunk, int):
+            if start:
+                yield start
+                start = b''
+            yield chunk
+        else:
             start += chunk
-            if len(start) < LONG_MESSAGE_BYTES:
-                continue
-            break
-        if start:
-            yield start
-            start = b''
-        yield chunk
+            if len(start) >= LONG_MESSAGE_BYTES:
+                break
     if start:
         yield start
     yield from chunks
