@@ -30,7 +30,7 @@ import nova.conf
 from nova.conf import storage_migrate as options  # noqa: F401 (registers)
 from nova import config
 from nova.virt.libvirt.storage import check
-from nova.virt.libvirt.storage import stream
+from nova.virt.libvirt.storage import threads
 from nova.virt.libvirt import storage_migrate
 
 CONF = nova.conf.CONF
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     hosts = arguments.host + _read_hosts(arguments.all)
     _forbid_prompts()
     _configure(arguments)
-    stream.run_event_loop()
+    threads.run_event_loop()
     signal.signal(signal.SIGTERM, lambda *args: sys.exit(1))
     findings = []
     with contextlib.closing(_check(hosts, arguments.size)) as found:

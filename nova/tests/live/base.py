@@ -30,7 +30,7 @@ from oslo_serialization import jsonutils
 from oslo_utils import uuidutils
 import testtools
 
-from nova.virt.libvirt.storage import stream
+from nova.virt.libvirt.storage import threads
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / 'tools'))
@@ -109,7 +109,7 @@ class LabMixin:
         if os.geteuid():
             self.skipTest('the lab needs root')
         self.end_the_run_if_this_hangs()
-        stream.run_event_loop()
+        threads.run_event_loop()
         self.lab = get_lab()
         self.hosts = self.lab.hosts
         self.source, self.destination = self.hosts[:2]

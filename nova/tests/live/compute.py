@@ -27,14 +27,14 @@ import nova.conf
 from nova import objects
 from nova.virt.libvirt.storage import image
 from nova.virt.libvirt.storage import peer
-from nova.virt.libvirt.storage import stream
+from nova.virt.libvirt.storage import threads
 from nova.virt.libvirt.storage import transfer
 
 CONF = nova.conf.CONF
 
 
 def main() -> None:
-    stream.run_event_loop()
+    threads.run_event_loop()
     print(jsonutils.dumps({'uid': os.getuid()}), flush=True)
     for line in sys.stdin:
         name, arguments = jsonutils.loads(line)

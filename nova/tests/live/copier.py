@@ -35,9 +35,9 @@ import time
 
 from oslo_serialization import jsonutils
 
-from nova import utils
 from nova.virt.libvirt.storage import peer
 from nova.virt.libvirt.storage import stream
+from nova.virt.libvirt.storage import threads
 from nova.virt.libvirt.storage import transfer
 
 INTERVAL = 0.01
@@ -45,7 +45,7 @@ INTERVAL = 0.01
 
 def main() -> None:
     arguments = jsonutils.loads(sys.stdin.readline())
-    stream.run_event_loop()
+    threads.run_event_loop()
     destination = peer.Destination(
         'destination', arguments['destination_uri'], arguments['pool'],
         arguments['uuid'], arguments['directory'])
@@ -96,7 +96,7 @@ def cpu_seconds() -> float:
 
 
 def native(function, *args):
-    return utils.tpool_wrap(function)(*args)
+    return threads.off_hub(function, *args)
 
 
 def memory(field: str) -> int:

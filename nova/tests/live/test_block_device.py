@@ -18,6 +18,7 @@ import subprocess
 from oslo_utils import units
 
 from nova.tests.live import base
+from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import stream
 
 SIZE = 64 * units.Mi
@@ -113,5 +114,5 @@ class BlockDeviceTestCase(base.LiveTestCase):
     def test_device_that_is_too_small(self):
         _disk, source = self.add_file(self.source, [(0, SIZE)])
         _file, device = self.add_device(self.destination, SIZE // 2)
-        error = self.assertRaises(stream.CopyError, self.copy, source, device)
+        error = self.assertRaises(errors.CopyError, self.copy, source, device)
         self.assertEqual('destination', error.end)

@@ -39,6 +39,7 @@ from oslo_utils import units
 
 from nova.tests.live import fault_table
 from nova.tests.live import test_transfer
+from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import peer
 from nova.virt.libvirt.storage import stream
 from nova.virt.libvirt.storage import transfer
@@ -201,7 +202,7 @@ class FaultTestCase(test_transfer.TransferTestCase):
         """
         self.ended = None
         error = self.assertRaises(
-            (peer.Unsuitable, transfer.TransferError, stream.Cancelled),
+            (peer.Unsuitable, transfer.TransferError, errors.Cancelled),
             self.migrate, cancel)
         ended = self.ended or time.monotonic()
         self.assertIsNotNone(self.happened, 'there was no fault')
@@ -728,7 +729,7 @@ class RandomFaultsTestCase(FaultTestCase):
         self.at(moment, lambda: self._break(fault, seconds, cancel))
         try:
             self.migrate(cancel)
-        except (peer.Unsuitable, transfer.TransferError, stream.Cancelled):
+        except (peer.Unsuitable, transfer.TransferError, errors.Cancelled):
             ending = 'failed'
         else:
             ending = 'moved'

@@ -27,6 +27,7 @@ from oslo_utils import units
 from oslo_utils import uuidutils
 
 from nova.tests.live import base
+from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import peer
 from nova.virt.libvirt.storage import stream
 from nova.virt.libvirt.storage import transfer
@@ -384,7 +385,7 @@ class FaultTestCase(TransferTestCase):
                 return len(asked) >= 4
 
         self.assertRaises(
-            stream.Cancelled, move.copy_disk, self.disk, CancelLater())
+            errors.Cancelled, move.copy_disk, self.disk, CancelLater())
         self.assertLess(time.monotonic() - asked[3], 1)
         move.destination.discard()
         self._assert_nothing_on_destination()

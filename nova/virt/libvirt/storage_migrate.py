@@ -49,7 +49,6 @@ from nova.i18n import _
 from nova import objects
 import nova.privsep.utils
 from nova.scheduler.client import report
-from nova import utils
 from nova import version
 from nova.virt import driver as virt_driver
 from nova.virt import hardware
@@ -57,6 +56,7 @@ from nova.virt.libvirt import blockinfo
 from nova.virt.libvirt import driver
 from nova.virt.libvirt.storage import access
 from nova.virt.libvirt.storage import directory
+from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import fetch
 from nova.virt.libvirt.storage import image
 from nova.virt.libvirt.storage import imagecache
@@ -64,6 +64,7 @@ from nova.virt.libvirt.storage import kept
 from nova.virt.libvirt.storage import peer
 from nova.virt.libvirt.storage import progress
 from nova.virt.libvirt.storage import stream
+from nova.virt.libvirt.storage import threads
 from nova.virt.libvirt.storage import transfer
 from nova.virt.libvirt import utils as libvirt_utils
 
@@ -907,7 +908,7 @@ class LibvirtDriver(driver.LibvirtDriver):
     def _copy_here(self, instance, source, target, cancel) -> None:
         """Copy a file on this host; holes stay holes."""
         if cancel.is_set():
-            raise stream.Cancelled()
+            raise errors.Cancelled()
         processutils.execute(
             'cp', '--reflink=auto', '--sparse=auto', source, target,
             on_execute=lambda process:
@@ -957,7 +958,7 @@ def check_hooks(nova_driver: type) -> None:
 
 def _native(function: ty.Callable[..., ty.Any], *args: ty.Any) -> ty.Any:
     """Call what may block, off the eventlet hub if there is one."""
-    return utils.tpool_wrap(function)(*args)
+    return threads.off_hub(function, *args)
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ class CommandTestCase(test.NoDBTestCase):
                    group='libvirt')
         for name in ('_forbid_prompts', '_configure'):
             self._patch(storage_migrate, name)
-        self._patch(storage_migrate.stream, 'run_event_loop')
+        self._patch(storage_migrate.threads, 'run_event_loop')
         self._patch(storage_migrate.signal, 'signal')
         self.source = self._patch(check, 'Source')
         self.source.return_value.run.return_value = [

@@ -23,39 +23,10 @@ import contextlib
 import typing as ty
 import weakref
 
-from nova.virt.libvirt.storage import stream
+from nova.virt.libvirt.storage import threads
 
 # What asks no daemon, and is too much in use to have a thread of its own.
 _LOCAL = frozenset(['connect', 'isAlive', 'name', 'newStream'])
-
-
-def within(seconds: float, function: ty.Callable[[], ty.Any]) -> ty.Any:
-    """Call a function in a thread of its own, and wait for it so long.
-
-    :raises: TimeoutError; the thread then ends when the function does
-    """
-    def call(outcome: dict[str, ty.Any]) -> None:
-        try:
-            outcome['result'] = function()
-        except Exception as error:
-            # Without the frames of libvirt's module: whoever keeps the error
-            # would keep what they hold on to.
-            outcome['error'] = error.with_traceback(None)
-
-    outcome: dict[str, ty.Any] = {}
-    thread = stream.native_threading().Thread(
-        target=call, args=(outcome,), name='libvirt-call', daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        # What comes late is left to the thread. To free it may be to ask the
-        # daemon once more, and whoever keeps the error would do that.
-        del outcome
-        raise TimeoutError(f'no answer within {seconds} seconds')
-    if 'error' in outcome:
-        # Its traceback will lead here, and must not lead back to it.
-        raise outcome.pop('error')
-    return outcome['result']
 
 
 class Bounded:
@@ -92,7 +63,7 @@ class Bounded:
         of them waits for the daemon.
         """
         with contextlib.suppress(TimeoutError):
-            within(self._seconds, self._free)
+            threads.within(self._seconds, self._free)
 
     def _free(self) -> None:
         connection = self._wrapped
@@ -112,7 +83,8 @@ class Bounded:
         def call(*args: ty.Any) -> ty.Any:
             if name in _LOCAL:
                 return self._wrap(ask(*args))
-            return self._wrap(within(self._seconds, lambda: ask(*args)))
+            return self._wrap(
+                threads.within(self._seconds, lambda: ask(*args)))
 
         return call
 

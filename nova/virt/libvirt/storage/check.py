@@ -30,11 +30,11 @@ from oslo_utils import uuidutils
 from oslo_utils import versionutils
 
 from nova.virt.libvirt.storage import access
-from nova.virt.libvirt.storage import bounded
 from nova.virt.libvirt.storage import certificates
 from nova.virt.libvirt.storage import peer
 from nova.virt.libvirt.storage import pool as storage_pool
 from nova.virt.libvirt.storage import stream
+from nova.virt.libvirt.storage import threads
 
 try:
     import libvirt
@@ -130,7 +130,7 @@ class Checks:
     def _try(self, what: str, step: ty.Callable[[], str],
              seconds: float | None = None) -> Finding:
         try:
-            return Finding(self.host, OK, what, bounded.within(
+            return Finding(self.host, OK, what, threads.within(
                 seconds or STEP_SECONDS, step))
         except Problem as problem:
             return self._finding(problem.status, what, problem)
@@ -553,4 +553,4 @@ def _close(connection: ty.Any) -> None:
     # That it hangs was told of the step before: this is not to end the rest.
     if connection is not None:
         with contextlib.suppress(TimeoutError):
-            bounded.within(STEP_SECONDS, connection.close)
+            threads.within(STEP_SECONDS, connection.close)

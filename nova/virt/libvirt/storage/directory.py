@@ -170,7 +170,7 @@ class Transfer(transfer.Transfer):
     ) -> None:
         """Copy what belongs to the disks, which were copied.
 
-        :raises: TransferError, stream.Cancelled
+        :raises: TransferError, errors.Cancelled
         """
         for name in FILES:
             if os.path.exists(os.path.join(self._directory, name)):

@@ -23,6 +23,7 @@ import typing as ty
 
 import nova.conf
 from nova.conf import storage_migrate  # noqa: F401 (registers the options)
+from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import peer
 from nova.virt.libvirt.storage import pool as storage_pool
 from nova.virt.libvirt.storage import stream
@@ -80,7 +81,7 @@ def fetch(
               _directory(uri, path, pool_name) as there):
             source = there.volume(os.path.basename(path))
             return _fetch(source, here, path, bandwidth)
-    except (libvirt.libvirtError, stream.CopyError, OSError) as error:
+    except (libvirt.libvirtError, errors.CopyError, OSError) as error:
         raise FetchError(path, host, uri, error) from error
 
 

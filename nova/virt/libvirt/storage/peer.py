@@ -30,6 +30,7 @@ from nova.conf import storage_migrate  # noqa: F401 (registers the options)
 from nova.virt.libvirt.storage import access
 from nova.virt.libvirt.storage import bounded
 from nova.virt.libvirt.storage import pool as storage_pool
+from nova.virt.libvirt.storage import threads
 
 try:
     import libvirt
@@ -99,7 +100,7 @@ def open_connection(
         libvirt.VIR_CRED_NOECHOPROMPT, libvirt.VIR_CRED_EXTERNAL]
     auth = [credentials, lambda creds, opaque: -1, None]
     # A host that is down would cost what the kernel allows, minutes.
-    connection = bounded.within(
+    connection = threads.within(
         CONF.libvirt.vol_upload_migration_connect_timeout,
         lambda: libvirt.openAuth(uri, auth, 0))
     if keepalive:

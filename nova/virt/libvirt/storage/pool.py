@@ -28,7 +28,7 @@ from lxml import builder
 from lxml import etree
 import tenacity
 
-from nova.virt.libvirt.storage import stream
+from nova.virt.libvirt.storage import threads
 
 try:
     import libvirt
@@ -59,7 +59,7 @@ def _is_busy(error: BaseException) -> bool:
 def _sleep(seconds: float) -> None:
     # Not time.sleep(): under eventlet that is the hub's, and this is a
     # native thread, which would get a hub of its own.
-    stream.native_threading().Event().wait(seconds)
+    threads.native_threading().Event().wait(seconds)
 
 
 _retry_busy = tenacity.retry(

@@ -18,7 +18,7 @@ watches both. The source is the volume's file where this process may read
 that, and else libvirt (virStorageVolDownload). All are native threads: a
 send() to a peer that stopped reading blocks its thread even on a stream made
 with VIR_STREAM_NONBLOCK, so none of this may run on the eventlet hub. In
-eventlet mode call :func:`copy` through ``nova.utils.tpool_wrap``, once for a
+eventlet mode call :func:`copy` through :func:`threads.off_hub`, once for a
 whole volume.
 
 Nothing here logs: oslo.log may not be used in a native thread under eventlet.
@@ -28,14 +28,13 @@ import collections
 import contextlib
 import dataclasses
 import errno
-import functools
 import os
 import stat
-import threading
 import time
 import typing as ty
 
-from nova import utils
+from nova.virt.libvirt.storage import errors
+from nova.virt.libvirt.storage import threads
 
 try:
     import libvirt
@@ -99,28 +98,6 @@ _ZEROS = bytes(MESSAGE_BYTES)
 _ZERO_BLOCK = bytes(ZERO_BYTES)
 
 
-class CopyError(Exception):
-    """One end of a copy failed.
-
-    :ivar end: 'source' or 'destination'
-    :ivar path: path of the volume at that end
-    :ivar done: bytes that this end had dealt with
-    """
-
-    def __init__(self, end: str, path: str, done: int, reason: ty.Any):
-        # Nova shows users 255 characters of all that there is to say, and
-        # who is told of the copy of a volume knows its path.
-        reason = str(reason).replace(path, 'the volume')
-        super().__init__(f'{end} failed after {done} bytes: {reason}')
-        self.end = end
-        self.path = path
-        self.done = done
-
-
-class Cancelled(Exception):
-    """The copy was told to stop."""
-
-
 class CancelEvent(ty.Protocol):
     """What tells a copy to stop; a threading.Event of either mode will do."""
 
@@ -166,7 +143,7 @@ class Bandwidth:
         :param rate: bytes per second; 0 for no limit
         """
         self._rate = rate
-        self._lock = native_threading().Lock()
+        self._lock = threads.native_threading().Lock()
         self._next = 0.0
 
     def take_turn(self) -> float:
@@ -290,7 +267,7 @@ def _run(
     :param take: takes it out of the queue
     """
     if cancel is not None and cancel.is_set():
-        raise Cancelled()
+        raise errors.Cancelled()
     queue = _Queue(QUEUE_BYTES)
 
     def read() -> None:
@@ -311,7 +288,7 @@ def _run(
             paused()
             paused = None
         if cancel is not None and cancel.is_set():
-            queue.fail(Cancelled())
+            queue.fail(errors.Cancelled())
         elif now - last_move > stall_seconds:
             queue.fail(_stalled(
                 source.path, destination_path, queue, stall_seconds))
@@ -332,31 +309,6 @@ def write(
     copy(_Memory(data), destination, len(data), stall_seconds=stall_seconds)
 
 
-def native_threading() -> ty.Any:
-    """The threading module whose threads and locks are the system's own."""
-    if utils.concurrency_mode_threading():
-        return threading
-    return utils.get_eventlet().patcher.original('threading')
-
-
-@functools.cache
-def run_event_loop() -> None:
-    """Run libvirt's event loop in this process, as nova-compute does.
-
-    Without one no connection is kept alive, and none that is dead is noticed.
-    """
-    # What libvirt raises it would print as well.
-    libvirt.registerErrorHandler(lambda context, error: None, None)
-    libvirt.virEventRegisterDefaultImpl()
-
-    def loop() -> None:
-        while True:
-            libvirt.virEventRunDefaultImpl()
-
-    native_threading().Thread(
-        target=loop, name='libvirt-events', daemon=True).start()
-
-
 def _start(function: ty.Callable[[], None], queue: '_Queue') -> ty.Any:
     """Run a function in a native thread; what it raises fails the queue."""
     def run() -> None:
@@ -365,7 +317,7 @@ def _start(function: ty.Callable[[], None], queue: '_Queue') -> ty.Any:
         except Exception as error:
             queue.fail(error)
 
-    thread = native_threading().Thread(
+    thread = threads.native_threading().Thread(
         target=run, name='volume-' + function.__name__, daemon=True)
     thread.start()
     return thread
@@ -379,13 +331,13 @@ def _join(threads: list[ty.Any], seconds: float) -> None:
 
 def _stalled(
     source_path: str, destination_path: str, queue: '_Queue', seconds: float,
-) -> CopyError:
+) -> errors.CopyError:
     """The error of the end that the other one waits for."""
     reason = f'nothing moved for {seconds} seconds'
     if queue.full or queue.closed:
-        return CopyError(
+        return errors.CopyError(
             'destination', destination_path, queue.taken, reason)
-    return CopyError('source', source_path, queue.put_in, reason)
+    return errors.CopyError('source', source_path, queue.put_in, reason)
 
 
 class _Queue:
@@ -409,7 +361,7 @@ class _Queue:
         self.put_in = 0
         self.taken = 0
         self.error: Exception | None = None
-        self._changed = native_threading().Condition()
+        self._changed = threads.native_threading().Condition()
         self._chunks: collections.deque[bytes | int] = collections.deque()
         self._budget = budget
         self._bytes = 0
@@ -502,7 +454,7 @@ class FileSource:
                         done += length_of(chunk)
                         yield chunk
         except OSError as error:
-            raise CopyError('source', self.path, done, error) from error
+            raise errors.CopyError('source', self.path, done, error) from error
 
     def _section(self, file: int, offset: int, length: int) -> Chunks:
         """Yield the hole that may be at the offset, and the data after it."""
@@ -519,8 +471,8 @@ class FileSource:
             start += len(data)
             yield data
 
-    def _shrunk(self, size: int) -> CopyError:
-        return CopyError(
+    def _shrunk(self, size: int) -> errors.CopyError:
+        return errors.CopyError(
             'source', self.path, size,
             'the file ends there; did the volume change its size?')
 
@@ -569,7 +521,8 @@ class VolumeSource:
                     done += length_of(chunk)
                     yield chunk
         except libvirt.libvirtError as error:
-            raise CopyError(self._end, self.path, done, error) from error
+            raise errors.CopyError(
+                self._end, self.path, done, error) from error
 
     def _window(self, offset: int, size: int) -> Chunks:
         """Yield the chunks of one window, ``size`` bytes in all."""
@@ -587,8 +540,8 @@ class VolumeSource:
         if left:
             raise self._resized(offset, size, left)
 
-    def _resized(self, offset: int, size: int, left: int) -> CopyError:
-        return CopyError(
+    def _resized(self, offset: int, size: int, left: int) -> errors.CopyError:
+        return errors.CopyError(
             self._end, self.path, offset + size - left,
             f'the window of {size} bytes at {offset} came with {size - left} '
             f'bytes; did the volume change its size?')
@@ -685,7 +638,7 @@ def _write(
             if progress:
                 progress(done, wire)
     except libvirt.libvirtError as error:
-        raise CopyError('destination', path, done, error) from error
+        raise errors.CopyError('destination', path, done, error) from error
     return wire
 
 
@@ -723,7 +676,7 @@ def _compare(destination: Source, length: int, queue: _Queue) -> None:
                 first, here = _cut(here, size)
                 second, there = _cut(there, size)
                 if not _same(first, second):
-                    raise CopyError(
+                    raise errors.CopyError(
                         'destination', destination.path, done,
                         'it differs from the source')
                 done += size

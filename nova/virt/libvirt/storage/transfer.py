@@ -28,6 +28,7 @@ from oslo_serialization import jsonutils
 
 import nova.conf
 from nova.conf import storage_migrate  # noqa: F401 (registers the options)
+from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import image
 from nova.virt.libvirt.storage import peer
 from nova.virt.libvirt.storage import pool as storage_pool
@@ -129,7 +130,7 @@ class Transfer:
         """Copy a disk, and look whether it arrived.
 
         :param progress: told how far the copy is, in a thread of its own
-        :raises: TransferError, stream.Cancelled
+        :raises: TransferError, errors.Cancelled
         """
         try:
             source = self._source_pool.volume(disk.volume)
@@ -138,7 +139,7 @@ class Transfer:
             result = self._copy(source, length, volume, cancel, progress)
             self.destination.verify_disk(disk.volume, length)
             return result
-        except stream.Cancelled:
+        except errors.Cancelled:
             raise
         except Exception as error:
             raise self._error(disk.volume, error) from error
@@ -151,7 +152,7 @@ class Transfer:
         That is FILES, and the record of the disks' formats with the paths
         that they have over there.
 
-        :raises: TransferError, stream.Cancelled
+        :raises: TransferError, errors.Cancelled
         """
         name = 'disk.info'
         try:
@@ -160,7 +161,7 @@ class Transfer:
                 if os.path.exists(os.path.join(self._directory, name)):
                     self._copy_file(name, cancel)
             self.destination.settle()
-        except stream.Cancelled:
+        except errors.Cancelled:
             raise
         except Exception as error:
             raise self._error(name, error) from error
@@ -174,7 +175,7 @@ class Transfer:
         finishes the migration, takes it to where libvirt looks for it.
 
         :param path: its directory on this host
-        :raises: TransferError, stream.Cancelled
+        :raises: TransferError, errors.Cancelled
         """
         name = os.path.basename(path)
         try:
@@ -182,7 +183,7 @@ class Transfer:
                     self._connection, f'nova-{name}-state', path) as source,
                   self.destination.vtpm() as target):
                 self._copy_directory(source, target, name, cancel)
-        except stream.Cancelled:
+        except errors.Cancelled:
             raise
         except Exception as error:
             raise self._error('the state of the vTPM', error) from error

@@ -19,7 +19,7 @@ import libvirt
 from nova import test
 from nova.tests.fixtures import libvirt_storage
 from nova.virt.libvirt.storage import bounded
-from nova.virt.libvirt.storage import stream
+from nova.virt.libvirt.storage import threads
 
 SECONDS = 0.2
 VOLUME = """\
@@ -100,7 +100,7 @@ class BoundedTestCase(test.NoDBTestCase):
         gc.disable()
         self.addCleanup(gc.enable)
         with self.assertRaises(ValueError):
-            bounded.within(10, lambda given=volume: fail(given))
+            threads.within(10, lambda given=volume: fail(given))
         del volume
         self.assertIsNone(freed())
 
@@ -110,8 +110,8 @@ class BoundedTestCase(test.NoDBTestCase):
         class Connection:
             pass
 
-        threads = stream.native_threading()
-        answer, freed = threads.Event(), threads.Event()
+        native = threads.native_threading()
+        answer, freed = native.Event(), native.Event()
 
         def connect():
             answer.wait(10)
@@ -120,7 +120,7 @@ class BoundedTestCase(test.NoDBTestCase):
             return connection
 
         try:
-            bounded.within(SECONDS, connect)
+            threads.within(SECONDS, connect)
         except TimeoutError as error:
             kept = error
         answer.set()
@@ -147,7 +147,7 @@ class BoundedTestCase(test.NoDBTestCase):
         self.assertRaises(AttributeError, lambda: volume.lookup)
 
     def test_a_close_that_hangs_is_no_error(self):
-        closing = stream.native_threading().Event()
+        closing = threads.native_threading().Event()
         raw = mock.Mock()
         raw.close.side_effect = lambda: closing.wait(10)
         self.addCleanup(closing.set)

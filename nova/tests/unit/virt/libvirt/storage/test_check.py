@@ -22,9 +22,9 @@ from oslo_utils import units
 from nova import test
 from nova.tests.fixtures import libvirt_storage
 from nova.virt.libvirt.storage import access
-from nova.virt.libvirt.storage import bounded
 from nova.virt.libvirt.storage import check
 from nova.virt.libvirt.storage import peer
+from nova.virt.libvirt.storage import threads
 
 libvirt = libvirt_storage.libvirt
 
@@ -325,7 +325,7 @@ class DestinationTestCase(_CheckTestCase):
         with mock.patch.object(
                 check.Destination, '_probe', side_effect=KeyboardInterrupt):
             with mock.patch.object(
-                    bounded, 'within', lambda seconds, step: step()):
+                    threads, 'within', lambda seconds, step: step()):
                 self.assertRaises(KeyboardInterrupt, self._run)
         self.assertEqual(
             self.volumes, self.dest.volume_names('nova-disks'))

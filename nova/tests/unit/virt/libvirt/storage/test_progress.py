@@ -23,6 +23,7 @@ from nova import context as nova_context
 from nova import exception
 from nova import objects
 from nova import test
+from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import progress
 from nova.virt.libvirt.storage import stream
 
@@ -176,7 +177,7 @@ class ProgressTestCase(test.NoDBTestCase):
         self._test_failing_save(error)
 
     def test_error_of_the_copy_is_raised(self):
-        for error in stream.Cancelled(), KeyboardInterrupt():
+        for error in errors.Cancelled(), KeyboardInterrupt():
             self.assertRaises(
                 type(error), self.progress.watch, 'disk',
                 mock.Mock(side_effect=error))

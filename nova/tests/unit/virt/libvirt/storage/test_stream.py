@@ -26,8 +26,9 @@ from oslo_utils import units
 
 from nova import test
 from nova.tests.fixtures import libvirt_storage
-from nova import utils
+from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import stream
+from nova.virt.libvirt.storage import threads
 
 Content = libvirt_storage.Content
 
@@ -120,8 +121,9 @@ class _CopyTestCase(test.NoDBTestCase):
              **kwargs: ty.Any) -> stream.Result:
         """Copy in the way that the driver does, and wait for it."""
         source, dest = self.volumes(content)
-        return utils.tpool_wrap(stream.copy)(
-            source, dest, content.size if length is None else length,
+        return threads.off_hub(
+            stream.copy, source, dest,
+            content.size if length is None else length,
             progress=self.record_progress, **kwargs)
 
     def record_progress(self, done: int, wire: int) -> None:
@@ -476,8 +478,8 @@ class OpenSourceTestCase(_CopyTestCase):
         self.assertIsInstance(opened, kind)
         self.assertEqual(self.path, opened.path)
         dest = self.dest.connect().storagePoolLookupByName('disks')
-        result = utils.tpool_wrap(stream.copy)(
-            opened, dest.storageVolLookupByName('disk'), 0)
+        result = threads.off_hub(
+            stream.copy, opened, dest.storageVolLookupByName('disk'), 0)
         self.assertEqual(kind.kind, result.source)
 
     def test_file_that_can_be_read(self):
@@ -545,7 +547,7 @@ class CopyProgressTestCase(_CopyTestCase):
         source, dest = self.volumes(Content.of(patterned(20 * UNIT)))
 
         self.assertRaises(
-            test.TestingException, utils.tpool_wrap(stream.copy),
+            test.TestingException, threads.off_hub, stream.copy,
             source, dest, 20 * UNIT,
             progress=mock.Mock(side_effect=test.TestingException()))
 
@@ -561,9 +563,9 @@ class _CopyFailureTestCase(_CopyTestCase):
         self.content = Content.of(patterned(5 * WINDOW))
 
     def assert_fails(self, end: str, text: str,
-                     content: Content | None = None) -> stream.CopyError:
+                     content: Content | None = None) -> errors.CopyError:
         error = self.assertRaises(
-            stream.CopyError, self.copy, content or self.content)
+            errors.CopyError, self.copy, content or self.content)
         self.assertEqual(end, error.end)
         self.assertEqual('/var/lib/nova/disks/disk', error.path)
         self.assertIn(text, str(error))
@@ -627,8 +629,8 @@ class DestinationFailureTests:
         self.dest.slow('stream.send', 0.3, times=2)
         source, dest = self.volumes(self.content)
 
-        result = utils.tpool_wrap(stream.copy)(
-            source, dest, self.content.size, None, None, 0.6)
+        result = threads.off_hub(
+            stream.copy, source, dest, self.content.size, None, None, 0.6)
 
         self.assertEqual(self.content.size, result.length)
 
@@ -640,7 +642,7 @@ class DestinationFailureTests:
 
         started = time.monotonic()
         self.assertRaises(
-            stream.Cancelled, utils.tpool_wrap(stream.copy), source, dest,
+            errors.Cancelled, threads.off_hub, stream.copy, source, dest,
             self.content.size, None, cancel)
 
         self.assertLess(time.monotonic() - started, 2)
@@ -777,7 +779,7 @@ class CopyVolumeFailureTestCase(_CopyFailureTestCase):
 
         started = time.monotonic()
         error = self.assertRaises(
-            stream.CopyError, utils.tpool_wrap(stream.copy), source, dest,
+            errors.CopyError, threads.off_hub, stream.copy, source, dest,
             self.content.size, None, None, 0.3)
 
         self.assertEqual(end, error.end)
@@ -801,7 +803,7 @@ class CopyVolumeFailureTestCase(_CopyFailureTestCase):
 
         with mock.patch.object(dest, 'path', path):
             error = self.assertRaises(
-                stream.CopyError, utils.tpool_wrap(stream.copy), source,
+                errors.CopyError, threads.off_hub, stream.copy, source,
                 dest, self.content.size, None, None, 0.3)
 
         self.assertEqual(
@@ -815,7 +817,7 @@ class CopyVolumeFailureTestCase(_CopyFailureTestCase):
         source, dest = self.volumes(Content.of(patterned(size)), 5 * WINDOW)
 
         error = self.assertRaises(
-            stream.CopyError, utils.tpool_wrap(stream.copy),
+            errors.CopyError, threads.off_hub, stream.copy,
             source, dest, 5 * WINDOW)
 
         self.assertEqual(('source', size), (error.end, error.done))
@@ -871,8 +873,8 @@ class CopyFileFailureTestCase(FileMixin, _CopyTestCase):
         super().setUp()
         self.set_sizes()
 
-    def assert_fails(self, content: Content, text: str) -> stream.CopyError:
-        error = self.assertRaises(stream.CopyError, self.copy, content)
+    def assert_fails(self, content: Content, text: str) -> errors.CopyError:
+        error = self.assertRaises(errors.CopyError, self.copy, content)
         self.assertEqual(('source', self.file), (error.end, error.path))
         self.assertIn(text, str(error))
         self.assertNotIn('finished', [s.outcome for s in self.uploads()])
@@ -924,7 +926,7 @@ class CopyFileFailureTestCase(FileMixin, _CopyTestCase):
         os.unlink(self.file)
 
         error = self.assertRaises(
-            stream.CopyError, utils.tpool_wrap(stream.copy),
+            errors.CopyError, threads.off_hub, stream.copy,
             source, dest, UNIT)
 
         self.assertEqual(('source', 0), (error.end, error.done))
@@ -940,7 +942,7 @@ class CopyFileFailureTestCase(FileMixin, _CopyTestCase):
         cancel.set()
 
         self.assertTrue(outcome.wait(5))
-        self.assertIsInstance(outcome.error, stream.Cancelled)
+        self.assertIsInstance(outcome.error, errors.Cancelled)
 
     def test_stalled_destination_bounds_what_is_read(self):
         blocked = self.dest.block('stream.send', after=UNIT)
@@ -976,7 +978,7 @@ class CopyCancelTestCase(_CopyTestCase):
         started = time.monotonic()
         self.assertTrue(outcome.wait(5))
         self.assertLess(time.monotonic() - started, 1)
-        self.assertIsInstance(outcome.error, stream.Cancelled)
+        self.assertIsInstance(outcome.error, errors.Cancelled)
 
     def assert_aborted(self) -> None:
         self.assertEqual(['aborted'], [s.outcome for s in self.uploads()])
@@ -1041,7 +1043,7 @@ class CopyCancelTestCase(_CopyTestCase):
 
         self.cancel.set()
 
-        self.assertIsInstance(outcome.error, stream.CopyError)
+        self.assertIsInstance(outcome.error, errors.CopyError)
 
 
 @ddt.ddt
@@ -1071,8 +1073,8 @@ class LongMessageTestCase(_CopyTestCase):
         size = sum(map(abs, chunks)) * UNIT
         self.dest.add_volume('disks', 'disk', Content(size))
 
-        result = utils.tpool_wrap(stream.copy)(
-            source, self.lookup(self.dest, 'disk'), size)
+        result = threads.off_hub(
+            stream.copy, source, self.lookup(self.dest, 'disk'), size)
 
         upload, = self.uploads()
         self.assertEqual(
@@ -1250,7 +1252,7 @@ class BandwidthTestCase(_CopyTestCase):
         cancel.set()
 
         self.assertTrue(outcome.wait(1))
-        self.assertIsInstance(outcome.error, stream.Cancelled)
+        self.assertIsInstance(outcome.error, errors.Cancelled)
 
 
 class PauseTestCase(_CopyTestCase):
@@ -1294,7 +1296,7 @@ class CopyHubTestCase(_CopyTestCase):
         ticker = threading.Thread(target=tick)
         ticker.start()
         try:
-            utils.tpool_wrap(stream.copy)(source, dest, 4 * WINDOW)
+            threads.off_hub(stream.copy, source, dest, 4 * WINDOW)
         finally:
             stop.set()
             ticker.join()
@@ -1316,8 +1318,9 @@ class CompareTestCase(_CopyTestCase):
                 **kwargs: ty.Any) -> None:
         source = self.open_source(here, 'disk')
         self.dest.add_volume('disks', 'disk', there)
-        utils.tpool_wrap(stream.compare)(
-            source, self.lookup(self.dest, 'disk'), here.size, **kwargs)
+        threads.off_hub(
+            stream.compare, source, self.lookup(self.dest, 'disk'), here.size,
+            **kwargs)
 
     @ddt.data('', 'A', 'A-B', '-A-', '---', 'AB-CD--E' * 4)
     def test_same(self, picture):
@@ -1349,7 +1352,7 @@ class CompareTestCase(_CopyTestCase):
         there.write(offset, data)
 
         error = self.assertRaises(
-            stream.CopyError, self.compare, here, there)
+            errors.CopyError, self.compare, here, there)
 
         self.assertEqual('destination', error.end)
         self.assertIn('differs', str(error))
@@ -1358,12 +1361,12 @@ class CompareTestCase(_CopyTestCase):
 
     def test_data_that_came_as_a_hole_is_found(self):
         self.assertRaises(
-            stream.CopyError, self.compare,
+            errors.CopyError, self.compare,
             Content.draw('AB', UNIT), Content.draw('A-', UNIT))
 
     def test_volume_that_is_too_short_is_the_destination_s_failure(self):
         error = self.assertRaises(
-            stream.CopyError, self.compare,
+            errors.CopyError, self.compare,
             Content.draw('AB', UNIT), Content.draw('A', UNIT))
         self.assertEqual('destination', error.end)
 
@@ -1376,13 +1379,13 @@ class CompareTestCase(_CopyTestCase):
         cancel = threading.Event()
         cancel.set()
         self.assertRaises(
-            stream.Cancelled, self.compare, Content.draw('A', UNIT),
+            errors.Cancelled, self.compare, Content.draw('A', UNIT),
             Content.draw('A', UNIT), cancel=cancel)
 
     def test_stall(self):
         blocked = self.dest.block('stream.recv')
         error = self.assertRaises(
-            stream.CopyError, self.compare, Content.draw('A', UNIT),
+            errors.CopyError, self.compare, Content.draw('A', UNIT),
             Content.draw('A', UNIT), stall_seconds=0.3)
         self.assertEqual('destination', error.end)
         blocked.release()
@@ -1399,13 +1402,13 @@ class WriteTestCase(_CopyTestCase):
         data = patterned(3 * units.Mi + 5)
         self.dest.send_limit = 70000
 
-        utils.tpool_wrap(stream.write)(self.volume(len(data)), data)
+        threads.off_hub(stream.write, self.volume(len(data)), data)
 
         self.assertEqual(Content.of(data), self.copied())
         self.assertEqual(['finished'], [s.outcome for s in self.uploads()])
 
     def test_write_of_nothing(self):
-        utils.tpool_wrap(stream.write)(self.volume(0), b'')
+        threads.off_hub(stream.write, self.volume(0), b'')
 
         self.assertEqual([], self.uploads())
 
@@ -1413,7 +1416,7 @@ class WriteTestCase(_CopyTestCase):
         self.dest.fail('stream.finish', error=DEST_ERROR)
 
         error = self.assertRaises(
-            stream.CopyError, utils.tpool_wrap(stream.write),
+            errors.CopyError, threads.off_hub, stream.write,
             self.volume(5), b'hello')
 
         self.assertEqual('destination', error.end)

@@ -1,0 +1,57 @@
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+import threading
+import time
+
+from nova import test
+from nova.virt.libvirt.storage import threads
+
+
+class OffHubTestCase(test.NoDBTestCase):
+
+    def test_result(self):
+        self.assertEqual(
+            (1, 2), threads.off_hub(lambda a, b: (a, b), 1, b=2))
+
+    def test_error(self):
+        def fail():
+            raise ValueError('told')
+
+        error = self.assertRaises(ValueError, threads.off_hub, fail)
+        self.assertEqual('told', str(error))
+
+    def test_any_number_of_calls_may_block_at_once(self):
+        # eventlet's tpool has 20 threads, which Nova's calls share.
+        release = threads.native_threading().Event()
+        self.addCleanup(release.set)
+        entered = []
+
+        def block():
+            entered.append(None)
+            release.wait(30)
+
+        blocked = [threading.Thread(target=threads.off_hub, args=(block,))
+                   for _ in range(64)]
+        for thread in blocked:
+            thread.start()
+        while len(entered) < 64:
+            time.sleep(0.01)
+
+        started = time.monotonic()
+        self.assertEqual(1, threads.off_hub(lambda: 1))
+        self.assertLess(time.monotonic() - started, 1)
+        release.set()
+        for thread in blocked:
+            thread.join(10)
+            self.assertFalse(thread.is_alive())

@@ -1,0 +1,141 @@
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Threads for calls that block, in both of Nova's concurrency modes.
+
+A call into libvirt can block its thread for as long as a daemon or a disk
+hangs. The eventlet hub must never make one, and neither may a thread of
+eventlet's tpool: that has 20, which Nova's own libvirt calls go through.
+"""
+
+import functools
+import threading
+import typing as ty
+
+from nova import utils
+
+try:
+    import libvirt
+except ImportError:
+    libvirt = None
+
+
+def native_threading() -> ty.Any:
+    """The threading module whose threads and locks are the system's own."""
+    eventlet = utils.get_eventlet()
+    return eventlet.patcher.original('threading') if eventlet else threading
+
+
+def off_hub(
+    function: ty.Callable[..., ty.Any], *args: ty.Any, **kwargs: ty.Any,
+) -> ty.Any:
+    """Call a function that may block, off the eventlet hub if there is one.
+
+    Under eventlet the function runs in a native thread of its own, and only
+    the calling green thread waits for it. With native threads this is a plain
+    call.
+
+    :returns: what the function returns
+    :raises: what the function raises
+    """
+    eventlet = utils.get_eventlet()
+    if eventlet is None:
+        return function(*args, **kwargs)
+    # The end of file on the pipe wakes up the hub as soon as the thread ends.
+    native_os = eventlet.patcher.original('os')
+    reader, writer = native_os.pipe()
+
+    def run(outcome: dict[str, ty.Any]) -> None:
+        try:
+            _record(outcome, functools.partial(function, *args, **kwargs))
+        finally:
+            native_os.close(writer)
+
+    outcome: dict[str, ty.Any] = {}
+    native_threading().Thread(
+        target=run, args=(outcome,), name='off-hub', daemon=True).start()
+    try:
+        eventlet.hubs.trampoline(reader, read=True)
+    finally:
+        native_os.close(reader)
+    return _result(outcome)
+
+
+def within(seconds: float, function: ty.Callable[[], ty.Any]) -> ty.Any:
+    """Call a function in a native thread, and wait for it so long.
+
+    Blocks the calling native thread.
+
+    :param seconds: how long to wait
+    :raises: TimeoutError; the thread then ends when the function does
+    :raises: what the function raises
+    """
+    outcome: dict[str, ty.Any] = {}
+    thread = native_threading().Thread(
+        target=_record, args=(outcome, function), name='libvirt-call',
+        daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        # Let the thread drop a late result: freeing a libvirt object can
+        # block too, and an error that holds `outcome` would free it in the
+        # caller's thread.
+        del outcome
+        raise TimeoutError(f'no answer within {seconds} seconds')
+    return _result(outcome)
+
+
+def sleep(seconds: float) -> None:
+    """Let a native thread sleep.
+
+    time.sleep() is the hub's under eventlet, and would make a hub of its own
+    in a native thread.
+    """
+    native_threading().Event().wait(seconds)
+
+
+@functools.cache
+def run_event_loop() -> None:
+    """Run libvirt's event loop in this process, as nova-compute does.
+
+    Without an event loop no connection is kept alive, and no lost connection
+    is noticed.
+    """
+    # libvirt would print the errors that it raises as well.
+    libvirt.registerErrorHandler(lambda context, error: None, None)
+    libvirt.virEventRegisterDefaultImpl()
+
+    def loop() -> None:
+        while True:
+            libvirt.virEventRunDefaultImpl()
+
+    native_threading().Thread(
+        target=loop, name='libvirt-events', daemon=True).start()
+
+
+def _record(
+    outcome: dict[str, ty.Any], function: ty.Callable[[], ty.Any],
+) -> None:
+    try:
+        outcome['result'] = function()
+    except Exception as error:
+        # Without the frames of libvirt's module: an error that is kept would
+        # keep alive what these frames refer to.
+        outcome['error'] = error.with_traceback(None)
+
+
+def _result(outcome: dict[str, ty.Any]) -> ty.Any:
+    if 'error' in outcome:
+        # Its traceback will lead here, and must not lead back to it.
+        raise outcome.pop('error')
+    return outcome['result']
