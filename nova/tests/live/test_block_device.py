@@ -66,7 +66,9 @@ class BlockDeviceTestCase(base.LiveTestCase):
         return file, volume
 
     def copy(self, source, target):
-        result = stream.copy(stream.VolumeSource(source), target, SIZE)
+        result = stream.copy(
+            stream.VolumeSource(source),
+            stream.VolumeSink(target, length=SIZE), SIZE)
         os.sync()
         return result
 

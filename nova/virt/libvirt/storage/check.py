@@ -455,9 +455,11 @@ class Destination(Checks):
         return 'none, disks will be copied'
 
     def _probe(self) -> str:
-        source = MemorySource(os.urandom(PROBE_BYTES))
+        source = stream.MemorySource(os.urandom(PROBE_BYTES))
         volume = self._peer.pool.volume(self._probe_name).libvirt_volume
-        result = stream.copy(source, volume, PROBE_BYTES)
+        result = stream.copy(
+            source, stream.VolumeSink(volume, length=PROBE_BYTES),
+            PROBE_BYTES)
         stream.compare(source, volume, PROBE_BYTES)
         speed = PROBE_BYTES / result.seconds
         text = (f'{PROBE_BYTES // units.Mi} MiB written at '
@@ -486,19 +488,6 @@ class Destination(Checks):
         finally:
             cleaner.close()
         return 'deleted'
-
-
-class MemorySource:
-    """Bytes to copy that are on no disk."""
-    path = kind = 'memory'
-
-    def __init__(self, data: bytes):
-        self._data = data
-
-    def chunks(self, length: int) -> stream.Chunks:
-        """Yield the first bytes, a message at a time."""
-        for start in range(0, length, stream.MESSAGE_BYTES):
-            yield self._data[start:min(start + stream.MESSAGE_BYTES, length)]
 
 
 @contextlib.contextmanager

@@ -103,6 +103,14 @@ class HostError(StorageError):
                     self.remedy)
 
 
+def add_note(error: BaseException, note: str) -> None:
+    """Add a note to an error, as BaseException.add_note() of Python 3.11."""
+    if hasattr(error, 'add_note'):
+        error.add_note(note)
+    else:
+        error.__notes__ = [*getattr(error, '__notes__', []), note]
+
+
 def _fit(place: str, reason: str, remedy: str) -> str:
     """Put a message together that Nova shows as a whole.
 

@@ -114,7 +114,8 @@ def _fetch(
         os.geteuid(), os.getegid(), peer.FILE_MODE))
     try:
         result = stream.copy(
-            stream.VolumeSource(source.libvirt_volume), part.libvirt_volume,
+            stream.VolumeSource(source.libvirt_volume),
+            stream.VolumeSink(part.libvirt_volume, length=length),
             length, bandwidth=bandwidth,
             stall_seconds=CONF.libvirt.vol_upload_migration_stall_timeout)
         _put_in_place(part.path, path, length)

@@ -10,18 +10,16 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
-"""Copy a storage volume from one libvirt connection to another.
+"""Copy a file between storage volumes, local files and memory.
 
 A reader thread reads a :class:`Source` into a bounded queue, a writer thread
-uploads (virStorageVolUpload) from it, and the thread that called :func:`copy`
-watches both. The source is the volume's file where this process may read
-that, and else libvirt (virStorageVolDownload). All are native threads: a
-send() to a peer that stopped reading blocks its thread even on a stream made
-with VIR_STREAM_NONBLOCK, so none of this may run on the eventlet hub. In
-eventlet mode call :func:`copy` through :func:`threads.off_hub`, once for a
-whole volume.
+writes from the queue into a :class:`Sink`, and the thread that called
+:func:`copy` watches both. All three are native threads: send() blocks its
+thread when the daemon stops reading, even on a stream that was made with
+VIR_STREAM_NONBLOCK, so no copy may run on the eventlet hub. Under eventlet
+call :func:`copy` through :func:`threads.off_hub`, once for each file.
 
-Nothing here logs: oslo.log may not be used in a native thread under eventlet.
+Nothing here logs: oslo.log must not be used in a native thread under eventlet.
 """
 
 import collections
@@ -41,67 +39,145 @@ try:
 except ImportError:
     libvirt = None
 
-# The most bytes of data that recv() returns, for that is what libvirtd sends
-# in one message (VIR_NET_MESSAGE_LEGACY_PAYLOAD_MAX less its header).
+# The most bytes of data that recv() returns: libvirtd's limit for one message
+# (VIR_NET_MESSAGE_LEGACY_PAYLOAD_MAX) less the header.
 RECEIVE_BYTES = 262120
 
-# How many bytes of data to send in one message. send() takes up to 32 MiB.
+# Bytes of data in one message to libvirtd. send() takes up to 32 MiB; messages
+# of 512 KiB were the fastest.
 MESSAGE_BYTES = 512 * 1024
 
-# How many bytes of data to send in one message of a copy, the first that has
-# as many. The daemon that receives it frees memory of that size, and glibc's
-# malloc(3) keeps twice as much from then on (M_TRIM_THRESHOLD). Without that
-# the daemon gives back to the system what two messages took, and gets it
-# again for the next ones: a third of the time of the thread that decrypts.
+# Size of one deliberately large message per copy. When libvirtd frees it,
+# glibc raises its trim threshold to twice that size (M_TRIM_THRESHOLD in
+# mallopt(3)) and stops returning message buffers to the kernel. Without it,
+# page faults take a third of the decrypting thread's time.
 LONG_MESSAGE_BYTES = 4 * MESSAGE_BYTES
 
-# With an event loop in the process, and nova-compute always runs one, libvirt
-# reads a download into a client side queue that has no bound. Downloading a
-# window at a time is what bounds it.
+# A volume is downloaded in windows of this size. libvirt's receive queue has
+# no bound in a process with an event loop, and nova-compute always has one:
+# downloaded in one piece, a disk could end up in memory as a whole.
 WINDOW_BYTES = 32 * 1024 * 1024
 
-# What may wait between the reader and the writer.
+# Capacity of the queue between reader and writer.
 QUEUE_BYTES = 8 * 1024 * 1024
 
-# Zeros are looked for in blocks of so many bytes, and a block of nothing else
-# is sent as a hole. A hole is a message, and makes two of the data around it:
-# one of 16 KiB took twice the time of the data, one of 64 KiB up to a seventh
-# more. This is the price of not storing them.
+# Blocks of this size that contain only zeros are sent as holes. A hole costs a
+# message and splits the data around it: with blocks of 16 KiB a copy took
+# twice as long as without holes, with 64 KiB up to a seventh longer.
 ZERO_BYTES = 32 * 1024
 
-# How long a copy may stand still, in seconds, if nothing else is said.
+# Default for the seconds without progress after which a copy fails.
 STALL_SECONDS = 60
 
-# After so many seconds without a byte a copy says that it pauses.
+# Seconds without progress after which a copy reports a pause.
 PAUSE_SECONDS = 2
 
-# How often a copy is looked at, in seconds.
+# Seconds between two looks at the progress of a copy.
 POLL_SECONDS = 0.2
 
-# How long the threads of a copy that failed may take to end, in seconds. One
-# that hangs in libvirt can not be ended. It is left behind, and ends when
-# libvirt returns.
+# Seconds that a failed copy waits for its threads. A thread that hangs in
+# libvirt cannot be ended: it is left behind, and ends when libvirt returns.
 END_SECONDS = 0.5
 
-# What virStreamRecvFlags() returns in front of a hole.
-_AT_HOLE = -3
-
-# What a copy takes at a time of a bandwidth that it shares with others: turns
-# of one size make it a fair share, however small a message is.
+# Copies that share a bandwidth take turns of this many bytes. The turns of all
+# copies are of one size, so the shares are fair whatever the message size.
 TURN_BYTES = 256 * 1024
 
-# How much of an unused bandwidth can be made up for, in seconds of it: more
-# than a thread is late, and less than shows.
+# Burst allowance: how many seconds of unused bandwidth a copy may catch up on.
+# Longer than scheduling jitter, too short to show as a burst.
 SLACK_SECONDS = 0.05
+
+# Return value of virStreamRecvFlags() in front of a hole.
+_AT_HOLE = -3
 
 _ZEROS = bytes(MESSAGE_BYTES)
 _ZERO_BLOCK = bytes(ZERO_BYTES)
 
+# Either data, no more than one message carries, or the length of a hole.
+Chunk = bytes | int
+
+Chunks = ty.Generator[Chunk, None, None]
+
+# Called from the writer thread with the bytes copied so far, holes included,
+# and the bytes of data among them. Must return soon, and must not log.
+Progress = ty.Callable[[int, int], None]
+
 
 class CancelEvent(ty.Protocol):
-    """What tells a copy to stop; a threading.Event of either mode will do."""
+    """Stops a copy once it is set, such as a threading.Event."""
 
     def is_set(self) -> bool:
+        ...
+
+
+class Source(ty.Protocol):
+    """The reading end of a copy.
+
+    :func:`copy` reads the attributes in the thread that called it, and calls
+    chunks() in the reader thread, which also closes the generator early when
+    the copy fails.
+
+    :ivar path: path of the file, for errors
+    :ivar kind: how the file is read: 'file', 'volume' or 'memory'
+    """
+    path: str
+    kind: str
+
+    def chunks(self, length: int) -> Chunks:
+        """Yield the first ``length`` bytes; may block.
+
+        :raises: CopyError if reading fails, or if there are fewer bytes
+        """
+        ...
+
+
+class Sink(ty.Protocol):
+    """The writing end of a copy, used for one copy only.
+
+    :func:`copy` reads the attributes in the thread that called it, and calls
+    the methods in the writer thread: data() and hole() in the order of the
+    bytes and without gaps, then finish() once. If any of these raises, or if
+    the copy fails elsewhere or is cancelled, abort() is called once instead,
+    and nothing after it. A method may block. When the copy fails meanwhile,
+    its caller does not wait for the method, and abort() follows late.
+
+    :ivar path: path of the file, for errors
+    :ivar sparse: whether the sink takes holes. If not, hole() is never
+        called, and data() gets zeros instead.
+    """
+    path: str
+    sparse: bool
+
+    def data(self, data: bytes) -> None:
+        """Write the next bytes, at least one.
+
+        :raises: CopyError; an error of earlier bytes may come this late
+        """
+        ...
+
+    def hole(self, length: int) -> None:
+        """Leave out the next bytes, which read as zeros; ``length`` > 0.
+
+        Two holes never follow each other.
+
+        :raises: CopyError; an error of earlier bytes may come this late
+        """
+        ...
+
+    def finish(self) -> None:
+        """End the copy. When this returns, all bytes have been taken.
+
+        Also called if there were no bytes at all.
+
+        :raises: CopyError; an error of earlier bytes may come this late
+        """
+        ...
+
+    def abort(self) -> None:
+        """End a copy that failed, possibly in finish().
+
+        :raises: any exception, which is noted at the error of the copy
+        """
         ...
 
 
@@ -109,10 +185,10 @@ class CancelEvent(ty.Protocol):
 class Result:
     """What a copy did.
 
-    :ivar length: bytes of the volume, holes included
+    :ivar length: bytes of the file, holes included
     :ivar wire: bytes of data that were sent, holes not included
-    :ivar seconds: from the first request to the destination's last answer
-    :ivar source: how the volume was read, the ``kind`` of its source
+    :ivar seconds: from the first request to the sink's last answer
+    :ivar source: how the file was read, the ``kind`` of its source
     """
     length: int
     wire: int
@@ -120,21 +196,10 @@ class Result:
     source: str
 
 
-# Called from the copying thread with the bytes dealt with so far, holes
-# included, and the bytes sent. Must return soon, and must not log.
-Progress = ty.Callable[[int, int], None]
-
-
-# What a copy reads: data, no more of it than a message carries, or the length
-# of a hole.
-Chunks = ty.Generator[bytes | int, None, None]
-
-
 class Bandwidth:
-    """A limit to what all copies together send that are given it.
+    """A limit on what all the copies that share it send together.
 
-    Each that has something to send takes turns with the others. Holes are
-    free.
+    Copies that have something to send take turns. Holes are free.
     """
 
     def __init__(self, rate: int):
@@ -146,42 +211,40 @@ class Bandwidth:
         self._lock = threads.native_threading().Lock()
         self._next = 0.0
 
-    def take_turn(self) -> float:
+    def limit(self, chunks: ty.Iterable[Chunk],
+              wait_until: ty.Callable[[float], None]) -> ty.Iterator[Chunk]:
+        """Yield the chunks of one copy, each as soon as it may be sent.
+
+        :param wait_until: blocks up to a time.monotonic()
+        """
+        allowed = 0
+        for chunk in chunks:
+            if isinstance(chunk, bytes) and self._rate:
+                allowed -= len(chunk)
+                while allowed < 0:
+                    wait_until(self._next_turn())
+                    allowed += TURN_BYTES
+            yield chunk
+
+    def _next_turn(self) -> float:
         """The time.monotonic() from which on TURN_BYTES may be sent."""
-        if not self._rate:
-            return 0.0
         with self._lock:
             turn = max(self._next, time.monotonic() - SLACK_SECONDS)
             self._next = turn + TURN_BYTES / self._rate
             return turn
 
 
-class Source(ty.Protocol):
-    """Where a copy reads from; used by one thread.
-
-    :ivar path: path of the volume
-    :ivar kind: what is read: 'file' or 'volume'
-    """
-    path: str
-    kind: str
-
-    def chunks(self, length: int) -> Chunks:
-        """Yield the first bytes of the volume, ``length`` in all.
-
-        :raises: CopyError if that fails, or if there are not so many
-        """
-        ...
-
-
 def open_source(
     volume: 'libvirt.virStorageVol', length: int, direct: bool = True,
 ) -> Source:
-    """The better way to read a volume of this host.
+    """Return the faster of the possible sources for a volume of this host.
+
+    Blocks while libvirt looks up the volume.
 
     :param volume: the volume
-    :param length: its length as libvirt tells it
-    :param direct: whether its file may be read past libvirt, if this process
-        has the right to, and what it finds at the path is of that length
+    :param length: length of the volume as libvirt reports it
+    :param direct: whether the file of the volume may be read without libvirt,
+        if this process has the permission and the file has that length
     """
     path = volume.path()
     if direct and _is_readable(path, length):
@@ -191,7 +254,7 @@ def open_source(
 
 def copy(
     source: Source,
-    destination: 'libvirt.virStorageVol',
+    sink: Sink,
     length: int,
     progress: Progress | None = None,
     cancel: CancelEvent | None = None,
@@ -199,22 +262,22 @@ def copy(
     bandwidth: Bandwidth | None = None,
     paused: ty.Callable[[], None] | None = None,
 ) -> Result:
-    """Copy the first bytes of a volume into a fresh volume on another host.
+    """Copy bytes from a source into a sink.
 
-    Holes stay holes, and runs of zeros become some. When this returns, every
-    byte was read and counted and both streams were finished; the data need
-    not be on stable storage yet. Blocks the calling native thread for as
-    long as the copy takes.
+    Holes stay holes, and long runs of zeros become holes, if the sink takes
+    them. When this returns, every byte was read and counted and the sink was
+    finished; the data need not be on stable storage yet. Blocks the calling
+    native thread as long as the copy takes. Waiting for a turn of a bandwidth
+    is not a stall.
 
-    :param source: what to read
-    :param destination: volume to write, at least ``length`` bytes long, all
-        of it a hole, on a connection that nothing else uses
+    :param source: end to read
+    :param sink: end to write
     :param length: bytes to copy
-    :param progress: told how far the copy is
+    :param progress: called with the progress of the copy
     :param cancel: stops the copy when set
     :param stall_seconds: how long the copy may stand still
     :param bandwidth: shared with the other copies that are given it
-    :param paused: called when nothing moved for PAUSE_SECONDS, once
+    :param paused: called once if nothing moved for PAUSE_SECONDS
     :raises: CopyError if either end fails; the first error is the one raised
     :raises: Cancelled if ``cancel`` was set
     """
@@ -222,10 +285,9 @@ def copy(
     sent: list[int] = []
 
     def write(queue: _Queue) -> None:
-        sent.append(_write(destination, length, queue, progress, bandwidth))
+        sent.append(_write(sink, queue, progress, bandwidth))
 
-    _run(source, destination.path(), length, write, cancel, stall_seconds,
-         paused)
+    _run(source, sink.path, length, write, cancel, stall_seconds, paused)
     return Result(length, sent[0], time.monotonic() - started, source.kind)
 
 
@@ -238,8 +300,8 @@ def compare(
 ) -> None:
     """Read a copy back, and compare its bytes with those of the source.
 
-    It does not matter which zeros are holes, and holes cost nothing. Blocks
-    the calling native thread as copy() does, whose parameters these are.
+    A hole equals zeros, and costs nothing. Blocks the calling native thread as
+    copy() does; the parameters are those of copy().
 
     :raises: CopyError if either end fails, or if they differ
     :raises: Cancelled if ``cancel`` was set
@@ -252,103 +314,288 @@ def compare(
     _run(source, path, length, check, cancel, stall_seconds)
 
 
-def _run(
-    source: Source,
-    destination_path: str,
-    length: int,
-    take: ty.Callable[['_Queue'], None],
-    cancel: CancelEvent | None,
-    stall_seconds: float,
-    paused: ty.Callable[[], None] | None = None,
-) -> None:
-    """Read a source in one thread, and take what was read in another.
+class MemorySource:
+    """Bytes in memory."""
+    path = kind = 'memory'
 
-    :param destination_path: what to tell the path of the destination is
-    :param take: takes it out of the queue
+    def __init__(self, data: bytes):
+        self._data = data
+
+    def chunks(self, length: int) -> Chunks:
+        """Yield the first ``length`` bytes, a message at a time."""
+        if length > len(self._data):
+            raise errors.CopyError(
+                'source', self.path, 0, f'it has {len(self._data)} bytes')
+        for start in range(0, length, MESSAGE_BYTES):
+            yield self._data[start:min(start + MESSAGE_BYTES, length)]
+
+
+class FileSource:
+    """A file of this host, read without libvirt.
+
+    Without this host's libvirtd, reading costs half as much CPU. Reading waits
+    for the writer, so no window is needed.
     """
-    if cancel is not None and cancel.is_set():
-        raise errors.Cancelled()
-    queue = _Queue(QUEUE_BYTES)
+    kind = 'file'
 
-    def read() -> None:
-        _read(source, length, queue)
+    def __init__(self, path: str, offset: int = 0):
+        """Name what to read; nothing is opened yet.
 
-    def write() -> None:
-        take(queue)
+        :param path: path of the file
+        :param offset: where in the file to begin
+        """
+        self.path = path
+        self._offset = offset
 
-    workers = [_start(read, queue), _start(write, queue)]
-    last_move, moved = time.monotonic(), 0
-    while queue.error is None and any(
-            worker.is_alive() for worker in workers):
-        workers[-1].join(POLL_SECONDS)
-        now = time.monotonic()
-        if queue.moved != moved:
-            last_move, moved = now, queue.moved
-        if paused and now - last_move > PAUSE_SECONDS:
-            paused()
-            paused = None
-        if cancel is not None and cancel.is_set():
-            queue.fail(errors.Cancelled())
-        elif now - last_move > stall_seconds:
-            queue.fail(_stalled(
-                source.path, destination_path, queue, stall_seconds))
-    if queue.error is not None:
-        _join(workers, END_SECONDS)
-        raise queue.error
-
-
-def write(
-    destination: 'libvirt.virStorageVol',
-    data: bytes,
-    stall_seconds: float = STALL_SECONDS,
-) -> None:
-    """Write a few bytes at the beginning of a fresh volume.
-
-    :raises: CopyError if the destination fails
-    """
-    copy(_Memory(data), destination, len(data), stall_seconds=stall_seconds)
-
-
-def _start(function: ty.Callable[[], None], queue: '_Queue') -> ty.Any:
-    """Run a function in a native thread; what it raises fails the queue."""
-    def run() -> None:
+    def chunks(self, length: int) -> Chunks:
+        """Yield the ``length`` bytes from the offset on."""
+        position = self._offset
+        end = self._offset + length
         try:
-            function()
-        except Exception as error:
-            queue.fail(error)
+            # Not os.open(): that of eventlet makes a hub in this thread.
+            with open(self.path, 'rb', buffering=0) as file:
+                while position < end:
+                    for chunk in self._section(file.fileno(), position, end):
+                        position += length_of(chunk)
+                        yield chunk
+        except OSError as error:
+            raise self._error(position, error) from error
 
-    thread = threads.native_threading().Thread(
-        target=run, name='volume-' + function.__name__, daemon=True)
-    thread.start()
-    return thread
+    def _section(self, file: int, position: int, end: int) -> Chunks:
+        """Yield the hole at the position, if there is one, and the data."""
+        start = _seek(file, position, os.SEEK_DATA, end)
+        if start == end and os.fstat(file).st_size < end:
+            raise self._shrunk(position)
+        if start > position:
+            yield start - position
+        stop = _seek(file, start, os.SEEK_HOLE, end)
+        while start < stop:
+            data = os.pread(file, min(MESSAGE_BYTES, stop - start), start)
+            if not data:
+                raise self._shrunk(start)
+            start += len(data)
+            yield data
 
+    def _shrunk(self, position: int) -> errors.CopyError:
+        return self._error(
+            position, 'the file ends there; did the volume change its size?')
 
-def _join(threads: list[ty.Any], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    for thread in threads:
-        thread.join(max(0, deadline - time.monotonic()))
-
-
-def _stalled(
-    source_path: str, destination_path: str, queue: '_Queue', seconds: float,
-) -> errors.CopyError:
-    """The error of the end that the other one waits for."""
-    reason = f'nothing moved for {seconds} seconds'
-    if queue.full or queue.closed:
+    def _error(self, position: int, reason: ty.Any) -> errors.CopyError:
         return errors.CopyError(
-            'destination', destination_path, queue.taken, reason)
-    return errors.CopyError('source', source_path, queue.put_in, reason)
+            'source', self.path, position - self._offset, reason)
+
+
+class VolumeSource:
+    """A volume that is read through libvirt."""
+    kind = 'volume'
+
+    def __init__(self, volume: 'libvirt.virStorageVol', end: str = 'source'):
+        """Name what to read; blocks while libvirt looks up the volume.
+
+        :param volume: the volume
+        :param end: the ``end`` of the errors that this source raises
+        """
+        self.path: str = volume.path()
+        self._volume = volume
+        self._end = end
+
+    def chunks(self, length: int) -> Chunks:
+        """Yield the first ``length`` bytes, window by window."""
+        done = 0
+        try:
+            while done < length:
+                size = min(WINDOW_BYTES, length - done)
+                for chunk in self._window(done, size):
+                    done += length_of(chunk)
+                    yield chunk
+        except libvirt.libvirtError as error:
+            raise errors.CopyError(
+                self._end, self.path, done, error) from error
+
+    def _window(self, offset: int, size: int) -> Chunks:
+        """Yield the chunks of one window, ``size`` bytes in all."""
+        left = size
+        with self._download(offset, size) as stream:
+            while chunk := _receive(stream):
+                left -= length_of(chunk)
+                if left < 0:
+                    raise self._resized(offset, size, left)
+                yield chunk
+        # Check after finish(), which reports a read error that ended the
+        # window early.
+        if left:
+            raise self._resized(offset, size, left)
+
+    @contextlib.contextmanager
+    def _download(
+        self, offset: int, size: int,
+    ) -> ty.Iterator['libvirt.virStream']:
+        """A stream that is finished in the end, or aborted after an error."""
+        stream = self._volume.connect().newStream(0)
+        try:
+            self._volume.download(
+                stream, offset, size,
+                libvirt.VIR_STORAGE_VOL_DOWNLOAD_SPARSE_STREAM)
+            yield stream
+            stream.finish()
+        except BaseException as error:
+            _abort(stream, error)
+            raise
+
+    def _resized(self, offset: int, size: int, left: int) -> errors.CopyError:
+        return errors.CopyError(
+            self._end, self.path, offset + size - left,
+            f'the window of {size} bytes at {offset} came with {size - left} '
+            f'bytes; did the volume change its size?')
+
+
+class VolumeSink:
+    """A volume, or a range of it, that is written through libvirt.
+
+    The volume must be as large as the range, and a sparse range must be all a
+    hole before. Use a connection that nothing else uses: a daemon takes few
+    requests at a time from a connection, and a copy can starve all others,
+    keepalive included.
+    """
+
+    def __init__(
+        self,
+        volume: 'libvirt.virStorageVol',
+        offset: int = 0,
+        length: int = 0,
+        sparse: bool = True,
+    ):
+        """Name what to write; blocks while libvirt looks up the volume.
+
+        :param volume: the volume
+        :param offset: where in the volume to begin
+        :param length: bytes to write, at most; 0 for no limit
+        :param sparse: whether to leave holes. A hole at the end of a sparse
+            range truncates the volume there: pass False for a range that is
+            not at the end of the volume.
+        """
+        self.path: str = volume.path()
+        self.sparse = sparse
+        self._volume = volume
+        self._offset = offset
+        self._length = length
+        self._done = 0
+        self._stream: ty.Any = None
+
+    def open(self) -> None:
+        """Begin the upload, if it has not begun; data() and hole() do, too.
+
+        An upload that was begun goes on when the pool is destroyed.
+
+        :raises: CopyError
+        """
+        if self._stream is not None:
+            return
+        with self._raising():
+            stream = self._volume.connect().newStream(0)
+            self._volume.upload(
+                stream, self._offset, self._length,
+                libvirt.VIR_STORAGE_VOL_UPLOAD_SPARSE_STREAM
+                if self.sparse else 0)
+        self._stream = stream
+
+    def data(self, data: bytes) -> None:
+        """Send the next bytes."""
+        self.open()
+        with self._raising():
+            # virStreamSend() may take only a part of the bytes.
+            sent = self._stream.send(data)
+            while sent < len(data):
+                sent += self._stream.send(data[sent:])
+        self._done += len(data)
+
+    def hole(self, length: int) -> None:
+        """Send a hole."""
+        self.open()
+        with self._raising():
+            self._stream.sendHole(length)
+        self._done += length
+
+    def finish(self) -> None:
+        """End the upload; the daemon has then written all bytes."""
+        # Nothing was sent for an empty file: an upload of length 0 would be
+        # one without a limit.
+        if self._stream is not None:
+            with self._raising():
+                self._stream.finish()
+
+    def abort(self) -> None:
+        """End the upload after an error."""
+        # If finish() failed the stream is already closed, and abort()
+        # normally fails too.
+        if self._stream is not None:
+            self._stream.abort()
+
+    @contextlib.contextmanager
+    def _raising(self) -> ty.Iterator[None]:
+        try:
+            yield
+        except libvirt.libvirtError as error:
+            raise errors.CopyError(
+                'destination', self.path, self._done, error) from error
+
+
+def length_of(chunk: Chunk) -> int:
+    """Bytes of the file that a chunk stands for."""
+    return chunk if isinstance(chunk, int) else len(chunk)
+
+
+def _is_readable(path: str, length: int) -> bool:
+    """Whether this process may read a file, and it is of that length."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode) or status.st_size != length:
+            return False
+        with open(path, 'rb', buffering=0):
+            return True
+    except OSError:
+        return False
+
+
+def _seek(file: int, offset: int, whence: int, end: int) -> int:
+    """The next data or hole of a file; ``end`` if none is before that."""
+    try:
+        return min(os.lseek(file, offset, whence), end)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return end
+
+
+def _receive(stream: 'libvirt.virStream') -> Chunk:
+    """The next data, or length of a hole; empty at the end."""
+    data = stream.recvFlags(
+        RECEIVE_BYTES, libvirt.VIR_STREAM_RECV_STOP_AT_HOLE)
+    return stream.recvHole() if data == _AT_HOLE else data
+
+
+class _Abortable(ty.Protocol):
+    def abort(self) -> ty.Any:
+        ...
+
+
+def _abort(end: _Abortable, error: BaseException) -> None:
+    """Abort a stream or a sink; its error must not hide the first one."""
+    try:
+        end.abort()
+    except Exception as second:
+        errors.add_note(error, f'Aborting failed too: {second}')
 
 
 class _Queue:
     """Chunks on their way from the reader to the writer.
 
-    A chunk is either bytes, or the length of a hole as an int. Holds at most
-    ``budget`` bytes of data and one chunk more. Once it is full the reader
-    waits until half of that is gone: waking it for each chunk costs more than
-    reading the chunk does.
+    Holds at most ``budget`` bytes of data and one more chunk. Once the queue
+    is full, the reader waits until half of it is gone: waking the reader for
+    each chunk costs more than reading the chunk does.
 
     :ivar full: whether the reader has to wait for the writer
+    :ivar held: whether the writer waits for a turn of the bandwidth
     :ivar put_in: bytes that came in so far, holes included
     :ivar taken: bytes that went out so far, holes included
     :ivar closed: whether no chunk will follow
@@ -357,12 +604,13 @@ class _Queue:
 
     def __init__(self, budget: int):
         self.full = False
+        self.held = False
         self.closed = False
         self.put_in = 0
         self.taken = 0
         self.error: Exception | None = None
         self._changed = threads.native_threading().Condition()
-        self._chunks: collections.deque[bytes | int] = collections.deque()
+        self._chunks: collections.deque[Chunk] = collections.deque()
         self._budget = budget
         self._bytes = 0
 
@@ -371,7 +619,7 @@ class _Queue:
         """Grows with every chunk that comes in or goes out."""
         return self.put_in + self.taken
 
-    def put(self, chunk: bytes | int) -> None:
+    def put(self, chunk: Chunk) -> None:
         """Append a chunk, waiting while the queue is full."""
         with self._changed:
             self._wait_for(lambda: not self.full)
@@ -381,7 +629,7 @@ class _Queue:
             self.put_in += length_of(chunk)
             self._changed.notify_all()
 
-    def __iter__(self) -> ty.Iterator[bytes | int]:
+    def __iter__(self) -> ty.Iterator[Chunk]:
         """Yield the chunks until the queue is closed and empty."""
         while True:
             with self._changed:
@@ -397,22 +645,24 @@ class _Queue:
             yield chunk
 
     def close(self) -> None:
-        """Say that no chunk will follow."""
+        """Announce that no chunk will follow."""
         with self._changed:
             self.closed = True
             self._changed.notify_all()
 
     def fail(self, error: Exception) -> None:
-        """Make both sides stop. Of the two the first to fail counts."""
+        """Make both sides stop. The first error of the two is kept."""
         with self._changed:
             if self.error is None:
                 self.error = error
             self._changed.notify_all()
 
     def wait_until(self, moment: float) -> None:
-        """Let time pass, up to a time.monotonic() or the first error."""
+        """Hold the writer up to a time.monotonic() or the first error."""
         with self._changed:
+            self.held = True
             self._wait_for(lambda: False, moment - time.monotonic())
+            self.held = False
 
     def _wait_for(self, ready: ty.Callable[[], bool],
                   seconds: float | None = None) -> None:
@@ -422,147 +672,86 @@ class _Queue:
             raise self.error
 
     @staticmethod
-    def _cost(chunk: bytes | int) -> int:
-        # A hole costs no memory to speak of, but 20,000 of them in a row
-        # should still wait for the writer.
+    def _cost(chunk: Chunk) -> int:
+        # A hole costs next to no memory, but 20,000 of them in a row should
+        # still wait for the writer.
         return 64 if isinstance(chunk, int) else len(chunk)
 
 
-def length_of(chunk: bytes | int) -> int:
-    """Bytes of the volume that a chunk stands for."""
-    return chunk if isinstance(chunk, int) else len(chunk)
+def _run(
+    source: Source,
+    destination_path: str,
+    length: int,
+    take: ty.Callable[[_Queue], None],
+    cancel: CancelEvent | None,
+    stall_seconds: float,
+    paused: ty.Callable[[], None] | None = None,
+) -> None:
+    """Read a source in one thread, and process its chunks in another.
 
-
-class FileSource:
-    """The file of a volume, read past libvirt.
-
-    The daemon of this host has then no part in the copy, which is the half of
-    what reading costs, and reading waits for the writer: no window is needed.
+    :param destination_path: path of the destination, for errors
+    :param take: processes the chunks of the queue
     """
-    kind = 'file'
+    queue = _Queue(QUEUE_BYTES)
+    if cancel is not None and cancel.is_set():
+        queue.fail(errors.Cancelled())
 
-    def __init__(self, path: str):
-        self.path = path
+    def read() -> None:
+        _read(source, length, queue)
 
-    def chunks(self, length: int) -> Chunks:
-        done = 0
+    def write() -> None:
+        take(queue)
+
+    workers = [_start(read, queue), _start(write, queue)]
+    last_move, moved = time.monotonic(), 0
+    while queue.error is None and any(
+            worker.is_alive() for worker in workers):
+        workers[-1].join(POLL_SECONDS)
+        now = time.monotonic()
+        if queue.held or queue.moved != moved:
+            last_move, moved = now, queue.moved
+        if paused and now - last_move > PAUSE_SECONDS:
+            paused()
+            paused = None
+        if cancel is not None and cancel.is_set():
+            queue.fail(errors.Cancelled())
+        elif now - last_move > stall_seconds:
+            queue.fail(_stalled(
+                source.path, destination_path, queue, stall_seconds))
+    if queue.error is not None:
+        _join(workers, END_SECONDS)
+        raise queue.error
+
+
+def _start(function: ty.Callable[[], None], queue: _Queue) -> ty.Any:
+    """Run a function in a native thread; its error fails the queue."""
+    def run() -> None:
         try:
-            # Not os.open(): eventlet's would make a hub in this thread.
-            with open(self.path, 'rb', buffering=0) as file:
-                while done < length:
-                    for chunk in self._section(file.fileno(), done, length):
-                        done += length_of(chunk)
-                        yield chunk
-        except OSError as error:
-            raise errors.CopyError('source', self.path, done, error) from error
+            function()
+        except Exception as error:
+            queue.fail(error)
 
-    def _section(self, file: int, offset: int, length: int) -> Chunks:
-        """Yield the hole that may be at the offset, and the data after it."""
-        start = _seek(file, offset, os.SEEK_DATA, length)
-        if start == length and os.fstat(file).st_size < length:
-            raise self._shrunk(offset)
-        if start > offset:
-            yield start - offset
-        end = _seek(file, start, os.SEEK_HOLE, length)
-        while start < end:
-            data = os.pread(file, min(MESSAGE_BYTES, end - start), start)
-            if not data:
-                raise self._shrunk(start)
-            start += len(data)
-            yield data
+    thread = threads.native_threading().Thread(
+        target=run, name='volume-' + function.__name__, daemon=True)
+    thread.start()
+    return thread
 
-    def _shrunk(self, size: int) -> errors.CopyError:
+
+def _join(workers: list[ty.Any], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    for worker in workers:
+        worker.join(max(0, deadline - time.monotonic()))
+
+
+def _stalled(
+    source_path: str, destination_path: str, queue: _Queue, seconds: float,
+) -> errors.CopyError:
+    """The error of the end for which the other end waits."""
+    reason = f'nothing moved for {seconds} seconds'
+    if queue.full or queue.closed:
         return errors.CopyError(
-            'source', self.path, size,
-            'the file ends there; did the volume change its size?')
-
-
-def _is_readable(path: str, length: int) -> bool:
-    """Whether this process may read a file, and it is of that length."""
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode) or status.st_size != length:
-            return False
-        with open(path, 'rb', buffering=0):
-            return True
-    except OSError:
-        return False
-
-
-def _seek(file: int, offset: int, whence: int, length: int) -> int:
-    """The next data or hole of a file, ``length`` if none is before that."""
-    try:
-        return min(os.lseek(file, offset, whence), length)
-    except OSError as error:
-        if error.errno != errno.ENXIO:
-            raise
-        return length
-
-
-class VolumeSource:
-    """A volume that is read through libvirt."""
-    kind = 'volume'
-
-    def __init__(self, volume: 'libvirt.virStorageVol', end: str = 'source'):
-        """Say what to read.
-
-        :param end: whose errors a failure is one of
-        """
-        self.path: str = volume.path()
-        self._volume = volume
-        self._end = end
-
-    def chunks(self, length: int) -> Chunks:
-        done = 0
-        try:
-            while done < length:
-                size = min(WINDOW_BYTES, length - done)
-                for chunk in self._window(done, size):
-                    done += length_of(chunk)
-                    yield chunk
-        except libvirt.libvirtError as error:
-            raise errors.CopyError(
-                self._end, self.path, done, error) from error
-
-    def _window(self, offset: int, size: int) -> Chunks:
-        """Yield the chunks of one window, ``size`` bytes in all."""
-        left = size
-        with _new_stream(self._volume) as stream:
-            self._volume.download(
-                stream, offset, size,
-                libvirt.VIR_STORAGE_VOL_DOWNLOAD_SPARSE_STREAM)
-            while chunk := _receive(stream):
-                left -= length_of(chunk)
-                if left < 0:
-                    raise self._resized(offset, size, left)
-                yield chunk
-        # Not before the end of the stream, which tells what went wrong.
-        if left:
-            raise self._resized(offset, size, left)
-
-    def _resized(self, offset: int, size: int, left: int) -> errors.CopyError:
-        return errors.CopyError(
-            self._end, self.path, offset + size - left,
-            f'the window of {size} bytes at {offset} came with {size - left} '
-            f'bytes; did the volume change its size?')
-
-
-class _Memory:
-    """A few bytes."""
-    path = kind = 'memory'
-
-    def __init__(self, data: bytes):
-        self._data = data
-
-    def chunks(self, length: int) -> Chunks:
-        yield self._data[:length]
-
-
-def _receive(stream: 'libvirt.virStream') -> bytes | int:
-    """The next data, or length of a hole; nothing at the end."""
-    data = stream.recvFlags(
-        RECEIVE_BYTES, libvirt.VIR_STREAM_RECV_STOP_AT_HOLE)
-    return stream.recvHole() if data == _AT_HOLE else data
+            'destination', destination_path, queue.taken, reason)
+    return errors.CopyError('source', source_path, queue.put_in, reason)
 
 
 def _read(source: Source, length: int, queue: _Queue) -> None:
@@ -577,12 +766,9 @@ def _read(source: Source, length: int, queue: _Queue) -> None:
     queue.close()
 
 
-def _without_zeros(data: bytes) -> ty.Iterator[bytes | int]:
-    """Cut data into what has to be sent, and holes where it is all zeros.
-
-    The destination is a fresh volume: what is not sent reads as zeros there.
-    """
-    # startswith() compares in place, and ends at the first byte that is not
+def _without_zeros(data: bytes) -> ty.Iterator[Chunk]:
+    """Cut data into the parts to send, and holes for the zeros between."""
+    # startswith() compares in place and stops at the first byte that is not
     # zero: in random data this costs 8 ms of CPU per GiB.
     if _ZEROS.startswith(data):
         yield len(data)
@@ -599,52 +785,66 @@ def _without_zeros(data: bytes) -> ty.Iterator[bytes | int]:
 
 
 def _write(
-    volume: 'libvirt.virStorageVol',
-    length: int,
+    sink: Sink,
     queue: _Queue,
     progress: Progress | None = None,
     bandwidth: Bandwidth | None = None,
 ) -> int:
-    """Upload the chunks of the queue; return the bytes of data sent."""
-    done = wire = hole = allowed = 0
-    # Its daemon has to be asked for it, and may be gone later.
-    path = volume.path()
-    if not length:
-        # An upload of length 0 would mean one without a limit.
-        return 0
+    """Write the chunks of the queue; return the bytes of data among them."""
+    done = wire = 0
+    chunks = _merged(queue) if sink.sparse else _filled(queue)
+    chunks = _with_long_message(chunks)
+    if bandwidth:
+        chunks = bandwidth.limit(chunks, queue.wait_until)
     try:
-        with _new_stream(volume) as stream:
-            volume.upload(
-                stream, 0, length,
-                libvirt.VIR_STORAGE_VOL_UPLOAD_SPARSE_STREAM)
-            for chunk in _with_long_message(queue):
-                if isinstance(chunk, int):
-                    # Several holes in a row could hang a daemon older than
-                    # libvirt 10.1.0, and windows cut holes into pieces.
-                    hole += chunk
-                    continue
-                while bandwidth and wire + len(chunk) > allowed:
-                    queue.wait_until(bandwidth.take_turn())
-                    allowed += TURN_BYTES
-                _send_hole(stream, hole)
-                _send(stream, chunk)
-                done += hole + len(chunk)
+        for chunk in chunks:
+            if isinstance(chunk, int):
+                sink.hole(chunk)
+            else:
+                sink.data(chunk)
                 wire += len(chunk)
-                hole = 0
-                if progress:
-                    progress(done, wire)
-            _send_hole(stream, hole)
-            done += hole
+            done += length_of(chunk)
             if progress:
                 progress(done, wire)
-    except libvirt.libvirtError as error:
-        raise errors.CopyError('destination', path, done, error) from error
+        sink.finish()
+    except BaseException as error:
+        _abort(sink, error)
+        raise
     return wire
 
 
-def _with_long_message(queue: _Queue) -> ty.Iterator[bytes | int]:
-    """Yield the chunks, one of them of LONG_MESSAGE_BYTES if there can be."""
-    chunks = iter(queue)
+def _merged(chunks: ty.Iterable[Chunk]) -> ty.Iterator[Chunk]:
+    """Merge holes in a row.
+
+    Windows cut holes into pieces, and several holes in a row could hang a
+    daemon older than libvirt 10.1.0.
+    """
+    hole = 0
+    for chunk in chunks:
+        if isinstance(chunk, int):
+            hole += chunk
+            continue
+        if hole:
+            yield hole
+            hole = 0
+        yield chunk
+    if hole:
+        yield hole
+
+
+def _filled(chunks: ty.Iterable[Chunk]) -> ty.Iterator[Chunk]:
+    """Replace holes by zeros."""
+    for chunk in chunks:
+        if isinstance(chunk, int):
+            for start in range(0, chunk, MESSAGE_BYTES):
+                yield _ZEROS[:chunk - start]
+        else:
+            yield chunk
+
+
+def _with_long_message(chunks: ty.Iterable[Chunk]) -> ty.Iterator[Chunk]:
+    """Join the first chunks that make a message of LONG_MESSAGE_BYTES."""
+    chunks = iter(chunks)
     start = b''
     for chunk in chunks:
         if isinstance(chunk, int):
@@ -668,7 +868,7 @@ def _compare(destination: Source, length: int, queue: _Queue) -> None:
     """
     done = 0
     with contextlib.closing(destination.chunks(length)) as chunks:
-        there: bytes | int = 0
+        there: Chunk = 0
         for here in queue:
             while here:
                 there = there or next(chunks)
@@ -682,47 +882,16 @@ def _compare(destination: Source, length: int, queue: _Queue) -> None:
                 done += size
 
 
-def _cut(chunk: bytes | int, size: int) -> tuple[bytes | int, bytes | int]:
+def _cut(chunk: Chunk, size: int) -> tuple[Chunk, Chunk]:
     if isinstance(chunk, int):
         return size, chunk - size
     return chunk[:size], chunk[size:]
 
 
-def _same(first: bytes | int, second: bytes | int) -> bool:
+def _same(first: Chunk, second: Chunk) -> bool:
     """Whether two chunks of one length read the same; holes are zeros."""
     if isinstance(first, int):
         return isinstance(second, int) or _ZEROS.startswith(second)
     if isinstance(second, int):
         return _ZEROS.startswith(first)
     return first == second
-
-
-def _send_hole(stream: 'libvirt.virStream', length: int) -> None:
-    if length:
-        stream.sendHole(length)
-
-
-def _send(stream: 'libvirt.virStream', data: bytes) -> None:
-    """Send all of a chunk: virStreamSend() may take only a part of it."""
-    sent = stream.send(data)
-    while sent < len(data):
-        sent += stream.send(data[sent:])
-
-
-@contextlib.contextmanager
-def _new_stream(
-    volume: 'libvirt.virStorageVol',
-) -> ty.Iterator['libvirt.virStream']:
-    """A stream that is finished in the end, or aborted after an error."""
-    stream = volume.connect().newStream(0)
-    try:
-        yield stream
-        stream.finish()
-    except BaseException as error:
-        # Finishing may have failed, which ends the stream too: an abort that
-        # is refused is then the rule, and the first error is the one to tell.
-        try:
-            stream.abort()
-        except libvirt.libvirtError as abort_error:
-            error.add_note(f'Aborting the stream failed: {abort_error}')
-        raise

@@ -244,8 +244,11 @@ class Transfer:
             formats[self.destination_path(disk)] = disk.format
         data = (jsonutils.dumps(formats) + '\n').encode()
         file = self.destination.create_file('disk.info', len(data))
-        stream.write(file.libvirt_volume, data,
-                     CONF.libvirt.vol_upload_migration_stall_timeout)
+        stream.copy(
+            stream.MemorySource(data), stream.VolumeSink(
+                file.libvirt_volume, length=len(data)),
+            len(data),
+            stall_seconds=CONF.libvirt.vol_upload_migration_stall_timeout)
 
     def _copy_file(self, name: str, cancel: stream.CancelEvent | None) -> None:
         # Through a pool here too: libvirt may have given the file to QEMU,
@@ -272,7 +275,8 @@ class Transfer:
         stall_seconds = CONF.libvirt.vol_upload_migration_stall_timeout
         with self.destination.writing(volume) as target:
             result = stream.copy(
-                source_file, target, length, progress, cancel,
+                source_file, stream.VolumeSink(target, length=length),
+                length, progress, cancel,
                 bandwidth=self._bandwidth, stall_seconds=stall_seconds,
                 paused=lambda: peer.start_keepalive(target.connect()))
         if CONF.libvirt.vol_upload_migration_verify == 'checksum':

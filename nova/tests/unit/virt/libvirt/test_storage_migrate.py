@@ -232,13 +232,13 @@ class MigrateTestCase(DriverTestCase):
     def test_bandwidth_is_one_of_the_driver(self):
         self.flags(vol_upload_migration_bandwidth=7, group='libvirt')
         with mock.patch.object(stream, 'Bandwidth', autospec=True) as limit:
-            limit.return_value.take_turn.return_value = 0.0
+            limit.return_value.limit.side_effect = lambda chunks, wait: chunks
             self.driver = storage_migrate.LibvirtDriver(fake.FakeVirtAPI())
             self._patch_driver()
             self._add_disk()
             self._migrate()
         limit.assert_called_once_with(7 * units.Mi)
-        limit.return_value.take_turn.assert_called()
+        limit.return_value.limit.assert_called()
 
     @ddt.data('size', 'checksum')
     def test_copy_is_read_back_if_the_operator_wants_it(self, verify):

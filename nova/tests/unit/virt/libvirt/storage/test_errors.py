@@ -43,3 +43,21 @@ class ErrorTestCase(test.NoDBTestCase):
                          (error.end, error.path, error.done))
         self.assertEqual('source failed after 7 bytes: no the volume',
                          str(error))
+
+    def test_note(self):
+        error = ValueError('x')
+        errors.add_note(error, 'one')
+        errors.add_note(error, 'two')
+        self.assertEqual(['one', 'two'], error.__notes__)
+
+    def test_note_in_python_3_10(self):
+        # Its exceptions have no add_note(), as this class seems not to have.
+        class OldError(ValueError):
+            @property
+            def add_note(self):
+                raise AttributeError
+
+        error = OldError('x')
+        errors.add_note(error, 'one')
+        errors.add_note(error, 'two')
+        self.assertEqual(['one', 'two'], error.__notes__)

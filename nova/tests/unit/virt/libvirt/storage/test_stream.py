@@ -105,11 +105,17 @@ class _CopyTestCase(test.NoDBTestCase):
         """
         self.dest.add_volume(
             'disks', name, Content(content.size if size is None else size))
-        return self.open_source(content, name), self.lookup(self.dest, name)
+        return self.open_source(content, name), self.open_sink(name)
 
     def open_source(self, content: Content, name: str) -> stream.Source:
         self.source.add_volume('disks', name, content)
         return stream.VolumeSource(self.lookup(self.source, name))
+
+    def open_sink(self, name: str = 'disk',
+                  **kwargs: ty.Any) -> stream.VolumeSink:
+        volume = self.lookup(self.dest, name)
+        kwargs.setdefault('length', volume.file.content.size)
+        return stream.VolumeSink(volume, **kwargs)
 
     @staticmethod
     def lookup(host: libvirt_storage.FakeHost,
@@ -463,7 +469,6 @@ class OpenSourceTestCase(_CopyTestCase):
         directory = self.useFixture(fixtures.TempDir()).path
         self.source.add_pool('real', directory)
         self.source.add_volume('real', 'disk', Content(4097))
-        self.dest.add_volume('disks', 'disk', Content())
         self.path = os.path.join(directory, 'disk')
         self.volume = self.source.connect().storagePoolLookupByName(
             'real').storageVolLookupByName('disk')
@@ -477,9 +482,8 @@ class OpenSourceTestCase(_CopyTestCase):
 
         self.assertIsInstance(opened, kind)
         self.assertEqual(self.path, opened.path)
-        dest = self.dest.connect().storagePoolLookupByName('disks')
-        result = threads.off_hub(
-            stream.copy, opened, dest.storageVolLookupByName('disk'), 0)
+        self.dest.add_volume('disks', 'disk')
+        result = threads.off_hub(stream.copy, opened, self.open_sink(), 0)
         self.assertEqual(kind.kind, result.source)
 
     def test_file_that_can_be_read(self):
@@ -724,7 +728,7 @@ class CopyVolumeFailureTestCase(_CopyFailureTestCase):
         self.assert_fails('source', 'Unable to read',
                           Content.draw('AAAA----AA', UNIT))
 
-        self.assert_upload_aborted()
+        self.assertNotIn('finished', [s.outcome for s in self.uploads()])
 
     def test_source_fails_at_once(self):
         self.source.fail('vol.download', error=SOURCE_ERROR)
@@ -794,14 +798,14 @@ class CopyVolumeFailureTestCase(_CopyFailureTestCase):
     def test_daemon_that_hangs_at_the_end_is_named(self):
         fault = self.dest.block('stream.finish')
         source, dest = self.volumes(self.content)
-        known = dest.path()
+        known = self.lookup(self.dest, 'disk').path()
 
-        def path() -> str:
-            # Nothing can be asked of it then.
+        def path(volume) -> str:
+            # A daemon that hangs cannot be asked for it.
             self.assertFalse(fault.reached.is_set())
             return known
 
-        with mock.patch.object(dest, 'path', path):
+        with mock.patch.object(libvirt_storage.FakeVolume, 'path', path):
             error = self.assertRaises(
                 errors.CopyError, threads.off_hub, stream.copy, source,
                 dest, self.content.size, None, None, 0.3)
@@ -1073,8 +1077,7 @@ class LongMessageTestCase(_CopyTestCase):
         size = sum(map(abs, chunks)) * UNIT
         self.dest.add_volume('disks', 'disk', Content(size))
 
-        result = threads.off_hub(
-            stream.copy, source, self.lookup(self.dest, 'disk'), size)
+        result = threads.off_hub(stream.copy, source, self.open_sink(), size)
 
         upload, = self.uploads()
         self.assertEqual(
@@ -1165,29 +1168,45 @@ class CopyMemoryTestCase(_CopyTestCase):
 
 class BandwidthTestCase(_CopyTestCase):
 
+    def turns(self, bandwidth: stream.Bandwidth, *sizes: int) -> list[float]:
+        """What a copy that sends messages of these sizes waits for."""
+        turns: list[float] = []
+        for _chunk in bandwidth.limit(
+                [bytes(size) for size in sizes], turns.append):
+            pass
+        return turns
+
     def test_turns_are_as_far_apart_as_the_rate_wants(self):
         bandwidth = stream.Bandwidth(stream.TURN_BYTES // 10)
 
-        turns = [bandwidth.take_turn() for _index in range(4)]
+        turns = self.turns(bandwidth, *[stream.TURN_BYTES] * 4)
 
         self.assertEqual([10, 10, 10], [
             round(later - turn, 3) for turn, later in zip(turns, turns[1:])])
         self.assertLess(turns[0], time.monotonic())
 
-    def test_what_nobody_used_is_not_made_up_for(self):
+    def test_turn_lasts_until_its_bytes_are_sent(self):
+        turn = stream.TURN_BYTES
+        for sizes, count in (
+                ([turn // 2] * 4, 2), ([turn * 2 + 1], 3), ([1] * 9, 1),
+                ([turn + 1, turn - 1], 2), ([turn + 1, turn], 3)):
+            with self.subTest(sizes=sizes):
+                self.assertEqual(
+                    count, len(self.turns(stream.Bandwidth(1), *sizes)))
+
+    def test_unused_bandwidth_is_lost(self):
         bandwidth = stream.Bandwidth(1000 * stream.TURN_BYTES)
-        bandwidth.take_turn()
+        self.turns(bandwidth, 1)
         time.sleep(0.2)
         now = time.monotonic()
 
-        self.assertGreaterEqual(
-            bandwidth.take_turn(), now - stream.SLACK_SECONDS)
+        turn, = self.turns(bandwidth, 1)
+
+        self.assertGreaterEqual(turn, now - stream.SLACK_SECONDS)
 
     def test_no_limit(self):
-        bandwidth = stream.Bandwidth(0)
-
         self.assertEqual(
-            [0.0] * 1000, [bandwidth.take_turn() for _index in range(1000)])
+            [], self.turns(stream.Bandwidth(0), *[units.Mi] * 1000))
 
     def test_copy_takes_the_time_that_the_rate_allows(self):
         bandwidth = stream.Bandwidth(4 * units.Mi)
@@ -1201,14 +1220,13 @@ class BandwidthTestCase(_CopyTestCase):
         self.assertLess(result.seconds, 2)
 
     def test_only_data_takes_turns(self):
-        bandwidth = mock.Mock(spec_set=stream.Bandwidth)
-        bandwidth.take_turn.return_value = 0.0
+        turns: list[float] = []
 
-        self.copy(Content.draw('-' * 500 + 'A-B-' * 10, UNIT),
-                  bandwidth=bandwidth)
+        chunks = [500 * units.Gi, b'A', 300, b'B']
+        seen = list(stream.Bandwidth(1).limit(chunks, turns.append))
 
-        self.assertEqual(20 * UNIT // stream.TURN_BYTES,
-                         bandwidth.take_turn.call_count)
+        self.assertEqual(chunks, seen)
+        self.assertEqual(1, len(turns))
 
     def test_small_messages_get_as_much_as_big_ones(self):
         """Neither of two copies of as much data ends long before the other."""
@@ -1241,6 +1259,34 @@ class BandwidthTestCase(_CopyTestCase):
 
         self.assertEqual({'big': 3 * units.Mi, 'small': 3 * units.Mi}, sent)
         self.assertGreater(seen_at_end[0], units.Mi // 2)
+
+    def test_waiting_for_a_turn_is_no_stall(self):
+        """However many copies share the bandwidth, and however small it is."""
+        paused = mock.Mock()
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.stream.PAUSE_SECONDS', 0.2))
+
+        result = self.copy(
+            Content.of(patterned(3 * stream.TURN_BYTES)), stall_seconds=0.3,
+            bandwidth=stream.Bandwidth(2 * stream.TURN_BYTES), paused=paused)
+
+        self.assertGreater(result.seconds, 0.9)
+        paused.assert_not_called()
+
+    def test_destination_that_hangs_after_a_turn_is_a_stall(self):
+        blocked = self.dest.block('stream.send', nth=2)
+        outcome = self.start_copy(
+            Content.of(patterned(3 * stream.TURN_BYTES)), stall_seconds=0.3,
+            bandwidth=stream.Bandwidth(2 * stream.TURN_BYTES))
+
+        self.assertTrue(outcome.wait(5))
+
+        self.assertTrue(blocked.reached.is_set())
+        self.assertIn('nothing moved for 0.3 seconds', str(outcome.error))
+        self.assertEqual('destination', outcome.error.end)
+        blocked.release()
+        self.assertTrue(libvirt_storage.wait_for(
+            lambda: set(self._threads()) == self.threads_before))
 
     def test_cancel_while_the_copy_waits_for_its_turn(self):
         cancel = threading.Event()
@@ -1393,31 +1439,108 @@ class CompareTestCase(_CopyTestCase):
             lambda: set(self._threads()) == self.threads_before))
 
 
-class WriteTestCase(_CopyTestCase):
+class MemorySourceTestCase(_CopyTestCase):
 
-    def volume(self, size: int) -> ty.Any:
-        return self.volumes(Content(size))[1]
+    def copy(self, data: bytes, length: int) -> stream.Result:
+        self.dest.add_volume('disks', 'disk', Content(length))
+        return threads.off_hub(
+            stream.copy, stream.MemorySource(data), self.open_sink(), length)
 
-    def test_write_sends_all(self):
+    def test_first_bytes_are_copied(self):
         data = patterned(3 * units.Mi + 5)
-        self.dest.send_limit = 70000
 
-        threads.off_hub(stream.write, self.volume(len(data)), data)
+        result = self.copy(data, len(data) - 3)
 
-        self.assertEqual(Content.of(data), self.copied())
-        self.assertEqual(['finished'], [s.outcome for s in self.uploads()])
+        self.assertEqual(Content.of(data[:-3]), self.copied())
+        self.assertEqual('memory', result.source)
 
-    def test_write_of_nothing(self):
-        threads.off_hub(stream.write, self.volume(0), b'')
+    def test_nothing(self):
+        self.copy(b'', 0)
 
         self.assertEqual([], self.uploads())
 
-    def test_write_fails_late(self):
-        self.dest.fail('stream.finish', error=DEST_ERROR)
+    def test_fewer_bytes_than_told(self):
+        error = self.assertRaises(errors.CopyError, self.copy, b'hello', 6)
+
+        self.assertEqual('source', error.end)
+        self.assertIn('it has 5 bytes', str(error))
+
+
+class VolumeSinkTestCase(_CopyTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.before = Content.of(patterned(8 * UNIT))
+        self.dest.add_volume('disks', 'disk', self.before.copy())
+
+    def write(self, picture: str, offset: int, **kwargs: ty.Any) -> int:
+        """Copy a picture into a range of the volume; return its wire."""
+        content = Content.draw(picture, UNIT)
+        return threads.off_hub(
+            stream.copy, self.open_source(content, 'disk'),
+            self.open_sink(
+                offset=offset * UNIT, length=content.size, **kwargs),
+            content.size).wire
+
+    def test_range_that_is_not_sparse_leaves_the_rest(self):
+        wire = self.write('A0-B--', 1, sparse=False)
+
+        expected = self.before.copy()
+        expected.write(
+            UNIT, Content.draw('A0-B--', UNIT).read(0, 6 * UNIT))
+        self.assertEqual(expected, self.copied())
+        self.assertEqual(6 * UNIT, wire)
+        upload, = self.uploads()
+        self.assertFalse(upload.sparse)
+        self.assertEqual(
+            (UNIT, 6 * UNIT), (upload.offset, upload.length))
+
+    def test_zeros_for_a_big_hole_are_sent_in_messages(self):
+        self.dest.add_volume('disks', 'big', Content(5 * units.Mi + 1))
+
+        threads.off_hub(
+            stream.copy, self.open_source(Content(5 * units.Mi + 1), 'disk'),
+            self.open_sink('big', sparse=False), 5 * units.Mi + 1)
+
+        upload, = self.uploads()
+        self.assertEqual({stream.MESSAGE_BYTES, 1}, {
+            length for _kind, _offset, length in upload.events})
+
+    def test_sparse_range_at_the_end(self):
+        self.dest.add_volume('disks', 'disk', Content(8 * UNIT))
+
+        self.write('A--B--', 2)
+
+        self.assertEqual(Content.draw('--A--B--', UNIT), self.copied())
+
+    def test_upload_that_was_opened_before_is_used(self):
+        sink = self.open_sink(length=UNIT, sparse=False)
+
+        threads.off_hub(sink.open)
+        upload, = self.uploads()
+        self.assertEqual([], upload.events)
+        threads.off_hub(
+            stream.copy, stream.MemorySource(b'x' * UNIT), sink, UNIT)
+
+        self.assertEqual([upload], self.uploads())
+        self.assertEqual(b'x' * UNIT, self.copied().read(0, UNIT))
+
+    def test_upload_that_was_opened_is_aborted_if_cancelled_before(self):
+        sink = self.open_sink()
+        threads.off_hub(sink.open)
+        cancel = threading.Event()
+        cancel.set()
+
+        self.assertRaises(
+            errors.Cancelled, threads.off_hub, stream.copy,
+            stream.MemorySource(b'x'), sink, 1, cancel=cancel)
+
+        self.assertEqual(['aborted'], [s.outcome for s in self.uploads()])
+
+    def test_open_fails(self):
+        self.dest.fail('vol.upload', error=DEST_ERROR)
 
         error = self.assertRaises(
-            errors.CopyError, threads.off_hub, stream.write,
-            self.volume(5), b'hello')
+            errors.CopyError, threads.off_hub, self.open_sink().open)
 
-        self.assertEqual('destination', error.end)
-        self.assertEqual(['aborted'], [s.outcome for s in self.uploads()])
+        self.assertEqual(('destination', 0), (error.end, error.done))
