@@ -29,7 +29,7 @@ OPERATIONS = ROOT / 'doc/source/admin/operations.rst'
 TRANSPORTS = ROOT / 'doc/source/admin/transports.rst'
 
 # The messages here are not ours.
-LIBVIRT = 'What libvirt says'
+LIBVIRT = 'Messages of libvirt'
 
 # Stands for what differs from one message to the next.
 ANY = '<>'
