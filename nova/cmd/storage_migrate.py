@@ -11,7 +11,7 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-"""Look whether servers could be migrated to other hosts over libvirt."""
+"""Check whether servers can be migrated to other hosts over libvirt."""
 
 import argparse
 import collections.abc
@@ -36,16 +36,15 @@ from nova.virt.libvirt import storage_migrate
 CONF = nova.conf.CONF
 
 EPILOG = """\
-A line for each check tells whether it is ok, whether migrations work but
-should not go on like this (warn), or whether they do not work (fail), and
-what to do about it. The exit status is 1 if any failed, 2 for wrong usage,
-and else 0. Nothing stays on the other host. Run it as the user of
-nova-compute.
+Each check prints one line: ok, warn (migrations work, but the problem should
+be fixed) or fail (migrations do not work), with the remedy. The exit status
+is 1 if any check failed, 2 for wrong usage, and 0 otherwise. The command
+leaves nothing on the other hosts. Run it as the user of nova-compute.
 """
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command and return its exit status."""
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     hosts = arguments.host + _read_hosts(arguments.all)
     _forbid_prompts()
@@ -75,18 +74,21 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         '[libvirt]migration_inbound_addr, which is my_ip by default')
     command.add_argument(
         '--all', metavar='FILE', type=argparse.FileType(), help='also check '
-        'the hosts in FILE, one to a line; - is the standard input. This '
-        'host is left out')
+        'the hosts in FILE, one per line; - reads the standard input. This '
+        'host is skipped')
     command.add_argument(
-        '--size', metavar='GIB', type=_size, default=0, help='check that '
-        'there is room for a disk of so many GiB, and tell how long it takes')
+        '--size', metavar='GIB', type=_size, default=0, help='also check '
+        'that there is room for a disk of this size in GiB, and estimate how '
+        'long its copy takes')
     command.add_argument(
-        '--json', action='store_true', help='print a list of objects with '
-        'host, status, what, finding and remedy')
+        '--json', action='store_true', help='print a JSON list of objects '
+        'with host, status, what, finding and remedy')
     command.add_argument(
-        '--config-file', action='append', default=[], help='as nova-compute')
+        '--config-file', action='append', default=[],
+        help='configuration file, as for nova-compute')
     command.add_argument(
-        '--config-dir', action='append', default=[], help='as nova-compute')
+        '--config-dir', action='append', default=[],
+        help='configuration directory, as for nova-compute')
     arguments = parser.parse_args(argv)
     if not arguments.host and not arguments.all:
         command.error('name a host, or a file with --all')
@@ -103,17 +105,17 @@ def _size(text: str) -> int:
 def _read_hosts(
     lines: collections.abc.Iterable[str] | None,
 ) -> list[str]:
-    """The hosts of a file; empty lines and comments are none."""
+    """Return the hosts in a file, without empty lines and comments."""
     found = [line.partition('#')[0].strip() for line in lines or ()]
     return [host for host in found if host]
 
 
 def _forbid_prompts() -> None:
-    """Let nothing that libvirt starts ask anybody."""
+    """Prevent programs that libvirt starts from prompting for input."""
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
-    # ssh asks on the terminal, whatever its standard input is.
+    # ssh prompts on the controlling terminal, whatever its standard input is.
     with contextlib.suppress(OSError), open('/dev/tty') as terminal:
         fcntl.ioctl(terminal, termios.TIOCNOTTY)
 

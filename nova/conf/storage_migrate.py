@@ -11,10 +11,10 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-"""Options of disks in libvirt storage pools, and of moving them.
+"""Options for disks in libvirt storage pools, and for their migration.
 
-Unlike its neighbours this module registers its options when it is imported:
-Nova's nova/conf/__init__.py does not know of it.
+Unlike the other modules in nova/conf, this one registers its options when it
+is imported, because Nova's nova/conf/__init__.py does not import it.
 """
 
 from oslo_config import cfg
@@ -29,24 +29,23 @@ storage_pool_opts = [
 Create the disks of new servers as volumes of a libvirt storage pool.
 
 The root, ephemeral and swap disks of a new server become volumes
-``{uuid}_{disk}`` of the pool named in ``disks_pool``, which nova-compute
-defines, builds and starts when it starts itself. As in the instance directory
-they are qcow2 overlays on the image cache with ``use_cow_images`` and raw
-otherwise. Config drive, console log and ``disk.info`` stay in the instance
-directory.
+``{uuid}_{disk}`` of the pool named in ``disks_pool``. nova-compute defines,
+builds and starts this pool when it starts. As in the instance directory, the
+disks are qcow2 overlays on the image cache if ``use_cow_images`` is set, and
+raw otherwise. The config drive, the console log and ``disk.info`` stay in the
+instance directory.
 
 The local disk that the host reports is the file system of
-``disks_pool_path``. Servers with disks in the pool can not be live migrated.
+``disks_pool_path``. Servers with disks in the pool cannot be live migrated.
 
-Servers that were created before keep their disks where they are, and keep
-working. So do servers with disks in the pool after this option was switched
-off again.
+Existing servers keep their disks where they are, and keep working. If this
+option is switched off again, servers with disks in the pool keep working too.
 
 Related options:
 
 * ``images_type`` must be one of ``default``, ``raw``, ``flat`` and ``qcow2``.
-* ``vol_upload_migration``: without it, a server with disks in a pool can not
-  be cold migrated, nor resized to another host.
+* ``vol_upload_migration``: without it, a server with disks in a pool cannot
+  be cold migrated or resized to another host.
 """),
     cfg.StrOpt(
         'disks_pool',
@@ -55,8 +54,7 @@ Related options:
 Name of the libvirt storage pool that holds the disks of servers.
 
 The name must be the same on all compute hosts between which servers migrate.
-A pool that exists already under this name is used as it is; it must be of
-type ``dir``.
+An existing pool of this name is used as it is; it must be of type ``dir``.
 
 Related options:
 
@@ -69,8 +67,8 @@ Related options:
         help="""
 Directory of the storage pool that holds the disks of servers.
 
-nova-compute creates the directory, through libvirt, with itself as the owner.
-The path may differ from one compute host to the other.
+nova-compute creates the directory through libvirt, and its own user becomes
+the owner. The path may differ between compute hosts.
 
 Related options:
 
@@ -85,10 +83,10 @@ migration_opts = [
         help="""
 Cold migrate and resize over libvirt instead of SSH.
 
-For a server with its disks in a storage pool, new volumes are created in the
-pool of the destination over a remote libvirt connection, and the data goes
-through libvirt's volume streams. Neither host needs an SSH daemon, key or
-login for it.
+For a server with disks in a storage pool, nova-compute creates new volumes in
+the pool of the destination host over a remote libvirt connection, and copies
+the data through libvirt's volume streams. Neither host needs an SSH daemon,
+key or login for this.
 
 Servers with disks in the instance directory are migrated over SSH, unless
 ``vol_upload_migration_legacy`` is set too.
@@ -105,11 +103,12 @@ Related options:
         help="""
 Migrate servers with disks in the instance directory over libvirt too.
 
-With this and ``vol_upload_migration``, the disks of a server in its instance
-directory go to the same directory of the destination through libvirt's volume
-streams, in place of ``scp`` or ``rsync``. The destination needs no storage
-pool, and not this driver: Nova's own finishes the migration there. Neither
-host needs an SSH daemon, key or login for it.
+With this option and ``vol_upload_migration``, the disks in the instance
+directory of a server are copied to the same directory on the destination host
+through libvirt's volume streams, instead of with ``scp`` or ``rsync``. The
+destination host needs neither a storage pool nor this driver: Nova's own
+driver can finish the migration there. Neither host needs an SSH daemon, key or
+login for this.
 
 Disks of the image types ``lvm`` and ``ploop`` are left to Nova's own code.
 
@@ -121,23 +120,23 @@ Related options:
     cfg.StrOpt(
         'vol_upload_migration_uri',
         help="""
-Libvirt URI of the destination of a cold migration or resize.
+Libvirt URI of the destination host of a cold migration or resize.
 
-Any ``%s`` is replaced with the address of the destination, which is its
-``migration_inbound_addr``. Where the connection is protected by TLS, the
-destination's certificate has to be valid for that address.
+Each ``%s`` is replaced with the address of the destination host, which is its
+``migration_inbound_addr``. If the connection is protected by TLS, the
+certificate of the destination host must be valid for that address.
 
-If this option is not set, the URI is the one that live migration uses, from
-``live_migration_uri`` or ``live_migration_scheme``, and
+If this option is not set, the URI is that of live migration, from
+``live_migration_uri`` or ``live_migration_scheme``, or
 ``qemu+tls://%s/system`` if neither of them is set.
 
-nova-compute warns at its start of a transport that is not TLS, and does not
-start with ``no_verify`` in the URI, which would let any host pass for the
-destination. User names and passwords for SASL come from libvirt's
-``auth.conf``, Kerberos tickets from the credential cache of nova-compute's
-user; nobody is asked for them. ``storage+tls://%s/system`` connects to the
-destination's storage driver alone, which can not tell whether a domain of the
-server is there already.
+When nova-compute starts, it warns about a transport other than TLS. It does
+not start with ``no_verify`` in the URI, which would let any host pass for the
+destination host. User names and passwords for SASL come from libvirt's
+``auth.conf``, and Kerberos tickets from the credential cache of nova-compute's
+user; nova-compute never prompts for them. ``storage+tls://%s/system`` connects
+only to the storage driver of the destination host, which cannot tell whether a
+domain of the server already exists there.
 
 Related options:
 
@@ -151,10 +150,10 @@ Related options:
         help="""
 Read the disks of a server directly when it is cold migrated or resized.
 
-Where nova-compute may open the file of a volume for reading, it does so, which
-is faster and leaves the libvirt daemon of the source host alone. Where it may
-not, or if this option is switched off, the data is read through that daemon.
-The data goes to the destination through libvirt in both cases.
+If nova-compute may open the file of a volume, it reads the file itself, which
+is faster and puts no load on the libvirt daemon of the source host. If it may
+not, or if this option is switched off, it reads the data through that daemon.
+In both cases, the data goes to the destination host through libvirt.
 
 Related options:
 
@@ -165,10 +164,11 @@ Related options:
         default=0,
         min=0,
         help="""
-The most that cold migrations and resizes send from this host, in MiB/s.
+Bandwidth limit for cold migrations and resizes from this host, in MiB/s.
 
-All that run at once over libvirt share it in equal parts, and what one of them
-does not use is left to the others. Holes in disks are free. 0 is no limit.
+Concurrent migrations over libvirt share the limit equally; one that does not
+use its share leaves it to the others. Holes in disks do not count. 0 means
+unlimited.
 
 Related options:
 
@@ -179,12 +179,13 @@ Related options:
         default=60,
         min=1,
         help="""
-How long a copy may stand still before it is given up, in seconds.
+Timeout for a copy that makes no progress, in seconds.
 
-The destination may take as long to answer whatever else it is asked. A copy
-that was given up is deleted on the destination, and the server runs again on
-its source. A daemon that is gone is noticed earlier, by the keepalive of the
-connection: this is for one that lives, and waits for its disk.
+The timeout also applies to every other request to the destination host. When
+it expires, the incomplete copy is deleted on the destination host, and the
+server runs again on the source host. The keepalive of the connection detects
+a lost daemon earlier; this timeout is for a daemon that is running but waits
+for its disk.
 
 Related options:
 
@@ -196,9 +197,10 @@ Related options:
         default=30,
         min=1,
         help="""
-How long the destination may take to answer a connection, in seconds.
+Timeout for connecting to the destination host, in seconds.
 
-A server is left as it is if the destination of its migration does not answer.
+If the destination host of a migration does not answer, the server stays as it
+is.
 
 Related options:
 
@@ -209,10 +211,11 @@ Related options:
         default=5,
         min=1,
         help="""
-How often the destination is asked whether it is still there, in seconds.
+Interval of the keepalive messages to the destination host, in seconds.
 
-It is taken for lost when 5 questions in a row got no answer, and what waits
-for it then fails: with the default this is after about half a minute.
+When 5 messages in a row get no answer, the connection is considered lost, and
+all requests that wait for it fail. With the default, this takes about half a
+minute.
 
 Related options:
 
@@ -224,15 +227,16 @@ Related options:
         default='size',
         choices=[
             ('size', 'Look each volume up again and compare its size.'),
-            ('checksum', 'Read each volume back from the destination as well, '
-             'and compare all of its bytes.'),
+            ('checksum', 'Also read each volume back from the destination '
+             'host, and compare all of its bytes.'),
         ],
         help="""
-How to check what arrived on the destination of a migration.
+How to verify the copy on the destination host of a migration.
 
-Reading back takes about as long as the copy, in which the server is off; holes
-cost nothing. What is read may still be in the memory of the destination: this
-finds what went wrong on the way, not a disk that does not keep its data.
+Reading back takes about as long as the copy, and the server is off during this
+time; holes cost no time. The data may still come from the page cache of the
+destination host: this check finds errors in the transfer, not a disk that does
+not keep its data.
 
 Related options:
 
@@ -252,7 +256,7 @@ def list_opts():
 
 
 def sample_opts():
-    """The options as oslo-config-generator wants them of an entry point."""
+    """Return the options in the form that oslo-config-generator expects."""
     return list(list_opts().items())
 
 
