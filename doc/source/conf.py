@@ -10,7 +10,7 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-"""How Sphinx builds the documentation: ``tox -e docs``."""
+"""Sphinx configuration; ``tox -e docs`` builds the documentation."""
 
 import configparser
 import pathlib
@@ -31,7 +31,7 @@ extensions = [
     'reno.sphinxext',
 ]
 
-# The options come from the code, by its entry point.
+# The entry point in setup.cfg provides the options.
 config_generator_config_file = str(
     ROOT / 'etc/nova/nova-storage-migrate-config-generator.conf')
 sample_config_basename = '_static/nova-storage-migrate'
