@@ -29,7 +29,9 @@ import contextlib
 import functools
 import inspect
 import os
+import re
 import threading
+import time
 import typing as ty
 
 from oslo_concurrency import processutils
@@ -54,18 +56,22 @@ from nova.virt import driver as virt_driver
 from nova.virt import hardware
 from nova.virt.libvirt import blockinfo
 from nova.virt.libvirt import driver
+from nova.virt.libvirt import imagebackend
 from nova.virt.libvirt.storage import access
-from nova.virt.libvirt.storage import directory
+from nova.virt.libvirt.storage import daemon
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import fetch
 from nova.virt.libvirt.storage import image
 from nova.virt.libvirt.storage import imagecache
-from nova.virt.libvirt.storage import kept
-from nova.virt.libvirt.storage import peer
+from nova.virt.libvirt.storage import layout
+from nova.virt.libvirt.storage import leftovers
+from nova.virt.libvirt.storage import local
 from nova.virt.libvirt.storage import progress
+from nova.virt.libvirt.storage import site
 from nova.virt.libvirt.storage import stream
 from nova.virt.libvirt.storage import threads
 from nova.virt.libvirt.storage import transfer
+from nova.virt.libvirt.storage import undo
 from nova.virt.libvirt import utils as libvirt_utils
 
 try:
@@ -80,8 +86,12 @@ LOG = logging.getLogger(__name__)
 # The release of Nova that this module was written for.
 NOVA_RELEASE = '34'
 
-# Image types whose disks are no plain files in the instance directory.
+# Image types whose disks are not plain files in the instance directory.
 NOT_STREAMED = ('lvm', 'ploop')
+
+# The first libvirt that can undefine a domain and keep the state of its vTPM.
+# Nova undefines a domain whenever it starts a server.
+KEEPS_VTPM = (8, 9, 0)
 
 # The pool of this host's base images, if there is none of their directory.
 IMAGE_CACHE_POOL = 'nova-image-cache'
@@ -109,6 +119,8 @@ HOOKS = {
     'check_instance_shared_storage_remote': ('context', 'data'),
     'check_instance_shared_storage_cleanup': ('context', 'data'),
     'delete_instance_files': ('instance',),
+    'spawn': ('context', 'instance', 'image_meta'),
+    '_hard_reboot': ('context', 'instance', 'network_info'),
     '_create_image': (
         'context', 'instance', 'disk_mapping', 'injection_info', 'suffix',
         'disk_images', 'block_device_info', 'fallback_from_host',
@@ -117,7 +129,8 @@ HOOKS = {
         'context', 'instance', 'instance_dir', 'disk_info',
         'fallback_from_host'),
     'power_on': (
-        'context', 'instance', 'network_info', 'block_device_info'),
+        'context', 'instance', 'network_info', 'block_device_info',
+        'share_info'),
     'power_off': ('instance', 'timeout', 'retry_interval'),
     'unplug_vifs': ('instance', 'network_info'),
     'disk_cachemode': (),
@@ -142,27 +155,45 @@ HOOKS = {
 }
 
 
-# How long nova-compute waits as it ends for a server to be started again, in
-# seconds. Nova keeps 20 seconds for that and the rest.
+# How long nova-compute waits when it stops until all servers whose copies it
+# stopped are running again, in seconds. Nova keeps 20 for that and the rest.
 PUT_BACK_SECONDS = 15
 
+_HOST_NAME = re.compile(r'[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?')
 
-class _Cancel(threading.Event):
-    """Stops the copy of a server's disks when it is set.
+
+class _Server(ty.NamedTuple):
+    """What Nova hands over of a server that it migrates."""
+    context: ty.Any
+    instance: ty.Any
+    network_info: ty.Any
+    block_device_info: ty.Any
+
+
+class _Copy:
+    """A migration of a server from this host that is under way.
 
     :ivar instance: the server
-    :ivar reason: why it was set
-    :ivar deleted: whether the server was deleted, and is not to be started
-        again
+    :ivar cancel: stops the copy when it is set
+    :ivar reason: why it was stopped
+    :ivar deleted: whether the server was deleted, and must not start again
     :ivar over: set when nothing is left to do
     """
 
     def __init__(self, instance):
-        super().__init__()
         self.instance = instance
+        self.cancel = threading.Event()
         self.reason = ''
         self.deleted = False
         self.over = threading.Event()
+
+    def check(self) -> None:
+        """Go on only if the copy was not stopped.
+
+        :raises: Cancelled
+        """
+        if self.cancel.is_set():
+            raise errors.Cancelled()
 
 
 class LibvirtDriver(driver.LibvirtDriver):
@@ -176,9 +207,8 @@ class LibvirtDriver(driver.LibvirtDriver):
         super().__init__(virtapi, read_only)
         self.image_backend = image.Backend(CONF.use_cow_images)
         self.image_cache_manager = imagecache.ImageCacheManager()
-        self._cancel_events: dict[str, _Cancel] = {}
-        # What deletes an unfinished copy, by uuid of the server and host.
-        self._leftovers: dict[tuple[str, str], ty.Callable[[], None]] = {}
+        self._copies: dict[str, _Copy] = {}
+        self._leftovers = leftovers.Leftovers()
         self._bandwidth = stream.Bandwidth(
             CONF.libvirt.vol_upload_migration_bandwidth * units.Mi)
 
@@ -192,8 +222,8 @@ class LibvirtDriver(driver.LibvirtDriver):
         if CONF.libvirt.vol_upload_migration:
             cache_dir = self.image_cache_manager.cache_dir
             fileutils.ensure_tree(cache_dir)
-            _native(transfer.ensure_cache_pool, self._uri(), IMAGE_CACHE_POOL,
-                    cache_dir)
+            _native(local.ensure_pool, self._uri(), IMAGE_CACHE_POOL,
+                    cache_dir, False)
 
     def process_instances_at_startup(self, context, instances):
         """Also put right what Nova leaves of migrations that it ended in."""
@@ -212,7 +242,7 @@ class LibvirtDriver(driver.LibvirtDriver):
                 except Exception:
                     # This is not to keep nova-compute from starting.
                     LOG.exception('The migration of the server, in which '
-                                  'nova-compute ended, can not be put right',
+                                  'nova-compute ended, cannot be put right',
                                   instance=instance)
         return instances
 
@@ -229,22 +259,31 @@ class LibvirtDriver(driver.LibvirtDriver):
             context, migration.uuid, instance.uuid)
 
     def _offer_revert(self, context, instance, migration) -> None:
-        """Give a server the state from which its migration is reverted.
+        """Give a server a state that an operator can do something with.
 
         nova-compute ended in finish_migration. Nova would leave the server in
-        that for ever, with nothing that anybody could do with it.
+        that for ever. Its migration can be reverted, unless Nova would confirm
+        it by itself: the server is whole on this host, but nobody knows
+        whether it starts.
         """
-        migration.status = 'finished'
+        values = {'host': migration.source_compute, 'uuid': instance.uuid}
+        if CONF.resize_confirm_window:
+            migration.status = 'error'
+            instance.vm_state = vm_states.ERROR
+            message = ('nova-compute ended before the migration of the server '
+                       'did. To start it on this host: openstack server set '
+                       '--state active %(uuid)s; openstack server reboot '
+                       '--hard %(uuid)s')
+        else:
+            migration.status = 'finished'
+            instance.vm_state = vm_states.RESIZED
+            message = ('nova-compute ended before the migration of the server '
+                       'did, which may be off now. To start it on %(host)s as '
+                       'it was: openstack server resize revert %(uuid)s')
         migration.save()
-        instance.vm_state = vm_states.RESIZED
         instance.task_state = None
         instance.save(expected_task_state=task_states.RESIZE_FINISH)
-        LOG.warning(
-            'nova-compute ended before the migration of the server did, which '
-            'may be off now. To start it on %(host)s as it was: openstack '
-            'server resize revert %(uuid)s',
-            {'host': migration.source_compute, 'uuid': instance.uuid},
-            instance=instance)
+        LOG.warning(message, values, instance=instance)
 
     def cleanup_host(self, host):
         """Stop what copies disks, and wait until its servers are back.
@@ -252,12 +291,50 @@ class LibvirtDriver(driver.LibvirtDriver):
         Nova calls this as nova-compute ends, when it has given the work that
         is under way some time to finish ([DEFAULT]manager_shutdown_timeout).
         """
-        cancels = list(self._cancel_events.values())
-        for cancel in cancels:
-            self._stop_copy(cancel, _('nova-compute on %s ended') % host)
-        for cancel in cancels:
-            cancel.over.wait(PUT_BACK_SECONDS)
+        copies = list(self._copies.values())
+        for copy in copies:
+            self._stop_copy(copy, _('nova-compute on %s ended') % host)
+        deadline = time.monotonic() + PUT_BACK_SECONDS
+        for copy in copies:
+            copy.over.wait(max(0, deadline - time.monotonic()))
         super().cleanup_host(host)
+
+    def spawn(self, context, instance, *args, **kwargs):
+        """Start a new server, or an old one anew on this host.
+
+        What an earlier migration left here never becomes its disk.
+        """
+        self._clear_leftovers(instance)
+        super().spawn(context, instance, *args, **kwargs)
+
+    def _clear_leftovers(self, instance) -> None:
+        """Delete files of a server here that are not its disks.
+
+        An evacuation is the only time when the disks of a server that Nova
+        starts anew may be here: on storage that its old host shares. They
+        are its disks unless that host was copying them to here.
+        """
+        places = layout.Layout.of(instance)
+        claims = places.claims()
+        if instance.host == CONF.host:
+            is_leftover = bool(claims) or (
+                instance.vm_state == vm_states.SHELVED_OFFLOADED)
+        else:
+            is_leftover = _is_unfinished(instance, places)
+        if is_leftover:
+            LOG.info('Deleting what a migration left here of the server',
+                     instance=instance)
+            _native(local.delete_all, places)
+        elif claims:
+            _native(local.drop_claims, places)
+
+    def _hard_reboot(self, context, instance, *args, **kwargs):
+        """Start a server that is this host's, whatever ended before."""
+        if instance.host == CONF.host:
+            places = layout.Layout.of(instance)
+            local.recover_directory(places)
+            local.drop_claims(places)
+        super()._hard_reboot(context, instance, *args, **kwargs)
 
     def migrate_disk_and_power_off(
         self, context, instance, dest, flavor, network_info,
@@ -274,81 +351,80 @@ class LibvirtDriver(driver.LibvirtDriver):
         :raises: InstanceFaultRollback; the server is then where and what it
             was before, running if it ran
         """
-        here = dest == self.get_host_ip_addr()
-        if here and image.has_volumes(instance):
+        places = layout.Layout.of(instance)
+        server = _Server(context, instance, network_info, block_device_info)
+        is_here = dest == self.get_host_ip_addr()
+        if is_here and places.volumes():
             return self._copy_here_and_power_off(
-                context, instance, flavor, network_info, block_device_info,
-                timeout, retry_interval)
-        if here or not self._moves_over_libvirt(
-                instance, dest, block_device_info):
+                server, places, flavor, timeout, retry_interval)
+        if is_here or not self._moves_over_libvirt(server, places, dest):
             return super().migrate_disk_and_power_off(
                 context, instance, dest, flavor, network_info,
                 block_device_info, timeout, retry_interval)
 
-        move = self._new_transfer(instance, dest)
-        try:
-            with _rollback(exception.MigrationPreCheckError, instance):
+        with contextlib.ExitStack() as stack:
+            with _refused_on_error(instance):
+                copy = stack.enter_context(self._copying(instance))
                 self._check_enabled()
-                self._check_request(instance, flavor, block_device_info)
-                disk_info = _without_swap(self._get_instance_disk_info(
-                    instance, block_device_info))
-                disks = _disks_in(self._disks_path(instance), disk_info)
-                running = self.get_info(instance).state == power_state.RUNNING
-                vtpm = _vtpm_path(instance)
-                _native(move.check, disks)
-                if move.destination.is_shared:
+                self._check_request(server, places, flavor)
+                disk_info = self._disk_info(server)
+                files = places.plan(disk_info)
+                is_running = self._is_running(instance)
+                self._check_vtpm(instance, places)
+                move = self._new_transfer(places, dest, files, instance.name)
+                stack.callback(_native, move.close)
+                _native(move.check)
+                if move.there.is_shared:
                     _refuse_vtpm(instance, _(
                         'hosts that share its instance directory'))
-                _native(move.destination.claim)
-            with self._put_back_on_error(
-                    context, instance, network_info, block_device_info,
-                    dest, move.destination.discard, running) as cancel:
+                _native(move.claim)
+            with self._put_back_on_error(server, copy, dest) as steps:
+                steps.push(self._discard_copy, instance, dest, move.discard)
+                steps.push(self._start_again, server, copy, is_running, steps)
+                copy.check()
                 self.power_off(instance, timeout, retry_interval)
-                self._detach_from_host(
-                    context, instance, network_info, block_device_info)
-                if move.destination.is_shared:
-                    move.record_disks(disks)
+                self._detach_from_host(server)
+                if move.there.is_shared:
+                    local.remove_stale_directory(places)
+                    layout.write_record(
+                        places.record_path, places.formats() | move.formats())
                 else:
-                    self._copy_disks(context, instance, move, disks, cancel)
-                    if vtpm:
-                        _native(move.copy_vtpm, vtpm, cancel)
-                    _native(move.copy_instance_dir, disks, cancel)
-                    self._keep_instance_dir(instance)
-        finally:
-            _native(move.close)
+                    watch = progress.Progress(context, instance, dest)
+                    watch.watch(functools.partial(
+                        _native, move.run, copy.cancel, watch))
+                    local.keep_directory(places)
+        paths = {file.path: move.there.layout.path(file) for file in files}
         return jsonutils.dumps(
-            _disk_info_at(move.destination.disks_path, disk_info))
+            [dict(info, path=paths[info['path']]) for info in disk_info])
 
     def _copy_here_and_power_off(
-        self, context, instance, flavor, network_info, block_device_info,
-        timeout, retry_interval,
+        self, server, places, flavor, timeout, retry_interval,
     ) -> str:
         """Do the same for a server that is resized on its own host.
 
         What it had until now is kept for a revert under other names.
         """
-        originals = kept.Originals(instance)
-        with _rollback(exception.MigrationPreCheckError, instance):
-            self._check_request(instance, flavor, block_device_info)
-            _refuse_vtpm(instance, _('the pools of one host'))
-            disk_info = _without_swap(self._get_instance_disk_info(
-                instance, block_device_info))
-            _check_room_here(disk_info)
-            running = self.get_info(instance).state == power_state.RUNNING
-            self._cleanup_failed_instance_base(
-                libvirt_utils.get_instance_path(instance) + '_resize')
-        with self._put_back_on_error(
-                context, instance, network_info, block_device_info,
-                CONF.host, None, running) as cancel:
-            self.power_off(instance, timeout, retry_interval)
-            self._detach_from_host(
-                context, instance, network_info, block_device_info)
-            with self._restored_on_error(instance, originals, cancel):
-                _native(originals.keep)
-                for path in [image.disk_info_path(instance),
+        instance = server.instance
+        with contextlib.ExitStack() as stack:
+            with _refused_on_error(instance):
+                copy = stack.enter_context(self._copying(instance))
+                self._check_request(server, places, flavor)
+                _refuse_vtpm(instance, _('the pools of one host'))
+                disk_info = self._disk_info(server)
+                places.plan(disk_info)
+                _check_room_here(disk_info)
+                is_running = self._is_running(instance)
+                local.remove_stale_directory(places)
+            with self._put_back_on_error(server, copy, CONF.host) as steps:
+                steps.push(self._start_again, server, copy, is_running, steps)
+                copy.check()
+                self.power_off(instance, timeout, retry_interval)
+                self._detach_from_host(server)
+                steps.push(self._restore, copy, places)
+                _native(local.keep, places)
+                for path in [places.record_path,
                              *(info['path'] for info in disk_info)]:
-                    self._copy_here(
-                        instance, originals.path(path), path, cancel)
+                    self._copy_here(copy, places.kept_path(path), path)
         return jsonutils.dumps(disk_info)
 
     def finish_migration(
@@ -360,34 +436,33 @@ class LibvirtDriver(driver.LibvirtDriver):
         # Saved by Nova with the state that it gives to the server next.
         instance.progress = 0
         disks = jsonutils.loads(disk_info)
-        volumes = [os.path.basename(info['path']) for info in disks
-                   if image.is_in_pool(info['path'])]
-        if volumes or image.has_volumes(instance):
-            _native(transfer.adopt_volumes, self._uri(),
-                    CONF.libvirt.disks_pool, image.volume_prefix(instance),
-                    volumes)
-        elif self._streams_files(instance):
-            _native(_flush, [info['path'] for info in disks])
-        _native(_flush, [
-            os.path.join(path, name)
-            for path, _names, names in os.walk(_saved_vtpm_path(instance))
-            for name in names])
-        for path in image.list_files(instance, image.volume_name(
-                instance, directory.ARRIVED)):
-            os.unlink(path)
-        # What Nova would do with the disks is to make qcow2 of raw ones where
-        # use_cow_images is set. One in a pool stays raw instead.
-        others = [info for info in disks if not image.is_in_pool(info['path'])]
+        places = layout.Layout.of(instance)
+        try:
+            _native(local.adopt, places, disks)
+        except (errors.StorageError, OSError) as error:
+            raise exception.MigrationError(reason=str(error)) from error
+        others = [info for info in disks if self._is_novas(places, info)]
         super().finish_migration(
             context, migration, instance, jsonutils.dumps(others),
             network_info, image_meta, resize_instance, allocations,
             block_device_info, power_on, share_info)
 
+    def _is_novas(self, places, info) -> bool:
+        """Whether Nova's code may convert a disk that arrived.
+
+        It makes qcow2 of raw disks where use_cow_images is set, also where
+        the server's domain goes on to call them raw.
+        """
+        keeps_raw = self.image_backend.backend() is imagebackend.Flat
+        return not local.is_volume(places, info) and not (
+            keeps_raw and info['type'] == 'raw')
+
     def confirm_migration(self, context, migration, instance, network_info):
         """Delete what was kept on the source for a revert."""
-        self._delete_volumes(image.kept_prefix(instance))
-        if instance.host != CONF.host and self._is_instance_dir_kept(instance):
-            self._delete_volumes(image.volume_prefix(instance))
+        places = layout.Layout.of(instance)
+        _native(local.delete_kept, places)
+        if instance.host != CONF.host and local.has_kept_directory(places):
+            _native(local.delete_volumes, places)
         super().confirm_migration(context, migration, instance, network_info)
 
     def finish_revert_migration(
@@ -399,8 +474,9 @@ class LibvirtDriver(driver.LibvirtDriver):
         Nova calls this also when it finds, as it starts, that it ended in
         the middle of one.
         """
-        if image.list_kept(instance):
-            _native(kept.Originals(instance).restore)
+        places = layout.Layout.of(instance)
+        if places.kept() and _is_on_one_host(migration):
+            _native(local.restore, places)
         super().finish_revert_migration(
             context, instance, network_info, migration, block_device_info,
             power_on, share_info)
@@ -414,7 +490,8 @@ class LibvirtDriver(driver.LibvirtDriver):
             return
         # What Nova's own way over ssh had moved. Without it the server would
         # start with a new vTPM.
-        saved = os.path.join(_saved_vtpm_path(instance), instance.uuid)
+        saved = os.path.join(
+            layout.Layout.of(instance).saved_vtpm_path, instance.uuid)
         if os.path.exists(saved):
             libvirt_utils.restore_vtpm_dir(saved)
 
@@ -424,23 +501,22 @@ class LibvirtDriver(driver.LibvirtDriver):
         A copy of them that is under way ends.
 
         :returns: True if nothing is left
-        :raises: libvirtError if a volume is left that is to be made anew
+        :raises: OSError if a volume is left that is to be made anew
         """
-        if instance.uuid in self._cancel_events:
-            cancel = self._cancel_events[instance.uuid]
-            cancel.deleted = True
-            self._stop_copy(cancel, _('the server was deleted'))
+        copy = self._copies.get(instance.uuid)
+        if copy:
+            copy.deleted = True
+            self._stop_copy(copy, _('the server was deleted'))
         deleted = super().delete_instance_files(instance)
         try:
-            self._delete_all_volumes(instance)
-        except Exception:
+            _native(local.delete_volumes, layout.Layout.of(instance))
+        except OSError:
             if instance.task_state == task_states.REBUILDING:
                 # The server would be made anew with its old disks.
                 raise
-            # Nova tries again later if this is told to have failed.
-            LOG.exception('Failed to delete the volumes of the server in '
-                          'storage pool %s', CONF.libvirt.disks_pool,
-                          instance=instance)
+            # Nova tries again later if told that this failed.
+            LOG.exception('Failed to delete the volumes of the server in %s',
+                          CONF.libvirt.disks_pool_path, instance=instance)
             return False
         return deleted
 
@@ -449,23 +525,28 @@ class LibvirtDriver(driver.LibvirtDriver):
 
         :raises: InvalidSharedStorage if they are, and their formats not
         """
-        claim = image.volume_name(instance, peer.CLAIM)
-        if image.list_paths(claim) or image.list_files(instance, claim):
-            LOG.info('Deleting what a migration brought that did not end',
+        places = layout.Layout.of(instance)
+        if _is_unfinished(instance, places):
+            LOG.info('Only an unfinished copy of the server is on this host',
                      instance=instance)
-            self.delete_instance_files(instance)
             return False
-        record = image.disk_info_path(instance)
-        formats = image.recorded_formats(record)
-        for path in image.list_volumes(instance):
+        try:
+            formats = places.formats()
+            names_volumes = places.names_volumes()
+        except errors.StorageError as error:
+            raise exception.InvalidSharedStorage(
+                path=places.record_path, reason=str(error)) from error
+        claims = places.claims()
+        volumes = [path for path in places.volumes() if path not in claims]
+        for path in volumes:
             if path not in formats:
                 raise exception.InvalidSharedStorage(path=path, reason=_(
                     'the format of the disk is not recorded in %s. If both '
                     'hosts share the storage pool, they have to share the '
                     'instance directory too. If not, delete the '
-                    'disk') % record)
-        if image.names_volumes(instance, record):
-            return image.has_volumes(instance)
+                    'disk') % places.record_path)
+        if names_volumes:
+            return bool(volumes)
         return super().instance_on_disk(instance)
 
     def check_instance_shared_storage_local(self, context, instance):
@@ -474,8 +555,9 @@ class LibvirtDriver(driver.LibvirtDriver):
         :returns: what to tell it; None if there is nothing to share
         """
         data = super().check_instance_shared_storage_local(context, instance)
-        if image.has_volumes(instance):
-            marker = image.make_marker(instance)
+        places = layout.Layout.of(instance)
+        if places.volumes():
+            marker = local.make_marker(places)
             data = {'filename': marker, **(data or {}),
                     'volume': os.path.basename(marker)}
         return data
@@ -499,7 +581,7 @@ class LibvirtDriver(driver.LibvirtDriver):
 
     @property
     def disk_cachemode(self):
-        """How QEMU caches disks; without O_DIRECT it can not be 'none'."""
+        """How QEMU caches disks; without O_DIRECT it cannot be 'none'."""
         unknown = self._disk_cachemode is None
         mode = super().disk_cachemode
         if unknown and mode == 'none' and CONF.libvirt.use_storage_pools:
@@ -526,9 +608,9 @@ class LibvirtDriver(driver.LibvirtDriver):
 
         :raises: MigrationPreCheckError
         """
-        if image.has_volumes(instance):
+        if layout.Layout.of(instance).volumes():
             raise exception.MigrationPreCheckError(reason=_(
-                'The disks of the server are in storage pool %s, and can not '
+                'The disks of the server are in storage pool %s, and cannot '
                 'be live migrated. Migrate it cold instead: openstack server '
                 'migrate, without --live-migration.') %
                 CONF.libvirt.disks_pool)
@@ -609,7 +691,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         """Whether all that a server needs of other hosts is libvirt."""
         return CONF.libvirt.vol_upload_migration and (
             CONF.libvirt.vol_upload_migration_legacy or
-            image.has_volumes(instance))
+            bool(layout.Layout.of(instance).volumes()))
 
     def _fetch_file(self, instance, host, target) -> None:
         LOG.info('Fetching %(path)s, which Glance does not have, from '
@@ -630,7 +712,8 @@ class LibvirtDriver(driver.LibvirtDriver):
         ephemerals = virt_driver.block_device_info_get_ephemerals(
             block_device_info)
         name = blockinfo.get_eph_disk(0)
-        if len(ephemerals) == 1 and image.has_volume(instance, name):
+        if len(ephemerals) == 1 and layout.Layout.of(
+                instance).has_volume(name):
             self.image_backend.by_name(instance, name).resize_image(
                 instance.flavor.ephemeral_gb * units.Gi)
 
@@ -639,7 +722,7 @@ class LibvirtDriver(driver.LibvirtDriver):
 
         :raises: InvalidConfiguration
         """
-        uri = destination_uri('%s')
+        uri = _uri_template() or self._live_migration_uri('%s')
         try:
             access.check_uri(uri)
         except access.Unsafe as error:
@@ -654,13 +737,18 @@ class LibvirtDriver(driver.LibvirtDriver):
     def _init_disks_pool(self) -> None:
         if CONF.libvirt.images_type not in image.IMAGE_TYPES:
             raise exception.InvalidConfiguration(_(
-                '[libvirt]use_storage_pools can not be used with '
+                '[libvirt]use_storage_pools cannot be used with '
                 '[libvirt]images_type = %(type)s. Set it to one of '
                 '%(types)s.') % {'type': CONF.libvirt.images_type,
                                  'types': ', '.join(image.IMAGE_TYPES)})
+        if os.path.realpath(CONF.libvirt.disks_pool_path) == os.path.realpath(
+                CONF.instances_path):
+            raise exception.InvalidConfiguration(_(
+                '[libvirt]disks_pool_path must not be the same directory as '
+                '[DEFAULT]instances_path.'))
         path = _native(
-            transfer.ensure_pool, self._uri(), CONF.libvirt.disks_pool,
-            CONF.libvirt.disks_pool_path)
+            local.ensure_pool, self._uri(), CONF.libvirt.disks_pool,
+            CONF.libvirt.disks_pool_path, not self._warn_of_raw_volumes())
         if path != CONF.libvirt.disks_pool_path.rstrip('/'):
             raise exception.InvalidConfiguration(_(
                 'Storage pool %(pool)s has the directory %(path)s. Set '
@@ -668,38 +756,41 @@ class LibvirtDriver(driver.LibvirtDriver):
                 'in [libvirt]disks_pool.') % {
                     'pool': CONF.libvirt.disks_pool, 'path': path})
 
-    def _moves_over_libvirt(
-        self, instance, dest, block_device_info,
-    ) -> bool:
+    @staticmethod
+    def _warn_of_raw_volumes() -> bool:
+        """Whether there are raw volumes here, which libvirtd would probe."""
+        raw = image.list_raw()
+        if raw:
+            LOG.warning(
+                'Volumes in storage pool %(pool)s are raw disks of an earlier '
+                'release: %(raw)s. A guest can write into one what makes '
+                'libvirtd hang. Shelve and unshelve their servers',
+                {'pool': CONF.libvirt.disks_pool, 'raw': ', '.join(raw)})
+        return bool(raw)
+
+    def _moves_over_libvirt(self, server, places, dest) -> bool:
         """Whether a server is one to migrate without Nova's own code.
 
         One with volumes in the pool always is, if only to be refused. One
         that has no disks of its own, only Cinder's, is if that is enabled,
         and one with an instance directory if that is, and is not shared.
         """
-        if image.has_volumes(instance):
+        if places.volumes():
             return True
-        if self._streams_files(instance):
-            return not self._is_path_shared_with(
-                dest, libvirt_utils.get_instance_path(instance))
+        if self._streams_files(places):
+            return not self._is_path_shared_with(dest, places.directory)
         return (CONF.libvirt.vol_upload_migration and
                 CONF.libvirt.use_storage_pools and
-                self._is_booted_from_volume(block_device_info) and
-                not image.has_files(instance))
+                self._is_booted_from_volume(server.block_device_info) and
+                not places.has_files())
 
     @staticmethod
-    def _streams_files(instance) -> bool:
+    def _streams_files(places) -> bool:
         """Whether a server's instance directory is to go over libvirt."""
         return (CONF.libvirt.vol_upload_migration and
                 CONF.libvirt.vol_upload_migration_legacy and
                 CONF.libvirt.images_type not in NOT_STREAMED and
-                not image.has_volumes(instance))
-
-    def _disks_path(self, instance) -> str:
-        """The directory of a server's disks."""
-        if self._streams_files(instance):
-            return libvirt_utils.get_instance_path(instance)
-        return CONF.libvirt.disks_pool_path.rstrip('/')
+                not places.volumes())
 
     def _is_path_shared_with(self, dest, path):
         """Whether this host and another have a directory in common.
@@ -713,9 +804,30 @@ class LibvirtDriver(driver.LibvirtDriver):
             return super()._is_path_shared_with(dest, path)
         if dest == self.get_host_ip_addr():
             return True
-        with _rollback(exception.MigrationPreCheckError, None):
-            return _native(
-                directory.is_shared, dest, destination_uri(dest), path)
+        with _refused_on_error(None):
+            places = layout.Layout(
+                os.path.basename(path), CONF.libvirt.disks_pool_path, path)
+            move = self._new_transfer(places, dest, [], '')
+            try:
+                return _native(move.shares_directory)
+            finally:
+                _native(move.close)
+
+    @contextlib.contextmanager
+    def _copying(self, instance) -> ty.Iterator[_Copy]:
+        """Let no other attempt begin, and let this one be stopped.
+
+        :raises: MigrationPreCheckError
+        """
+        if instance.uuid in self._copies:
+            raise exception.MigrationPreCheckError(reason=_(
+                'The disks of the server are being copied already.'))
+        copy = self._copies[instance.uuid] = _Copy(instance)
+        try:
+            yield copy
+        finally:
+            del self._copies[instance.uuid]
+            copy.over.set()
 
     def _check_enabled(self):
         if not CONF.libvirt.vol_upload_migration:
@@ -725,21 +837,20 @@ class LibvirtDriver(driver.LibvirtDriver):
                 'vol_upload_migration = True on this host.') %
                 CONF.libvirt.disks_pool)
 
-    def _check_request(self, instance, flavor, block_device_info):
-        """Refuse what can not be done, whatever the destination is.
+    def _check_request(self, server, places, flavor):
+        """Refuse what cannot be done, whatever the destination is.
 
         :raises: ResizeError, MigrationPreCheckError
         """
-        if instance.uuid in self._cancel_events:
-            raise exception.MigrationPreCheckError(reason=_(
-                'The disks of the server are being copied already.'))
-        for path in image.list_kept(instance):
+        instance, block_device_info = server.instance, server.block_device_info
+        for path in places.kept():
             raise exception.MigrationPreCheckError(reason=_(
                 'An earlier resize kept %(kept)s and was neither confirmed '
                 'nor reverted. Find out whether that or %(disk)s is the disk '
                 'of the server, and delete the other.') % {
-                    'kept': path, 'disk': image.volume_path(
-                        instance, image.disk_name(instance, path))})
+                    'kept': path,
+                    'disk': places.volume_path(places.disk_name(path))})
+        local.recover_directory(places)
         root_shrinks = (
             flavor.root_gb < instance.flavor.root_gb and
             not self._is_booted_from_volume(block_device_info))
@@ -752,191 +863,159 @@ class LibvirtDriver(driver.LibvirtDriver):
             raise exception.ResizeError(
                 reason=_('Unable to resize disk down.'))
 
-    def _new_transfer(self, instance, dest) -> transfer.Transfer:
-        path = libvirt_utils.get_instance_path(instance)
-        pool_name = CONF.libvirt.disks_pool
-        here, there = transfer.Transfer, peer.Destination
-        if self._streams_files(instance):
-            pool_name = f'nova-{instance.uuid}'
-            here, there = directory.Transfer, directory.Destination
-        destination = there(
-            dest, destination_uri(dest), pool_name, instance.uuid, path)
-        return here(
-            self._uri(), destination, pool_name, path,
-            CONF.libvirt.vol_upload_migration_direct_read, self._bandwidth)
+    def _check_vtpm(self, instance, places) -> None:
+        """Refuse a vTPM whose state could not be put back after a failure.
 
-    def _detach_from_host(
-            self, context, instance, network_info, block_device_info):
-        """Unplug the server's ports and disconnect its Cinder volumes."""
-        self.unplug_vifs(instance, network_info)
-        for volume in virt_driver.block_device_info_get_mapping(
-                block_device_info):
-            self._disconnect_volume(
-                context, volume['connection_info'], instance)
-
-    def _copy_disks(self, context, instance, move, disks, cancel) -> None:
-        """Copy the disks, and tell how far that is."""
-        watcher = progress.Progress(
-            context, instance, move.destination.host,
-            _native(move.length, disks))
-        for disk in disks:
-            watcher.watch(disk.volume, functools.partial(
-                _native, move.copy_disk, disk, cancel))
-
-    @staticmethod
-    def _is_instance_dir_kept(instance) -> bool:
-        """Whether the server has left copies behind here.
-
-        On shared storage it has not: its disks are those of the destination.
+        :raises: MigrationPreCheckError
         """
-        return os.path.exists(
-            libvirt_utils.get_instance_path(instance) + '_resize')
+        if os.path.exists(places.vtpm_path) and not (
+                self._host.has_min_version(KEEPS_VTPM)):
+            raise exception.MigrationPreCheckError(reason=_(
+                'This libvirt deletes the state of a vTPM when a server '
+                'starts again. Install libvirt 8.9.0 or later.'))
 
-    def _keep_instance_dir(self, instance) -> None:
-        """Put the instance directory where a revert will look for it."""
-        path = libvirt_utils.get_instance_path(instance)
-        self._cleanup_failed_instance_base(path + '_resize')
-        os.rename(path, path + '_resize')
+    def _disk_info(self, server) -> list[dict[str, ty.Any]]:
+        """What Nova says of the disks of a server that have to go along."""
+        return layout.without_swap(self._get_instance_disk_info(
+            server.instance, server.block_device_info))
+
+    def _is_running(self, instance) -> bool:
+        return self.get_info(instance).state == power_state.RUNNING
+
+    def _new_transfer(self, places, dest, files, name) -> transfer.Transfer:
+        """The transfer of a server's files to another host.
+
+        :param files: the plan
+        :param name: of the server's domain
+        """
+        claim = layout.Claim.new(places.uuid)
+        uses_pool = not self._streams_files(places)
+        here, there = (
+            site.Site(daemon.Daemon(host, uri), places,
+                      CONF.libvirt.disks_pool, claim, uses_pool)
+            for host, uri in ((CONF.host, self._uri()),
+                              (dest, destination_uri(dest))))
+        return transfer.Transfer(here, there, files, name, self._bandwidth)
+
+    def _detach_from_host(self, server) -> None:
+        """Unplug the server's ports and disconnect its Cinder volumes."""
+        self.unplug_vifs(server.instance, server.network_info)
+        for volume in virt_driver.block_device_info_get_mapping(
+                server.block_device_info):
+            self._disconnect_volume(
+                server.context, volume['connection_info'], server.instance)
 
     @contextlib.contextmanager
     def _put_back_on_error(
-        self, context, instance, network_info, block_device_info, host,
-        discard, running,
-    ) -> ty.Iterator['_Cancel']:
+        self, server, copy, host,
+    ) -> ty.Iterator[undo.Undo]:
         """Undo a migration that fails after the server was powered off.
 
-        Nothing was changed on this host but that the server was taken off
-        it, so that starting it is all there is to do. Yields what is set when
-        the server is deleted, or nova-compute ends.
+        Yields the stack of what has to be undone.
 
         :param host: address of the destination
-        :param discard: clears the destination
         """
-        cancel = self._cancel_events[instance.uuid] = _Cancel(instance)
+        steps = undo.Undo()
         try:
-            yield cancel
+            yield steps
         except Exception as error:
             LOG.warning('Migration to %(host)s failed: %(error)s',
                         {'host': host, 'error': error},
-                        instance=instance)
-            failure = exception.MigrationError(
-                reason=cancel.reason or str(error))
+                        instance=server.instance)
             # Saved by Nova with the state that it gives to the server next.
-            instance.progress = 0
-            try:
-                if cancel.deleted or isinstance(error, kept.NotRestored):
-                    raise failure from error
-                if running:
-                    self._start_again(
-                        context, instance, network_info, block_device_info,
-                        failure)
-            finally:
-                if discard:
-                    self._discard_copy(instance, host, discard)
+            server.instance.progress = 0
+            steps.rewind()
+            failure = exception.MigrationError(reason='. '.join([
+                copy.reason or str(error),
+                *(str(second) for second in steps.failures
+                  if isinstance(second, errors.NotRestored))]))
+            if copy.deleted or steps.failures:
+                raise failure from error
             raise exception.InstanceFaultRollback(failure) from error
-        finally:
-            del self._cancel_events[instance.uuid]
-            cancel.over.set()
 
-    def _stop_copy(self, cancel, reason) -> None:
-        cancel.reason = reason
-        cancel.set()
-        self.job_tracker.terminate_jobs(cancel.instance)
+    def _stop_copy(self, copy, reason) -> None:
+        copy.reason = reason
+        copy.cancel.set()
+        self.job_tracker.terminate_jobs(copy.instance)
 
-    def _start_again(self, context, instance, network_info,
-                     block_device_info, failure) -> None:
-        try:
-            self.power_on(context, instance, network_info, block_device_info)
-        except Exception:
-            LOG.exception('The server could not be started again',
-                          instance=instance)
-            raise failure
+    def _start_again(self, server, copy, was_running, steps) -> None:
+        """Start a server as it ran before, unless its disks are not back."""
+        if copy.deleted or steps.failures or not was_running:
+            return
+        shares = objects.ShareMappingList.get_by_instance_uuid(
+            server.context, server.instance.uuid)
+        self.power_on(
+            server.context, server.instance, server.network_info,
+            server.block_device_info, share_info=shares)
 
     def _discard_copy(self, instance, host, discard) -> None:
         try:
             _native(discard)
-        except Exception:
+        except Exception as error:
             # The server is safe, and this is tried again.
-            LOG.exception('Failed to delete the unfinished copy on %s', host,
-                          instance=instance)
-            self._leftovers[instance.uuid, host] = discard
+            LOG.warning('Failed to delete the unfinished copy: %s', error,
+                        instance=instance)
+            self._leftovers.add(instance.uuid, host, discard)
 
     def get_available_resource(self, nodename):
         """What Nova asks for every minute, and a time to clear up."""
         if self._leftovers:
-            thread_pool_factory.spawn(self._discard_leftovers)
+            thread_pool_factory.spawn(self._leftovers.retry)
         return super().get_available_resource(nodename)
 
-    def _discard_leftovers(self) -> None:
-        """Delete what migrations that failed had to leave on other hosts."""
-        leftovers, self._leftovers = self._leftovers, {}
-        for (uuid, host), discard in leftovers.items():
-            try:
-                _native(discard)
-            except peer.Superseded as error:
-                LOG.info('Nothing to delete for server %(uuid)s: %(error)s',
-                         {'uuid': uuid, 'error': error})
-            except Exception as error:
-                LOG.info('The unfinished copy of server %(uuid)s can not be '
-                         'deleted yet: %(error)s',
-                         {'uuid': uuid, 'error': error})
-                self._leftovers.setdefault((uuid, host), discard)
-
-    @contextlib.contextmanager
-    def _restored_on_error(
-        self, instance, originals, cancel,
-    ) -> ty.Iterator[None]:
-        """Put the original disks back if copying them on this host fails.
+    @staticmethod
+    def _restore(copy, places) -> None:
+        """Put the original disks back after a copy on this host failed.
 
         :raises: NotRestored
         """
+        if copy.deleted:
+            # Only what was made since the server's deletion is there.
+            _native(local.delete_volumes, places)
+            return
         try:
-            yield
+            _native(local.restore, places)
         except Exception as error:
-            if cancel.deleted:
-                # Only what was made since the server's deletion is there.
-                self._delete_all_volumes(instance)
-                raise
-            try:
-                _native(originals.restore)
-            except Exception as second:
-                raise kept.NotRestored(
-                    f'{error}. The original disks could not be put back: '
-                    f'{second}') from error
-            raise
+            raise errors.NotRestored(
+                f'The original disks could not be put back: {error}'
+            ) from error
 
-    def _copy_here(self, instance, source, target, cancel) -> None:
+    def _copy_here(self, copy, source, target) -> None:
         """Copy a file on this host; holes stay holes."""
-        if cancel.is_set():
-            raise errors.Cancelled()
+        copy.check()
         processutils.execute(
             'cp', '--reflink=auto', '--sparse=auto', source, target,
             on_execute=lambda process:
-                self.job_tracker.add_job(instance, process.pid),
+                self.job_tracker.add_job(copy.instance, process.pid),
             on_completion=lambda process:
-                self.job_tracker.remove_job(instance, process.pid))
-
-    def _delete_all_volumes(self, instance) -> None:
-        self._delete_volumes(image.volume_prefix(instance))
-        self._delete_volumes(image.kept_prefix(instance))
-
-    def _delete_volumes(self, prefix: str) -> None:
-        if image.list_paths(prefix):
-            _native(transfer.delete_volumes, self._uri(),
-                    CONF.libvirt.disks_pool, prefix)
+                self.job_tracker.remove_job(copy.instance, process.pid))
 
 
 def destination_uri(dest: str) -> str:
     """The libvirt URI of the destination of a migration.
 
-    :param dest: its address
+    :param dest: its address, a name or an IP address
+    :raises: Unsafe if the address is neither, or the URI not safe
     """
+    if not (netutils.is_valid_ip(dest) or _HOST_NAME.fullmatch(dest)):
+        raise access.Unsafe(
+            f'{dest!r} is no address of a host',
+            'Check [libvirt]migration_inbound_addr there.')
+    uri = _uri_template()
+    if uri is None:
+        uri = driver.LibvirtDriver._live_migration_uri(dest)
+    uri = uri.replace('%s', netutils.escape_ipv6(dest))
+    access.check_uri(uri)
+    return uri
+
+
+def _uri_template() -> str | None:
+    """The URI with %s for the address, None for that of live migration."""
     uri = CONF.libvirt.vol_upload_migration_uri
     if not uri and (CONF.libvirt.live_migration_uri or
                     CONF.libvirt.live_migration_scheme):
-        return driver.LibvirtDriver._live_migration_uri(dest)
-    uri = uri or 'qemu+tls://%s/system'
-    return uri.replace('%s', netutils.escape_ipv6(dest))
+        return None
+    return uri or 'qemu+tls://%s/system'
 
 
 def check_hooks(nova_driver: type) -> None:
@@ -956,45 +1035,38 @@ def check_hooks(nova_driver: type) -> None:
                     'found': version.version_string()})
 
 
-def _native(function: ty.Callable[..., ty.Any], *args: ty.Any) -> ty.Any:
-    """Call what may block, off the eventlet hub if there is one."""
-    return threads.off_hub(function, *args)
+# What may block runs off the eventlet hub, if there is one.
+_native = threads.off_hub
 
 
 @contextlib.contextmanager
-def _rollback(
-    error_class: type[exception.NovaException], instance,
-) -> ty.Iterator[None]:
-    """Tell Nova that an error changed nothing about the server."""
+def _refused_on_error(instance) -> ty.Iterator[None]:
+    """Tell Nova that an error changed nothing about the server.
+
+    :raises: InstanceFaultRollback
+    """
     try:
         yield
     except exception.NovaException as error:
         raise exception.InstanceFaultRollback(error)
     except Exception as error:
-        LOG.warning('The server can not be migrated: %s', error,
+        LOG.warning('The server cannot be migrated: %s', error,
                     instance=instance)
         raise exception.InstanceFaultRollback(
-            error_class(reason=str(error))) from error
+            exception.MigrationPreCheckError(reason=str(error))) from error
 
 
-def _without_swap(
-    disk_info: list[dict[str, ty.Any]],
-) -> list[dict[str, ty.Any]]:
-    """The disks that have to be copied: a swap disk is made anew."""
-    return [info for info in disk_info
-            if not info['path'].endswith('disk.swap')]
+def _is_unfinished(instance, places: layout.Layout) -> bool:
+    """Whether files of a server here are a copy that was not finished.
+
+    A claim stands for one only while the server is the source host's.
+    """
+    return any(claim.source in ('', instance.host)
+               for claim in places.claims().values())
 
 
-def _vtpm_path(instance) -> str | None:
-    """Where the state of a server's vTPM is on this host, if it has one."""
-    path = os.path.join(libvirt_utils.VTPM_DIR, instance.uuid)
-    return path if os.path.exists(path) else None
-
-
-def _saved_vtpm_path(instance) -> str:
-    """Where Nova puts that while the server is migrated."""
-    return os.path.join(
-        libvirt_utils.get_instance_path(instance), peer.VTPM)
+def _is_on_one_host(migration) -> bool:
+    return migration.source_compute == migration.dest_compute
 
 
 def _refuse_vtpm(instance, where: str) -> None:
@@ -1004,7 +1076,7 @@ def _refuse_vtpm(instance, where: str) -> None:
     """
     if hardware.get_vtpm_constraint(instance.flavor, instance.image_meta):
         raise exception.MigrationPreCheckError(reason=_(
-            'A server with a vTPM and disks in a storage pool can not be '
+            'A server with a vTPM and disks in a storage pool cannot be '
             'moved between %s.') % where)
 
 
@@ -1021,29 +1093,3 @@ def _check_room_here(disk_info: list[dict[str, ty.Any]]) -> None:
             'pool %(pool)s has %(room)d bytes available.') % {
                 'needed': needed, 'pool': CONF.libvirt.disks_pool,
                 'room': room})
-
-
-def _flush(paths: list[str]) -> None:
-    """Wait until those of the files that are there are on stable storage."""
-    for path in filter(os.path.isfile, paths):
-        transfer.flush(path)
-        transfer.flush(os.path.dirname(path))
-
-
-def _disks_in(
-    path: str, disk_info: list[dict[str, ty.Any]],
-) -> list[transfer.Disk]:
-    return [transfer.Disk(os.path.basename(info['path']), info['type'])
-            for info in disk_info if os.path.dirname(info['path']) == path]
-
-
-def _disk_info_at(
-    pool_path: str, disk_info: list[dict[str, ty.Any]],
-) -> list[dict[str, ty.Any]]:
-    """The same with the paths that the disks have in another pool."""
-    def path_there(path: str) -> str:
-        if not image.is_in_pool(path):
-            return path
-        return os.path.join(pool_path, os.path.basename(path))
-
-    return [dict(info, path=path_there(info['path'])) for info in disk_info]

@@ -16,6 +16,8 @@
 import re
 from urllib import parse
 
+from nova.virt.libvirt.storage import errors
+
 # What a URI says that names a host and no transport.
 DEFAULT_TRANSPORT = 'tls'
 
@@ -80,17 +82,8 @@ _SASL_ERROR = re.compile(
     r'(?:GSSAPI Error: (?P<major>.*?) \((?P<minor>.*)\)|(?P<other>.*))\)$')
 
 
-class Unsafe(Exception):
-    """Over a URI disks must not go.
-
-    :ivar reason: why not
-    :ivar remedy: what to do about it
-    """
-
-    def __init__(self, reason: str, remedy: str):
-        super().__init__(f'{reason}. {remedy}')
-        self.reason = reason
-        self.remedy = remedy
+class Unsafe(errors.StorageError):
+    """Disks must not go over a URI."""
 
 
 def check_uri(uri: str) -> None:

@@ -26,6 +26,8 @@ import ssl
 
 from cryptography import x509
 
+from nova.virt.libvirt.storage import errors
+
 # Where libvirt looks, see https://libvirt.org/kbase/tlscerts.html.
 SYSTEM_FILES = {
     'cacert.pem': '/etc/pki/CA/cacert.pem',
@@ -46,17 +48,8 @@ _EXPIRED = 10
 _WRONG_NAME = (62, 64)
 
 
-class Unusable(Exception):
-    """A certificate does not do.
-
-    :ivar reason: which, and why
-    :ivar remedy: what to do about it
-    """
-
-    def __init__(self, reason: str, remedy: str):
-        super().__init__(f'{reason}. {remedy}')
-        self.reason = reason
-        self.remedy = remedy
+class Unusable(errors.StorageError):
+    """A certificate cannot be used."""
 
 
 @dataclasses.dataclass(frozen=True)

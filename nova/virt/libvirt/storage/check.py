@@ -13,8 +13,7 @@
 
 """Look whether servers could be migrated to another host, before they are.
 
-What a migration checks before it changes anything is checked by the same code
-here. Every wait has a bound, and nothing stays on the other host.
+Every wait has a bound, and nothing stays on the other host.
 """
 
 import contextlib
@@ -31,8 +30,11 @@ from oslo_utils import versionutils
 
 from nova.virt.libvirt.storage import access
 from nova.virt.libvirt.storage import certificates
-from nova.virt.libvirt.storage import peer
+from nova.virt.libvirt.storage import daemon
+from nova.virt.libvirt.storage import errors
+from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt.storage import pool as storage_pool
+from nova.virt.libvirt.storage import site as server_site
 from nova.virt.libvirt.storage import stream
 from nova.virt.libvirt.storage import threads
 
@@ -84,17 +86,14 @@ class Finding:
         return text.replace('\n', ' ')
 
 
-class Problem(Exception):
+class Problem(errors.StorageError):
     """Something is not as it has to be.
 
-    :ivar reason: what
-    :ivar remedy: what to do about it
+    :ivar status: WARN or FAIL
     """
 
     def __init__(self, reason: str, remedy: str, status: str = FAIL):
-        super().__init__(f'{reason}; {remedy}')
-        self.reason = reason
-        self.remedy = remedy
+        super().__init__(reason, remedy)
         self.status = status
 
 
@@ -132,11 +131,10 @@ class Checks:
         try:
             return Finding(self.host, OK, what, threads.within(
                 seconds or STEP_SECONDS, step))
-        except Problem as problem:
-            return self._finding(problem.status, what, problem)
-        except (access.Unsafe, peer.Unsuitable,
-                certificates.Unusable) as problem:
-            return self._finding(FAIL, what, problem)
+        except errors.StorageError as problem:
+            return Finding(
+                self.host, getattr(problem, 'status', FAIL), what,
+                problem.reason, problem.remedy.rstrip('.'))
         except TimeoutError as error:
             return Finding(
                 self.host, FAIL, what, str(error),
@@ -145,10 +143,6 @@ class Checks:
             return Finding(
                 self.host, FAIL, what, str(error) or repr(error),
                 "Look into libvirt's log on both hosts")
-
-    def _finding(self, status: str, what: str, problem: ty.Any) -> Finding:
-        return Finding(self.host, status, what, str(problem.reason),
-                       problem.remedy.rstrip('.'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +216,7 @@ class Source(Checks):
 
     def _libvirt(self) -> str:
         try:
-            self._connection = peer.open_connection(self._settings.uri)
+            self._connection = daemon.open_connection(self._settings.uri)
         except libvirt.libvirtError as error:
             raise Problem(f'{self._settings.uri}: {error}',
                           'Start libvirt, and let this user connect to it')
@@ -234,7 +228,7 @@ class Source(Checks):
         name = self._settings.pool
         try:
             self.pool = storage_pool.Pool.lookup(self._connection, name)
-        except (storage_pool.PoolNotFound, storage_pool.PoolInactive):
+        except (errors.PoolNotFound, errors.PoolInactive):
             raise Problem(f'there is no active storage pool {name}',
                           'Restart nova-compute on this host')
         if self.pool.path != self._settings.pool_path.rstrip('/'):
@@ -267,9 +261,7 @@ class Destination(Checks):
         self._shares_directory = False
         self._port = self._uri.port or PORTS.get(self._transport, 0)
         self._probe_name = f'nova-check-{uuidutils.generate_uuid()}'
-        self._peer = peer.Destination(
-            host, uri, settings.pool, self._probe_name,
-            settings.instances_path)
+        self._site = self._new_site()
 
     def run(self) -> ty.Iterator[Finding]:
         """Yield what is found, one after the other."""
@@ -287,7 +279,17 @@ class Destination(Checks):
             if not self._failed:
                 yield from self._run_probe()
         finally:
-            _close(self._peer)
+            _close(self._site)
+
+    def _new_site(self) -> server_site.Site:
+        """The places of a server that is not there, on the host."""
+        return server_site.Site(
+            daemon.Daemon(self.host, self._uri.geturl()),
+            layout.Layout(
+                self._probe_name, self._settings.pool_path,
+                os.path.join(self._settings.instances_path,
+                             self._probe_name)),
+            self._settings.pool, layout.Claim.new(self._probe_name))
 
     def _check_uri(self) -> str:
         uri = self._uri.geturl()
@@ -360,8 +362,8 @@ class Destination(Checks):
         return certificates.find_files(parameters.get('pkipath'))
 
     def _connect(self) -> str:
-        self._peer.connect()
-        self._connection = self._peer.pool.libvirt_pool.connect()
+        self._site.connect()
+        self._connection = self._site.daemon.connection
         version = self._connection.getLibVersion()
         there, here = map(versionutils.convert_version_to_str, (
             version, self._source.version))
@@ -376,8 +378,9 @@ class Destination(Checks):
             f'{self._transport} {weakness}', access.WEAKNESS_REMEDY, WARN)
 
     def _look_at_pool(self) -> str:
-        self._peer.pool.refresh()
-        # With what the refresh found about its directory.
+        # A refresh finds out who owns its directory.
+        storage_pool.Pool.lookup(
+            self._connection, self._settings.pool).refresh()
         self._pool = storage_pool.Pool.lookup(
             self._connection, self._settings.pool)
         return _describe(self._pool)
@@ -409,8 +412,8 @@ class Destination(Checks):
         self, path: str,
     ) -> tuple[storage_pool.Permissions, set[str]]:
         """Who owns a directory there, and what is in it."""
-        with storage_pool.at(
-                self._connection, path, self._probe_name) as directory:
+        with storage_pool.at(self._connection, path=path,
+                             name=self._probe_name) as directory:
             directory.refresh()
             return directory.permissions, {
                 file.name for file in directory.volumes()}
@@ -438,7 +441,8 @@ class Destination(Checks):
                 yield removal
 
     def _shared(self) -> str:
-        self._peer.create_disk(self._probe_name, PROBE_BYTES)
+        self._site.create(layout.File(
+            self._probe_name, layout.POOL, ''), PROBE_BYTES)
         if self._source.pool is None:
             raise Problem('unknown, as this host has no pool',
                           'See above', WARN)
@@ -456,7 +460,7 @@ class Destination(Checks):
 
     def _probe(self) -> str:
         source = stream.MemorySource(os.urandom(PROBE_BYTES))
-        volume = self._peer.pool.volume(self._probe_name).libvirt_volume
+        volume = self._pool.volume(self._probe_name).libvirt_volume
         result = stream.copy(
             source, stream.VolumeSink(volume, length=PROBE_BYTES),
             PROBE_BYTES)
@@ -472,14 +476,10 @@ class Destination(Checks):
 
     def _remove_probe(self) -> str:
         """Over a connection of its own: the other may be what is broken."""
-        cleaner = peer.Destination(
-            self.host, self._uri.geturl(), self._settings.pool,
-            self._probe_name, self._settings.instances_path)
+        cleaner = self._new_site()
         try:
             cleaner.connect()
-            cleaner.pool.refresh()
-            for volume in cleaner.pool.volumes(self._probe_name):
-                volume.delete()
+            cleaner.clear_pool()
         except Exception as error:
             raise Problem(
                 f'volume {self._probe_name} is left there: {error}',

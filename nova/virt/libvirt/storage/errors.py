@@ -91,16 +91,21 @@ class HostError(StorageError):
 
     :ivar host: address of the host
     :ivar uri: libvirt URI of the host
+    :ivar file: name of the file that was copied there; may be empty
     """
 
-    def __init__(self, host: str, uri: str, reason: ty.Any, remedy: str = ''):
+    def __init__(self, host: str, uri: str, reason: ty.Any, remedy: str = '',
+                 file: str = ''):
         super().__init__(reason, remedy)
         self.host = host
         self.uri = uri
+        self.file = file
 
     def __str__(self) -> str:
-        return _fit(f'host {self.host} ({self.uri}): ', self.reason,
-                    self.remedy)
+        place = f'host {self.host} ({self.uri}): '
+        if self.file:
+            place = f'{self.file} to {place}'
+        return _fit(place, self.reason, self.remedy)
 
 
 def add_note(error: BaseException, note: str) -> None:

@@ -23,11 +23,11 @@ import typing as ty
 
 import nova.conf
 from nova.conf import storage_migrate  # noqa: F401 (registers the options)
+from nova.virt.libvirt.storage import daemon
 from nova.virt.libvirt.storage import errors
-from nova.virt.libvirt.storage import peer
+from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt.storage import pool as storage_pool
 from nova.virt.libvirt.storage import stream
-from nova.virt.libvirt.storage import transfer
 
 try:
     import libvirt
@@ -37,7 +37,7 @@ except ImportError:
 CONF = nova.conf.CONF
 
 
-class FetchError(Exception):
+class FetchError(errors.StorageError):
     """A file did not come.
 
     :ivar path: its path
@@ -90,10 +90,11 @@ def _directory(
     uri: str, path: str, pool_name: str,
 ) -> ty.Iterator[storage_pool.Pool]:
     """A pool of the directory of a file, over a connection of its own."""
-    connection = peer.open_bounded(uri)
+    connection = daemon.open_connection(uri)
     try:
         with storage_pool.at(
-                connection, os.path.dirname(path), pool_name) as pool:
+                connection, path=os.path.dirname(path),
+                name=pool_name) as pool:
             pool.refresh()
             yield pool
     finally:
@@ -111,7 +112,7 @@ def _fetch(
         leftover.delete()
     length = source.length
     part = pool.create_volume(name, length, storage_pool.Permissions(
-        os.geteuid(), os.getegid(), peer.FILE_MODE))
+        os.geteuid(), os.getegid(), layout.FILE_MODE))
     try:
         result = stream.copy(
             stream.VolumeSource(source.libvirt_volume),
@@ -133,7 +134,7 @@ def _put_in_place(part: str, path: str, length: int) -> None:
     size = os.path.getsize(part)
     if size != length:
         raise OSError(f'it has {size} bytes after {length} were written')
-    transfer.flush(part)
+    layout.flush(part)
     with contextlib.suppress(FileExistsError):
         os.link(part, path)
-    transfer.flush(os.path.dirname(path))
+    layout.flush(os.path.dirname(path))

@@ -13,21 +13,21 @@
 
 """Storage pools and their volumes: thin wrappers on libvirt's objects.
 
-Every call here may block on a libvirt daemon, possibly on another host's. In
-eventlet mode call it through ``nova.utils.tpool_wrap``, or with objects of a
-connection that is wrapped so already, as that of nova.virt.libvirt.host is.
+Every call here may block on a libvirt daemon, possibly on another host's.
+Under eventlet call it through :func:`threads.off_hub`.
 """
 
 import contextlib
 import dataclasses
+import errno
 import os
-import sys
 import typing as ty
 
 from lxml import builder
 from lxml import etree
 import tenacity
 
+from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import threads
 
 try:
@@ -40,33 +40,30 @@ E = builder.ElementMaker()
 # The end of an upload makes libvirt refresh the pool in the background, and
 # other calls on the pool can be refused while that starts. Seconds.
 BUSY_WAIT = 0.1
-BUSY_TIMEOUT = 10
+BUSY_TIMEOUT = 5
 
 
-class PoolNotFound(Exception):
-    """The host has no storage pool of that name."""
-
-
-class PoolInactive(Exception):
-    """The storage pool is defined on the host but not started."""
+# Reads what a daemon says, which may be another host's: no entity of it may
+# name a file of this host.
+_PARSER = etree.XMLParser(resolve_entities=False, no_network=True)
 
 
 def _is_busy(error: BaseException) -> bool:
+    """Whether a pool may have asynchronous jobs running.
+
+    The text of the error is in the daemon's language, its code is one for all
+    internal errors.
+    """
     return (isinstance(error, libvirt.libvirtError) and
-            'asynchronous jobs running' in str(error))
-
-
-def _sleep(seconds: float) -> None:
-    # Not time.sleep(): under eventlet that is the hub's, and this is a
-    # native thread, which would get a hub of its own.
-    threads.native_threading().Event().wait(seconds)
+            error.get_error_code() == libvirt.VIR_ERR_INTERNAL_ERROR and
+            error.get_error_domain() == libvirt.VIR_FROM_STORAGE)
 
 
 _retry_busy = tenacity.retry(
     retry=tenacity.retry_if_exception(_is_busy),
     wait=tenacity.wait_fixed(BUSY_WAIT),
     stop=tenacity.stop_after_delay(BUSY_TIMEOUT),
-    sleep=_sleep, reraise=True)
+    sleep=threads.sleep, reraise=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +129,7 @@ class Volume:
     @property
     def mode(self) -> int:
         """The permission bits of the volume's file."""
-        xml = etree.fromstring(self.libvirt_volume.XMLDesc(0))
+        xml = _parse(self.libvirt_volume.XMLDesc(0))
         return int(xml.findtext('target/permissions/mode'), 8)
 
     def delete(self) -> None:
@@ -150,7 +147,7 @@ class Pool:
     def __init__(self, pool: 'libvirt.virStoragePool'):
         self.libvirt_pool = pool
         self.name: str = pool.name()
-        target = etree.fromstring(pool.XMLDesc(0)).find('target')
+        target = _parse(pool.XMLDesc(0)).find('target')
         self.path: str = target.findtext('path')
         self.permissions = Permissions(
             owner=int(target.findtext('permissions/owner')),
@@ -165,45 +162,54 @@ class Pool:
         """
         pool = _lookup(connection, name)
         if pool is None:
-            raise PoolNotFound(name)
+            raise errors.PoolNotFound(
+                f'there is no storage pool {name}',
+                'Set [libvirt]use_storage_pools in nova.conf there and '
+                'restart nova-compute.')
         if not pool.isActive():
-            raise PoolInactive(name)
+            raise errors.PoolInactive(
+                f'storage pool {name} is not active',
+                f'Start it there: virsh pool-start {name}')
         return cls(pool)
 
     @classmethod
     def ensure(
         cls,
         connection: 'libvirt.virConnect',
+        *,
         name: str,
         path: str,
         permissions: Permissions,
+        autostart: bool,
     ) -> 'Pool':
         """Find this host's pool; define, build and start it where needed.
 
-        It will start with the host's libvirt daemon. What an operator made
-        under this name is used as it is.
+        A pool that an operator made under this name is used as it is.
 
         :param path: target directory of a pool that has to be defined
         :param permissions: of that directory
+        :param autostart: whether the pool starts with the libvirt daemon
         """
         pool = _lookup(connection, name)
         flags = 0
         if pool is None:
             pool = connection.storagePoolDefineXML(
                 _pool_xml(name, path, permissions), 0)
-            pool.setAutostart(1)
             flags = libvirt.VIR_STORAGE_POOL_CREATE_WITH_BUILD
         elif not os.path.isdir(path):
             # An attempt to build it may have failed.
             flags = libvirt.VIR_STORAGE_POOL_CREATE_WITH_BUILD
         if not pool.isActive():
             pool.create(flags)
+        if bool(pool.autostart()) != autostart:
+            pool.setAutostart(int(autostart))
         return cls(pool)
 
     @classmethod
     def attach(
         cls,
         connection: 'libvirt.virConnect',
+        *,
         name: str,
         path: str,
         permissions: Permissions | None = None,
@@ -285,6 +291,14 @@ class Pool:
         """End a transient pool; its directory stays."""
         self.libvirt_pool.destroy()
 
+    def release(self) -> None:
+        """End a transient pool if the connection still stands.
+
+        A pool that stays is in nobody's way: the next attempt uses it.
+        """
+        with contextlib.suppress(libvirt.libvirtError, TimeoutError):
+            self.detach()
+
     def remove(self) -> None:
         """End a transient pool and remove its directory, which is empty."""
         connection = self.libvirt_pool.connect()
@@ -301,17 +315,17 @@ class Pool:
 def _is_shared_pool(error: BaseException) -> bool:
     """Whether somebody else made or removed a pool of a directory."""
     return isinstance(error, libvirt.libvirtError) and (
-        error.get_error_code() == libvirt.VIR_ERR_NO_STORAGE_POOL or
-        'source conflict' in str(error))
+        error.get_error_code() in (libvirt.VIR_ERR_NO_STORAGE_POOL,
+                                   libvirt.VIR_ERR_OPERATION_FAILED))
 
 
 @tenacity.retry(
     retry=tenacity.retry_if_exception(_is_shared_pool),
     wait=tenacity.wait_fixed(BUSY_WAIT),
     stop=tenacity.stop_after_delay(BUSY_TIMEOUT),
-    sleep=_sleep, reraise=True)
+    sleep=threads.sleep, reraise=True)
 def inspect(
-    connection: 'libvirt.virConnect', path: str, name: str,
+    connection: 'libvirt.virConnect', *, path: str, name: str,
 ) -> Directory:
     """Look at a directory, which has to exist.
 
@@ -321,13 +335,13 @@ def inspect(
 
     :param name: of a transient pool, if there is no other
     """
-    with at(connection, path, name) as pool:
+    with at(connection, path=path, name=name) as pool:
         return Directory(pool.path, pool.permissions, pool.available)
 
 
 @contextlib.contextmanager
 def at(
-    connection: 'libvirt.virConnect', path: str, name: str,
+    connection: 'libvirt.virConnect', *, path: str, name: str,
 ) -> ty.Iterator[Pool]:
     """The pool of a directory, or one that is made and ended again.
 
@@ -348,29 +362,31 @@ def at(
 
 @contextlib.contextmanager
 def attached(
-    connection: 'libvirt.virConnect', name: str, path: str,
+    connection: 'libvirt.virConnect', *, name: str, path: str,
 ) -> ty.Iterator[Pool]:
     """A transient pool of a directory, for as long as the body runs.
 
     :param path: the directory, which has to exist
     """
-    pool = Pool.attach(connection, name, path)
+    pool = Pool.attach(connection, name=name, path=path)
     try:
         pool.refresh()
         yield pool
-    finally:
-        # One that stays, as the connection was lost, is in nobody's way: the
-        # next attempt uses it. A daemon that hangs would hang with this, too.
-        if not isinstance(sys.exception(), TimeoutError):
-            with contextlib.suppress(libvirt.libvirtError, TimeoutError):
-                pool.detach()
+    except TimeoutError:
+        # Skip the end of the pool: a daemon that hangs would hang with it.
+        raise
+    except BaseException:
+        pool.release()
+        raise
+    pool.release()
 
 
 @contextlib.contextmanager
 def inside(parent: Pool, name: str) -> ty.Iterator[Pool]:
     """The same of a directory in that of another pool."""
-    with attached(parent.libvirt_pool.connect(), f'{parent.name}-{name}',
-                  os.path.join(parent.path, name)) as pool:
+    with attached(parent.libvirt_pool.connect(),
+                  name=f'{parent.name}-{name}',
+                  path=os.path.join(parent.path, name)) as pool:
         yield pool
 
 
@@ -418,6 +434,16 @@ def _pool_xml(name: str, path: str, permissions: Permissions | None) -> str:
     if permissions:
         target.append(permissions.xml())
     return _text(E.pool(E.name(name), target, type='dir'))
+
+
+def is_missing(error: 'libvirt.libvirtError') -> bool:
+    """Whether libvirt found no file or directory at a path."""
+    return (error.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR and
+            error.get_int1() == errno.ENOENT)
+
+
+def _parse(xml: str) -> ty.Any:
+    return etree.fromstring(xml.encode(), _PARSER)
 
 
 def _text(xml: etree._Element) -> str:

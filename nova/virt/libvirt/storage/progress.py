@@ -11,12 +11,13 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-"""How far the disks of a server are, told where operators look.
+"""Report how far the files of a server are, where operators look.
 
 That is in ``openstack server show`` while the server is resized or migrated,
 in the record of its migration, and in the log.
 """
 
+import collections
 from concurrent import futures
 import threading
 import time
@@ -37,53 +38,61 @@ INTERVAL = 5
 
 
 class Progress:
-    """The disks of one server on their way to another host.
+    """The files of one server on their way to another host.
 
-    What copies them runs in threads of its own, and only notes how far it is.
-    All that needs the database or the log happens in the thread that waits,
-    which is one of Nova's: under eventlet a native thread could do neither.
+    A transfer is watched through begin(), note() and end(), which only take
+    notes: they are called in the thread that copies. All that needs the
+    database or the log happens in the thread that waits in watch(), which is
+    one of Nova's: under eventlet a native thread could do neither.
     """
 
-    def __init__(self, context, instance, host: str, total: int):
-        """Begin to measure; nothing is told yet.
+    def __init__(self, context, instance, host: str):
+        """Name the server; nothing is reported yet.
 
         :param instance: the server; its ``progress`` becomes per cent
         :param host: address of the destination
-        :param total: bytes of all disks, holes included
         """
         self._context = context
         self._instance = instance
         self._host = host
-        self._total = total
+        self._total = 0
         self._migration: ty.Any = None
         self._figures: dict[str, tuple[int, int]] = {}
+        self._ended: collections.deque[tuple[str, stream.Result]] = (
+            collections.deque())
         self._started = self._told = time.monotonic()
         self._wire_told = 0
 
-    def watch(
-        self, disk: str, copy: ty.Callable[[stream.Progress], stream.Result],
-    ) -> stream.Result:
-        """Copy a disk, and tell every few seconds how far it is.
+    def begin(self, total: int) -> None:
+        """Note how much there is to copy.
 
-        :param disk: its name
-        :param copy: does it, in another thread; is given what to call with
-            the bytes done and sent so far
-        :returns: what ``copy`` returned
-        :raises: what ``copy`` raised
+        :param total: bytes of all files, holes included
         """
-        def note(done: int, wire: int) -> None:
-            self._figures[disk] = (done, wire)
+        self._total = total
 
-        copying = _start(lambda: copy(note))
+    def note(self, name: str, done: int, wire: int) -> None:
+        """Note the bytes of a file done and sent so far."""
+        self._figures[name] = (done, wire)
+
+    def end(self, name: str, result: stream.Result) -> None:
+        """Note that a file has arrived."""
+        self.note(name, result.length, result.wire)
+        self._ended.append((name, result))
+
+    def watch(self, run: ty.Callable[[], None]) -> None:
+        """Copy, and report every few seconds how far it is.
+
+        :param run: does it, in another thread
+        :raises: what ``run`` raised
+        """
+        copying = _start(run)
         while not self._ends(copying):
+            self._tell_ended()
             self._tell()
             self._save()
-        result = copying.result()
-        note(result.length, result.wire)
-        self._tell_end(disk, result)
-        if self._done == self._total:
-            self._save()
-        return result
+        self._tell_ended()
+        copying.result()
+        self._save()
 
     @property
     def _done(self) -> int:
@@ -93,10 +102,14 @@ class Progress:
     def _wire(self) -> int:
         return sum(wire for _done, wire in list(self._figures.values()))
 
-    def _ends(self, copying: 'futures.Future[stream.Result]') -> bool:
+    def _ends(self, copying: 'futures.Future[None]') -> bool:
         """Wait for the end of a copy, but no longer than the next report."""
         wait = self._told + INTERVAL - time.monotonic()
         return bool(futures.wait([copying], max(0, wait)).done)
+
+    def _tell_ended(self) -> None:
+        while self._ended:
+            self._tell_end(*self._ended.popleft())
 
     def _tell(self) -> None:
         now = time.monotonic()
@@ -115,12 +128,12 @@ class Progress:
                   'rate': rate / units.Mi, 'left': left},
                  instance=self._instance)
 
-    def _tell_end(self, disk: str, result: stream.Result) -> None:
+    def _tell_end(self, name: str, result: stream.Result) -> None:
         rate = result.wire / max(result.seconds, 0.001)
-        LOG.info('Copied %(disk)s to %(host)s: %(bytes)d bytes, %(wire)d on '
+        LOG.info('Copied %(name)s to %(host)s: %(bytes)d bytes, %(wire)d on '
                  'the wire, %(seconds).1f s, %(rate).1f MiB/s, read from the '
                  '%(source)s',
-                 {'disk': disk, 'host': self._host, 'bytes': result.length,
+                 {'name': name, 'host': self._host, 'bytes': result.length,
                   'wire': result.wire, 'seconds': result.seconds,
                   'rate': rate / units.Mi, 'source': result.source},
                  instance=self._instance)
@@ -141,7 +154,7 @@ class Progress:
     def _save_server(self, percent: int) -> None:
         if self._instance.progress != percent:
             self._instance.progress = percent
-            # Of a server that was deleted nothing is to be saved any more.
+            # Do not save if the server has been deleted meanwhile.
             self._instance.save(
                 expected_task_state=task_states.RESIZE_MIGRATING)
 
@@ -155,20 +168,19 @@ class Progress:
         self._migration.save()
 
 
-def _start(
-    function: ty.Callable[[], stream.Result],
-) -> 'futures.Future[stream.Result]':
+def _start(run: ty.Callable[[], None]) -> 'futures.Future[None]':
     """Call a function in a thread of its own, green under eventlet.
 
-    Not one of an executor of Nova's: a copy may take hours.
+    Not in one of an executor of Nova's: a copy may take hours.
     """
-    future: futures.Future[stream.Result] = futures.Future()
+    future: futures.Future[None] = futures.Future()
 
-    def run() -> None:
+    def call() -> None:
         try:
-            future.set_result(function())
+            run()
+            future.set_result(None)
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, name='copy', daemon=True).start()
+    threading.Thread(target=call, name='copy', daemon=True).start()
     return future

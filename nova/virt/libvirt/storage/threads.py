@@ -30,6 +30,17 @@ except ImportError:
     libvirt = None
 
 
+class NoAnswer(TimeoutError):
+    """A call took too long.
+
+    :ivar thread: in which it goes on
+    """
+
+    def __init__(self, seconds: float, thread: ty.Any):
+        super().__init__(f'no answer within {seconds} seconds')
+        self.thread = thread
+
+
 def native_threading() -> ty.Any:
     """The threading module whose threads and locks are the system's own."""
     eventlet = utils.get_eventlet()
@@ -77,7 +88,7 @@ def within(seconds: float, function: ty.Callable[[], ty.Any]) -> ty.Any:
     Blocks the calling native thread.
 
     :param seconds: how long to wait
-    :raises: TimeoutError; the thread then ends when the function does
+    :raises: NoAnswer; the thread then ends when the function does
     :raises: what the function raises
     """
     outcome: dict[str, ty.Any] = {}
@@ -91,7 +102,7 @@ def within(seconds: float, function: ty.Callable[[], ty.Any]) -> ty.Any:
         # block too, and an error that holds `outcome` would free it in the
         # caller's thread.
         del outcome
-        raise TimeoutError(f'no answer within {seconds} seconds')
+        raise NoAnswer(seconds, thread)
     return _result(outcome)
 
 

@@ -11,375 +11,231 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-"""Take a server's disks from this host's storage pool to another host's.
+"""Take a server's files from this host to another one.
 
-Every call here blocks. In eventlet mode call it through
-``nova.utils.tpool_wrap``; nothing here logs, for the same reason as in
+Every call here blocks. Under eventlet call it through
+:func:`threads.off_hub`; nothing here logs, for the same reason as in
 ``stream``.
 """
 
 import contextlib
-import dataclasses
-import os
-import tempfile
 import typing as ty
-
-from oslo_serialization import jsonutils
 
 import nova.conf
 from nova.conf import storage_migrate  # noqa: F401 (registers the options)
+from nova.virt.libvirt.storage import daemon as libvirt_daemon
 from nova.virt.libvirt.storage import errors
-from nova.virt.libvirt.storage import image
-from nova.virt.libvirt.storage import peer
-from nova.virt.libvirt.storage import pool as storage_pool
+from nova.virt.libvirt.storage import layout
+from nova.virt.libvirt.storage import site as server_site
 from nova.virt.libvirt.storage import stream
+
+try:
+    import libvirt
+except ImportError:
+    libvirt = None
 
 CONF = nova.conf.CONF
 
-# Of a server that was made from a kernel image. Nova takes them from Glance,
-# which may have lost them.
-BOOT_FILES = ('kernel', 'ramdisk')
+# A file up to this length goes over the connection that is open: a connection
+# of its own costs more than it saves.
+SHORT_BYTES = 1024 * 1024
 
-# What may be in the instance directory of a server with disks in a pool, and
-# has to come along as it is.
-FILES = ('disk.config', *BOOT_FILES)
-
-
-@dataclasses.dataclass(frozen=True)
-class Disk:
-    """A disk of a server that is a volume of the disks pool.
-
-    :ivar volume: name of the volume, the same on both hosts
-    :ivar format: what Nova recorded when it made the disk
-    """
-    volume: str
-    format: str
+_ALIVE_REMEDY = ('The daemon is alive and may wait for storage. Check the '
+                 'kernel log on that host.')
+_LOG_REMEDY = "Check libvirt's log on both hosts."
 
 
-class TransferError(Exception):
-    """A volume did not arrive.
+class Watch(ty.Protocol):
+    """Whom a transfer tells how far it is.
 
-    :ivar volume: its name
-    :ivar host: address of the destination
-    :ivar uri: libvirt URI of the destination
+    All is called in the thread that copies: it must return soon and not log.
     """
 
-    def __init__(self, volume: str, host: str, uri: str, reason: str):
-        super().__init__(f'{volume} to host {host} ({uri}): {reason}')
-        self.volume = volume
-        self.host = host
-        self.uri = uri
+    def begin(self, total: int) -> None:
+        """Called before the first file.
+
+        :param total: bytes of all files, holes included
+        """
+
+    def note(self, name: str, done: int, wire: int) -> None:
+        """Called with the bytes of a file done and sent so far."""
+
+    def end(self, name: str, result: stream.Result) -> None:
+        """Called when a file has arrived."""
 
 
 class Transfer:
-    """The disks and the instance directory of one server, on their way."""
+    """The files of one server on their way from one site to another.
+
+    :ivar there: the site on the destination host
+    """
 
     def __init__(
         self,
-        source_uri: str,
-        destination: peer.Destination,
-        pool_name: str,
-        directory: str,
-        direct_read: bool = True,
+        here: server_site.Site,
+        there: server_site.Site,
+        files: list[layout.File],
+        name: str,
         bandwidth: stream.Bandwidth | None = None,
     ):
         """Say what is to go where; nothing happens yet.
 
-        :param source_uri: libvirt URI of this host
-        :param pool_name: name of the disks pool
-        :param directory: path of the server's instance directory
-        :param direct_read: whether files may be read past libvirt
+        :param here: the site on this host
+        :param files: the plan, see Layout.plan()
+        :param name: of the server's domain
         :param bandwidth: limit that all transfers of this host share
         """
-        self.destination = destination
-        self._source_uri = source_uri
-        self._pool_name = pool_name
-        self._directory = directory
-        self._record = os.path.join(directory, 'disk.info')
-        self._direct_read = direct_read
+        self.there = there
+        self._here = here
+        self._files = files
+        self._name = name
         self._bandwidth = bandwidth
-        self._connection: ty.Any = None
-        self._source_pool: storage_pool.Pool
 
-    def check(self, disks: list[Disk]) -> None:
-        """Connect to both hosts, and check that the other takes the disks.
+    def check(self) -> None:
+        """Connect to both hosts; check that the other can take the server.
 
-        Changes nothing on the other.
+        Changes nothing on either.
 
-        :raises: peer.Unsuitable
+        :raises: HostError
         """
-        # Not Nova's own connection: the copy would hold up what else Nova
-        # has to ask libvirt.
-        self._connection = peer.open_connection(self._source_uri)
-        self._source_pool = self._find_source_pool()
-        self._source_pool.refresh()
-        needed = sum(self._source_pool.volume(disk.volume).allocation
-                     for disk in disks)
-        self.destination.connect()
-        self.destination.check(needed, self._source_pool)
+        with self._located(self._here.daemon):
+            self._here.connect()
+            needed = {place: sum(file.allocation() for file in self._files
+                                 if file.place == place)
+                      for place in (layout.POOL, layout.DIRECTORY)}
+        with self._located(self.there.daemon):
+            self.there.connect()
+            self.there.check(self._here.layout, self._name, needed)
 
-    def length(self, disks: list[Disk]) -> int:
-        """Bytes that copies of the disks will have, holes included."""
-        return sum(self._source_pool.volume(disk.volume).length
-                   for disk in disks)
+    def shares_directory(self) -> bool:
+        """Whether both hosts have the instance directory in common.
 
-    def copy_disk(
-        self, disk: Disk, cancel: stream.CancelEvent | None,
-        progress: stream.Progress | None = None,
-    ) -> stream.Result:
-        """Copy a disk, and look whether it arrived.
-
-        :param progress: told how far the copy is, in a thread of its own
-        :raises: TransferError, errors.Cancelled
+        :raises: HostError
         """
-        try:
-            source = self._source_pool.volume(disk.volume)
-            length = source.length
-            volume = self.destination.create_disk(disk.volume, length)
-            result = self._copy(source, length, volume, cancel, progress)
-            self.destination.verify_disk(disk.volume, length)
-            return result
-        except errors.Cancelled:
-            raise
-        except Exception as error:
-            raise self._error(disk.volume, error) from error
+        with self._located(self.there.daemon):
+            self.there.connect()
+            return self.there.shares_directory(self._here.layout)
 
-    def copy_instance_dir(
-        self, disks: list[Disk], cancel: stream.CancelEvent | None,
-    ) -> None:
-        """Copy what belongs to the disks from the instance directory.
+    def claim(self) -> None:
+        """Take possession of the names on the destination.
 
-        That is FILES, and the record of the disks' formats with the paths
-        that they have over there.
-
-        :raises: TransferError, errors.Cancelled
+        :raises: HostError
         """
-        name = 'disk.info'
-        try:
-            self._write_disk_info(disks)
-            for name in FILES:
-                if os.path.exists(os.path.join(self._directory, name)):
-                    self._copy_file(name, cancel)
-            self.destination.settle()
-        except errors.Cancelled:
-            raise
-        except Exception as error:
-            raise self._error(name, error) from error
+        if not self.there.is_shared:
+            with self._located(self.there.daemon):
+                self.there.claim()
 
-    def copy_vtpm(
-        self, path: str, cancel: stream.CancelEvent | None,
-    ) -> None:
-        """Copy the state of a server's vTPM, which stays here too.
+    def run(self, cancel: stream.CancelEvent | None = None,
+            watch: Watch | None = None) -> None:
+        """Copy every file of the plan; the server is off.
 
-        It goes into the instance directory. From there Nova's own code, which
-        finishes the migration, takes it to where libvirt looks for it.
+        When this returns all files have arrived and are complete. They need
+        not be on stable storage yet: the destination sees to that before it
+        starts the server.
 
-        :param path: its directory on this host
-        :raises: TransferError, errors.Cancelled
+        :param cancel: stops the copy when set
+        :raises: HostError, Cancelled
         """
-        name = os.path.basename(path)
-        try:
-            with (storage_pool.attached(
-                    self._connection, f'nova-{name}-state', path) as source,
-                  self.destination.vtpm() as target):
-                self._copy_directory(source, target, name, cancel)
-        except errors.Cancelled:
-            raise
-        except Exception as error:
-            raise self._error('the state of the vTPM', error) from error
+        with self._located(self._here.daemon):
+            files = [*self._files, *self._here.vtpm(), self._record()]
+            total = sum(map(self._here.length, files))
+        if watch:
+            watch.begin(total)
+        for file in files:
+            with self._located(self.there.daemon, file.name):
+                self._move(file, cancel, watch)
+        with self._located(self.there.daemon):
+            self.there.settle()
 
-    def _copy_directory(
-        self, source: storage_pool.Pool, parent: storage_pool.Pool,
-        name: str, cancel: stream.CancelEvent | None,
-    ) -> None:
-        """Copy a directory, with the modes that all in it has here."""
-        with self.destination.subdirectory(
-                parent, name, source.permissions.mode) as target:
-            for volume in source.volumes():
-                if volume.is_directory:
-                    with storage_pool.inside(source, volume.name) as inner:
-                        self._copy_directory(
-                            inner, target, volume.name, cancel)
-                    continue
-                length = volume.length
-                file = self.destination.create_in(
-                    target, volume.name, length, volume.mode)
-                if length:
-                    self._copy(volume, length, file, cancel)
-                target.refresh()
-                self.destination.verify(target, volume.name, length)
+    def discard(self) -> None:
+        """Delete what was made on the destination.
 
-    def record_disks(self, disks: list[Disk]) -> None:
-        """Add the paths over there to the record of formats, which is shared.
-
-        :raises: OSError
+        :raises: HostError
         """
-        formats = image.recorded_formats(self._record) | {
-            self.destination_path(disk): disk.format for disk in disks}
-        with tempfile.NamedTemporaryFile('w', dir=self._directory,
-                                         delete=False) as record:
-            record.write(jsonutils.dumps(formats) + '\n')
-        os.chmod(record.name, peer.FILE_MODE)
-        os.replace(record.name, self._record)
-
-    def destination_path(self, disk: Disk) -> str:
-        """Path of a disk on the destination."""
-        return os.path.join(self.destination.disks_path, disk.volume)
+        with self._located(self.there.daemon):
+            self.there.discard()
 
     def close(self) -> None:
         """Close the connections to both hosts."""
-        self.destination.close()
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        self.there.close()
+        self._here.close()
 
-    def _find_source_pool(self) -> storage_pool.Pool:
-        return storage_pool.Pool.lookup(self._connection, self._pool_name)
+    def formats(self) -> dict[str, str]:
+        """The record of formats as the destination needs it."""
+        return self._here.layout.record(self._files, self.there.layout)
 
-    def _write_disk_info(self, disks: list[Disk]) -> None:
-        formats = {path: format for path, format in
-                   image.recorded_formats(self._record).items()
-                   if os.path.dirname(path) == self._directory}
-        for disk in disks:
-            formats[self.destination_path(disk)] = disk.format
-        data = (jsonutils.dumps(formats) + '\n').encode()
-        file = self.destination.create_file('disk.info', len(data))
-        stream.copy(
-            stream.MemorySource(data), stream.VolumeSink(
-                file.libvirt_volume, length=len(data)),
-            len(data),
-            stall_seconds=CONF.libvirt.vol_upload_migration_stall_timeout)
+    def _record(self) -> layout.File:
+        return layout.File(
+            layout.RECORD, layout.DIRECTORY, self._here.layout.record_path,
+            data=layout.record_bytes(self.formats()))
 
-    def _copy_file(self, name: str, cancel: stream.CancelEvent | None) -> None:
-        # Through a pool here too: libvirt may have given the file to QEMU,
-        # and this process can then not read it.
-        with storage_pool.attached(
-                self._connection,
-                f'nova-{os.path.basename(self._directory)}',
-                self._directory) as directory:
-            source = directory.volume(name)
-            length = source.length
-            file = self.destination.create_file(name, length)
-            self._copy(source, length, file, cancel)
+    def _move(
+        self, file: layout.File, cancel: stream.CancelEvent | None,
+        watch: Watch | None,
+    ) -> None:
+        """Create a file on the destination, copy it, look it up again."""
+        if file.is_directory:
+            self.there.make_directory(file)
+            return
+        source, length = self._here.open(file)
+        volume = self.there.create(file, length)
+        if length:
+            result = self._copy(file, source, length, volume.path, cancel,
+                                watch)
+            if CONF.libvirt.vol_upload_migration_verify == 'checksum':
+                stream.compare(
+                    source, volume.libvirt_volume, length, cancel,
+                    CONF.libvirt.vol_upload_migration_stall_timeout)
+            if watch:
+                watch.end(file.name, result)
+        self.there.verify(file, length)
 
     def _copy(
-        self,
-        source: storage_pool.Volume,
-        length: int,
-        volume: storage_pool.Volume,
-        cancel: stream.CancelEvent | None,
-        progress: stream.Progress | None = None,
+        self, file: layout.File, source: stream.Source, length: int,
+        path: str, cancel: stream.CancelEvent | None, watch: Watch | None,
     ) -> stream.Result:
-        source_file = stream.open_source(
-            source.libvirt_volume, length, self._direct_read)
-        stall_seconds = CONF.libvirt.vol_upload_migration_stall_timeout
-        with self.destination.writing(volume) as target:
-            result = stream.copy(
-                source_file, stream.VolumeSink(target, length=length),
-                length, progress, cancel,
-                bandwidth=self._bandwidth, stall_seconds=stall_seconds,
-                paused=lambda: peer.start_keepalive(target.connect()))
-        if CONF.libvirt.vol_upload_migration_verify == 'checksum':
-            stream.compare(
-                source_file, volume.libvirt_volume, length, cancel,
-                stall_seconds)
-        return result
+        def progress(done: int, wire: int) -> None:
+            if watch:
+                watch.note(file.name, done, wire)
 
-    def _error(self, volume: str, error: Exception) -> TransferError:
-        # What libvirt says of a connection that its keepalive has closed is
-        # often no more than that a socket is closed.
-        reason = (str(error) if self.destination.is_connected() else
-                  f'the connection was lost: {error}')
-        return TransferError(
-            volume, self.destination.host, self.destination.uri, reason)
+        with self._writing(path, length) as (target, paused):
+            return stream.copy(
+                source, stream.VolumeSink(target, length=length), length,
+                progress, cancel, bandwidth=self._bandwidth, paused=paused,
+                stall_seconds=CONF.libvirt.vol_upload_migration_stall_timeout)
 
+    @contextlib.contextmanager
+    def _writing(self, path: str, length: int) -> ty.Iterator[ty.Any]:
+        """A volume to write to, and what to do if the copy pauses."""
+        daemon = self.there.daemon
+        if length <= SHORT_BYTES:
+            yield daemon.connection.storageVolLookupByPath(path), None
+            return
+        with daemon.writing(path) as volume:
+            yield volume, lambda: libvirt_daemon.start_keepalive(
+                volume.connect())
 
-def ensure_pool(uri: str, name: str, path: str) -> str:
-    """See to it that this host has an active disks pool.
+    @contextlib.contextmanager
+    def _located(self, daemon: libvirt_daemon.Daemon,
+                 name: str = '') -> ty.Iterator[None]:
+        """Say of an error which host and which file it is about, once.
 
-    :param uri: libvirt URI of this host
-    :param path: directory of the pool, if it has to be made; this process's
-        user will own it
-    :returns: path of its directory
-    """
-    connection = peer.open_connection(uri)
-    try:
-        return storage_pool.Pool.ensure(
-            connection, name, path, _ours()).path
-    finally:
-        connection.close()
-
-
-def delete_volumes(uri: str, pool_name: str, prefix: str) -> None:
-    """Delete the volumes whose names begin with ``prefix``.
-
-    :param uri: libvirt URI of this host
-    """
-    with _refreshed_pool(uri, pool_name) as pool:
-        for volume in pool.volumes(prefix):
-            volume.delete()
-
-
-def adopt_volumes(
-    uri: str, pool_name: str, prefix: str, names: list[str],
-) -> None:
-    """Take over volumes that another host wrote into this host's pool.
-
-    They have to be there, and are on stable storage afterwards: the end of
-    an upload leaves them in the page cache.
-
-    :param uri: libvirt URI of this host
-    :param names: of the volumes, each of which begins with ``prefix``
-    :raises: libvirtError, OSError
-    """
-    with _refreshed_pool(uri, pool_name) as pool:
-        for name in names:
-            flush(pool.volume(name).path)
-        flush(pool.path)
-        for volume in pool.volumes(prefix + peer.CLAIM):
-            volume.delete()
-
-
-def ensure_cache_pool(uri: str, name: str, path: str) -> None:
-    """See to it that this host has a pool of its base images.
-
-    Other hosts read those from it that Glance has lost.
-
-    :param uri: libvirt URI of this host
-    :param name: of the pool, if there is none of the directory
-    :param path: the directory
-    """
-    connection = peer.open_connection(uri)
-    try:
-        if not storage_pool.is_target(connection, path):
-            storage_pool.Pool.ensure(connection, name, path, _ours())
-    finally:
-        connection.close()
-
-
-def _ours() -> storage_pool.Permissions:
-    return storage_pool.Permissions(
-        os.getuid(), os.getgid(), peer.DIRECTORY_MODE)
-
-
-@contextlib.contextmanager
-def _refreshed_pool(
-    uri: str, name: str,
-) -> ty.Iterator[storage_pool.Pool]:
-    """A pool as it is now, over a connection of its own."""
-    connection = peer.open_connection(uri)
-    try:
-        pool = storage_pool.Pool.lookup(connection, name)
-        pool.refresh()
-        yield pool
-    finally:
-        connection.close()
-
-
-def flush(path: str) -> None:
-    """Wait until a file or directory is on stable storage."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        :raises: HostError, Cancelled
+        """
+        try:
+            yield
+        except errors.Cancelled:
+            raise
+        except Exception as error:
+            remedy = getattr(error, 'remedy', '')
+            reason: ty.Any = getattr(error, 'reason', error)
+            if isinstance(error, TimeoutError):
+                remedy = _ALIVE_REMEDY
+            elif isinstance(error, libvirt.libvirtError):
+                remedy = _LOG_REMEDY
+            # libvirt often says no more of a connection that its keepalive
+            # has closed than that a socket is closed.
+            if name and not daemon.is_connected():
+                reason = f'the connection was lost: {reason}'
+            raise errors.HostError(
+                daemon.host, daemon.uri, reason, remedy, name) from error

@@ -41,8 +41,7 @@ from nova.virt import fake
 from nova.virt.libvirt import driver
 from nova.virt.libvirt.storage import image
 from nova.virt.libvirt.storage import imagecache
-from nova.virt.libvirt.storage import kept
-from nova.virt.libvirt.storage import peer
+from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt.storage import stream
 from nova.virt.libvirt import storage_migrate
 
@@ -71,10 +70,12 @@ class DriverTestCase(test.NoDBTestCase):
         self.source, self.dest = self.hosts['source'], self.hosts['dest']
         self.source.add_pool('nova-disks', self.pool_path)
         self.dest.add_pool('nova-disks', '/srv/disks')
+        self.dest.add_directory(self.instances)
         self.driver = storage_migrate.LibvirtDriver(fake.FakeVirtAPI())
         self.context = nova_context.get_admin_context()
         self.instance = self._instance()
-        self.directory = os.path.join(self.instances, uuids.instance)
+        self.places = layout.Layout.of(self.instance)
+        self.directory = self.places.directory
         os.mkdir(self.directory)
         self._patch_driver()
         self.save = self.useFixture(fixtures.MockPatchObject(
@@ -82,6 +83,8 @@ class DriverTestCase(test.NoDBTestCase):
         self.migration = mock.Mock(spec=objects.Migration)
         self.useFixture(fixtures.MockPatchObject(
             objects.Migration, 'get_by_id', return_value=self.migration))
+        self.shares = self.useFixture(fixtures.MockPatchObject(
+            objects.ShareMappingList, 'get_by_instance_uuid')).mock
 
     def _patch_driver(self):
         self.calls = mock.Mock()
@@ -110,21 +113,31 @@ class DriverTestCase(test.NoDBTestCase):
 
     def _instance(self, **attributes):
         return objects.Instance(
-            uuid=uuids.instance, host='source', flavor=self._flavor(),
+            id=1, uuid=uuids.instance, host='source', flavor=self._flavor(),
             image_ref=uuids.image, task_state=None, progress=0,
             migration_context=objects.MigrationContext(migration_id=42),
             system_metadata={}, **attributes)
 
     def _add_disk(self, name='disk', disk_format='raw', picture='A-B-'):
-        volume = image.volume_name(self.instance, name)
+        volume = self.places.volume_name(name)
         self.content = libvirt_storage.Content.draw(picture)
         self.source.add_volume('nova-disks', volume, self.content)
-        path = image.volume_path(self.instance, name)
+        path = self.places.volume_path(name)
         with open(path, 'wb'):
             pass
+        self._add_record({path: disk_format})
         self.disk_info.return_value.append(
             {'path': path, 'type': disk_format})
         return volume
+
+    def _add_record(self, formats):
+        """Add to the record of the formats of disks."""
+        layout.write_record(
+            self.places.record_path, self.places.formats() | formats)
+
+    def _volumes(self):
+        """The names of the files in this host's pool."""
+        return sorted(os.listdir(self.pool_path))
 
     def _migrate(self, **kwargs):
         arguments = dict(
@@ -186,8 +199,10 @@ class MigrateTestCase(DriverTestCase):
         self.assertEqual(100, self.instance.progress)
         self.save.assert_called_once_with(
             expected_task_state=task_states.RESIZE_MIGRATING)
+        record = os.path.join(self.directory, 'disk.info')
+        total = 2 * self.content.size + self.dest.files[record].content.size
         self.assertEqual(
-            (2 * self.content.size, 2 * self.content.size, 0),
+            (total, total, 0),
             (self.migration.disk_total, self.migration.disk_processed,
              self.migration.disk_remaining))
         self.migration.save.assert_called_once_with()
@@ -274,7 +289,7 @@ class MigrateTestCase(DriverTestCase):
         self._migrate()
         claim, = set(self.dest.volume_names('nova-disks')) - {volume}
         self.assertTrue(
-            claim.startswith(f'{uuids.instance}_{peer.CLAIM}-'), claim)
+            claim.startswith(f'{uuids.instance}_{layout.CLAIM}-'), claim)
 
     def test_all_connections_are_closed(self):
         self._add_disk()
@@ -314,12 +329,12 @@ class RefusalTestCase(DriverTestCase):
         self._assert_refused('nova-disks', 'vol_upload_migration = True')
 
     def test_disk_that_an_earlier_resize_kept(self):
-        original = image.kept_path(self.instance, 'disk')
+        original = self.places.kept_path(self.places.volume_path('disk'))
         with open(original, 'wb'):
             pass
         for dest in 'dest', 'source':
             self._assert_refused(
-                original, image.volume_path(self.instance, 'disk'), dest=dest)
+                original, self.places.volume_path('disk'), dest=dest)
 
     def test_second_attempt_while_the_first_copies(self):
         errors = []
@@ -364,6 +379,8 @@ class RefusalTestCase(DriverTestCase):
         self.assertEqual([], self.calls.mock_calls)
 
     def test_no_room(self):
+        with open(self.places.volume_path('disk'), 'wb') as disk:
+            disk.write(b'x' * 128 * units.Ki)
         with mock.patch.object(
                 type(self.dest), 'available', 64 * units.Ki):
             self._assert_refused(
@@ -421,7 +438,8 @@ class FailureTestCase(DriverTestCase):
         self.assertEqual(
             mock.call.power_on(
                 self.context, self.instance, mock.sentinel.network_info,
-                {'block_device_mapping': [], 'ephemerals': []}),
+                {'block_device_mapping': [], 'ephemerals': []},
+                share_info=self.shares.return_value),
             self.calls.mock_calls[-1])
         self.assertTrue(os.path.isdir(self.directory))
         self.assertEqual(
@@ -482,8 +500,10 @@ class FailureTestCase(DriverTestCase):
     @mock.patch.object(driver.LibvirtDriver, 'get_available_resource')
     def test_what_is_left_is_deleted_when_that_can_be(self, nova):
         self._fail_and_leave()
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.leftovers.FIRST_WAIT', 0))
         self.dest.disconnect()
-        self.driver._discard_leftovers()
+        self.driver._leftovers.retry()
         self.dest.reconnect()
         self.assertIn(self.volume, self.dest.volume_names('nova-disks'))
 
@@ -493,17 +513,17 @@ class FailureTestCase(DriverTestCase):
         self.assertTrue(libvirt_storage.wait_for(
             lambda: not self.dest.volume_names('nova-disks')))
         self._assert_nothing_on_destination()
-        self.assertEqual({}, self.driver._leftovers)
+        self.assertFalse(self.driver._leftovers)
 
     def test_what_is_left_is_not_taken_for_the_next_attempt_s(self):
         self._fail_and_leave()
         self._migrate()
         before = self.dest.volume_names('nova-disks')
 
-        self.driver._discard_leftovers()
+        self.driver._leftovers.retry()
 
         self.assertEqual(before, self.dest.volume_names('nova-disks'))
-        self.assertEqual({}, self.driver._leftovers)
+        self.assertFalse(self.driver._leftovers)
 
     def test_next_attempt_clears_what_is_left(self):
         self.dest.fail('vol.delete', error=(
@@ -523,7 +543,7 @@ class FailureTestCase(DriverTestCase):
         self.assertIsInstance(error, exception.MigrationError)
         self.calls.power_on.assert_not_called()
         self._assert_nothing_on_destination()
-        self.assertEqual([], self.source.volume_names('nova-disks'))
+        self.assertEqual([], self._volumes())
 
 
 class ShutdownTestCase(DriverTestCase):
@@ -540,7 +560,8 @@ class ShutdownTestCase(DriverTestCase):
     def _shut_down_while_copying(self):
         """Return the migration's error, and the order of what happened."""
         order = []
-        self.calls.power_on.side_effect = lambda *args: order.append('on')
+        self.calls.power_on.side_effect = (
+            lambda *args, **kwargs: order.append('on'))
         self.cleanup.side_effect = lambda host: order.append('cleanup')
         errors = []
 
@@ -661,13 +682,35 @@ class FinishTestCase(DriverTestCase):
 
     def test_volumes_are_flushed_and_the_claim_ends(self):
         volume = self._add_disk()
-        claim = image.volume_name(self.instance, peer.CLAIM) + '-id'
-        self.source.add_volume('nova-disks', claim)
-        with mock.patch('os.fsync') as fsync:
-            self._finish([{'path': os.path.join(self.pool_path, volume),
-                           'type': 'raw'}])
-        self.assertEqual(2, fsync.call_count)
-        self.assertEqual([volume], self.source.volume_names('nova-disks'))
+        self._claim()
+        disk = os.path.join(self.pool_path, volume)
+        drive = self._add_file('disk.config', b'drive')
+        self.assertEqual(
+            {disk, self.pool_path, drive, self.places.record_path,
+             self.directory, self.instances},
+            self._flushed([{'path': disk, 'type': 'raw'}]))
+        self.assertEqual([volume], self._volumes())
+
+    def _claim(self, source='gone', directory=None):
+        """Make the claim of an attempt to copy the server to here."""
+        claim = layout.Claim(uuids.instance, 'attempt', source)
+        path = os.path.join(directory or self.pool_path, claim.name)
+        with open(path, 'w'):
+            pass
+        return path
+
+    def _flushed(self, disk_info):
+        """The paths that a server is flushed at before it starts."""
+        flushed = set()
+        fsync = os.fsync
+
+        def note(descriptor):
+            flushed.add(os.readlink(f'/proc/self/fd/{descriptor}'))
+            fsync(descriptor)
+
+        with mock.patch('os.fsync', note):
+            self._finish(disk_info)
+        return flushed
 
     def test_progress_ends(self):
         self.instance.progress = 100
@@ -675,10 +718,11 @@ class FinishTestCase(DriverTestCase):
         self.assertEqual(0, self.instance.progress)
 
     def test_volume_that_is_not_there_is_an_error(self):
-        path = image.volume_path(self.instance, 'disk')
-        self.assertRaises(
-            libvirt_storage.libvirt.libvirtError, self._finish,
+        path = self.places.volume_path('disk')
+        error = self.assertRaises(
+            exception.MigrationError, self._finish,
             [{'path': path, 'type': 'raw'}])
+        self.assertIn(path, str(error))
 
     def test_raw_volume_is_not_converted_and_a_raw_file_is_nova_s(self):
         volume = self._add_disk()
@@ -700,14 +744,14 @@ class FinishTestCase(DriverTestCase):
                 for call in extend.call_args_list]
 
     def test_only_ephemeral_disk_grows_with_a_resize(self):
-        self._add_disk()
-        self._add_disk('disk.eph0')
+        self._add_disk(disk_format='qcow2')
+        self._add_disk('disk.eph0', 'qcow2')
         self.instance.flavor = self._flavor(ephemeral_gb=2)
         self.instance.task_state = None
         self.assertEqual([], self._grow(1))
         self.instance.task_state = task_states.RESIZE_FINISH
         self.assertEqual(
-            [(image.volume_path(self.instance, 'disk.eph0'), 2 * units.Gi)],
+            [(self.places.volume_path('disk.eph0'), 2 * units.Gi)],
             self._grow(1))
         self.assertEqual([], self._grow(2))
 
@@ -734,17 +778,19 @@ class SameHostTestCase(DriverTestCase):
             'nova.virt.libvirt.utils.get_fs_info',
             lambda path: {'free': SIZE}))
         for name, content in self.OLD.items():
-            self._write(image.volume_path(self.instance, name), content)
+            self._write(self.places.volume_path(name), content)
         self._write(self._file('disk.config'), 'old config')
         self._write(self._file('disk.info'), jsonutils.dumps({
-            image.volume_path(self.instance, name): 'raw'
+            self.places.volume_path(name): 'raw'
             for name in self.OLD}))
         self.disk_info.return_value = [
             {'path': path, 'type': 'raw', 'disk_size': 1024}
-            for path in [*(image.volume_path(self.instance, name)
+            for path in [*(self.places.volume_path(name)
                            for name in self.OLD),
                          self._file('disk.config')]]
         self.before = self._state()
+        self.migration.configure_mock(
+            source_compute='source', dest_compute='source')
 
     def _file(self, name):
         return os.path.join(self.directory, name)
@@ -770,7 +816,7 @@ class SameHostTestCase(DriverTestCase):
     def _change_copies(self):
         """Write as the resized server would, which got a new disk."""
         for name in (*self.OLD, 'disk.eph0'):
-            self._write(image.volume_path(self.instance, name), 'new')
+            self._write(self.places.volume_path(name), 'new')
         self._write(self._file('disk.info'), '{}')
 
     def _revert(self):
@@ -778,10 +824,10 @@ class SameHostTestCase(DriverTestCase):
                 driver.LibvirtDriver, 'finish_revert_migration') as nova:
             self.driver.finish_revert_migration(
                 self.context, self.instance, mock.sentinel.network_info,
-                mock.sentinel.migration, None, False)
+                self.migration, None, False)
         nova.assert_called_once_with(
             self.context, self.instance, mock.sentinel.network_info,
-            mock.sentinel.migration, None, False, None)
+            self.migration, None, False, None)
 
     def _fail_to_copy(self, name, error=None):
         """Make the copy of one file fail half way."""
@@ -800,13 +846,12 @@ class SameHostTestCase(DriverTestCase):
         info = self._resize()
         copies = {path: content for path, content in self.before.items()
                   if not path.endswith('disk.swap')}
-        originals = kept.Originals(self.instance)
-        kept_ones = {originals.path(path): content
+        kept_ones = {self.places.kept_path(path): content
                      for path, content in self.before.items()}
         self.assertEqual({**copies, **kept_ones}, self._state())
         self.assertEqual(
-            [image.volume_path(self.instance, 'disk'),
-             image.volume_path(self.instance, 'disk.local'),
+            [self.places.volume_path('disk'),
+             self.places.volume_path('disk.local'),
              self._file('disk.config')], [disk['path'] for disk in info])
         self.assertEqual(
             [mock.call.power_off(self.instance, 7, 3),
@@ -816,7 +861,7 @@ class SameHostTestCase(DriverTestCase):
         self.assertEqual([], self.hosts.opened)
 
     def test_holes_stay_holes(self):
-        path = image.volume_path(self.instance, 'disk')
+        path = self.places.volume_path('disk')
         os.truncate(path, SIZE)
         self._resize()
         status = os.stat(path)
@@ -907,24 +952,19 @@ class SameHostTestCase(DriverTestCase):
         self.assertEqual(self.before, self._state())
 
     def test_confirm_deletes_what_was_kept_and_no_more(self):
-        disk = image.volume_name(self.instance, 'disk')
-        original = os.path.basename(image.kept_path(self.instance, 'disk'))
-        for name in disk, original:
-            self.source.add_volume('nova-disks', name)
+        copies = [self.places.volume_name(name)
+                  for name in ('disk', 'disk.local')]
         self._resize()
         with mock.patch.object(driver.LibvirtDriver, 'confirm_migration'):
             self.driver.confirm_migration(
                 self.context, mock.sentinel.migration, self.instance,
                 mock.sentinel.network_info)
-        self.assertEqual([disk], self.source.volume_names('nova-disks'))
+        self.assertEqual(copies, self._volumes())
 
     def test_delete_clears_both(self):
-        for name in (image.volume_name(self.instance, 'disk'),
-                     os.path.basename(image.kept_path(self.instance, 'disk'))):
-            self.source.add_volume('nova-disks', name)
         self._resize()
         self.driver.delete_instance_files(self.instance)
-        self.assertEqual([], self.source.volume_names('nova-disks'))
+        self.assertEqual([], self._volumes())
 
     def test_delete_ends_the_copy(self):
         jobs = mock.Mock()
@@ -938,7 +978,7 @@ class SameHostTestCase(DriverTestCase):
     @mock.patch.object(driver.LibvirtDriver, 'migrate_disk_and_power_off')
     def test_server_without_volumes_is_nova_s(self, nova):
         for name in self.OLD:
-            os.unlink(image.volume_path(self.instance, name))
+            os.unlink(self.places.volume_path(name))
         self.assertEqual(nova.return_value, self._migrate(dest='source'))
 
 
@@ -956,44 +996,40 @@ class DeleteTestCase(DriverTestCase):
         nova.assert_called_once()
 
     def test_confirm_deletes_what_the_source_kept(self):
-        self.source.add_volume('nova-disks', f'{uuids.other}_disk')
+        with open(os.path.join(
+                self.pool_path, f'{uuids.other}_disk'), 'w'):
+            pass
         self.instance.host = 'dest'
         os.rename(self.directory, self.directory + '_resize')
         self._confirm()
-        self.assertEqual([f'{uuids.other}_disk'],
-                         self.source.volume_names('nova-disks'))
+        self.assertEqual([f'{uuids.other}_disk'], self._volumes())
 
     def test_confirm_on_shared_storage_deletes_nothing(self):
         self.instance.host = 'dest'
         self._confirm()
-        self.assertEqual([self.volume],
-                         self.source.volume_names('nova-disks'))
+        self.assertEqual([self.volume], self._volumes())
 
     def test_confirm_on_the_same_host_deletes_nothing(self):
         self._confirm()
-        self.assertEqual(
-            [self.volume], self.source.volume_names('nova-disks'))
+        self.assertEqual([self.volume], self._volumes())
 
     def test_delete_takes_volumes_and_directory(self):
         self.assertTrue(self.driver.delete_instance_files(self.instance))
-        self.assertEqual([], self.source.volume_names('nova-disks'))
+        self.assertEqual([], self._volumes())
         self.assertFalse(os.path.exists(self.directory))
 
-    def _fail_to_delete(self):
-        self.source.fail('vol.delete', error=(
-            libvirt_storage.libvirt.VIR_ERR_SYSTEM_ERROR,
-            libvirt_storage.libvirt.VIR_FROM_STORAGE, 'busy'))
+    def _delete_fails(self):
+        return mock.patch('os.unlink', side_effect=OSError('read-only'))
 
     def test_rebuild_does_not_go_on_with_the_old_disk(self):
-        self._fail_to_delete()
         self.instance.task_state = 'rebuilding'
-        self.assertRaises(
-            libvirt_storage.libvirt.libvirtError,
-            self.driver.delete_instance_files, self.instance)
+        with self._delete_fails():
+            self.assertRaises(
+                OSError, self.driver.delete_instance_files, self.instance)
 
     def test_delete_is_tried_again_if_a_volume_stays(self):
-        self._fail_to_delete()
-        self.assertFalse(self.driver.delete_instance_files(self.instance))
+        with self._delete_fails():
+            self.assertFalse(self.driver.delete_instance_files(self.instance))
         self.assertTrue(self.driver.delete_instance_files(self.instance))
 
 
@@ -1044,7 +1080,7 @@ class HardRebootTestCase(DriverTestCase):
 
     @mock.patch('nova.virt.libvirt.utils.create_image')
     def test_missing_disks_are_made_where_they_belong(self, create):
-        volume = image.volume_path(self.instance, 'disk.swap')
+        volume = self.places.volume_path('disk.swap')
         file = os.path.join(self.directory, 'disk.config')
         self._make_missing(self._info(volume), self._info(file))
         self.assertEqual([mock.call(volume, 'raw', SIZE),
@@ -1070,8 +1106,8 @@ class SharedStorageTestCase(DriverTestCase):
     """Nova asks before it deletes, and when it evacuates."""
 
     def _record(self, *paths):
-        with open(image.disk_info_path(self.instance), 'w') as record:
-            record.write(jsonutils.dumps({path: 'raw' for path in paths}))
+        layout.write_record(
+            self.places.record_path, {path: 'raw' for path in paths})
 
     def _on_disk(self):
         return self.driver.instance_on_disk(self.instance)
@@ -1085,6 +1121,7 @@ class SharedStorageTestCase(DriverTestCase):
 
     def test_disk_of_unknown_format_is_refused(self):
         path = self._volume_path()
+        os.unlink(self.places.record_path)
         error = self.assertRaises(
             exception.InvalidSharedStorage, self._on_disk)
         self.assertIn(path, str(error))
@@ -1101,13 +1138,15 @@ class SharedStorageTestCase(DriverTestCase):
         self.instance.uuid = uuids.other
         self.assertFalse(self._on_disk())
 
-    def test_unfinished_copy_is_deleted(self):
-        path = self._volume_path()
-        self._record(path)
-        self._add_disk(peer.CLAIM + '-of-an-attempt')
+    def test_unfinished_copy_is_not_the_servers_disk(self):
+        self._volume_path()
+        self.instance.host = 'gone'
+        with open(self.places.volume_path(
+                layout.CLAIM + '-attempt@gone'), 'w'):
+            pass
+        before = self._volumes()
         self.assertFalse(self._on_disk())
-        self.assertEqual([], self.source.volume_names('nova-disks'))
-        self.assertFalse(os.path.exists(self.directory))
+        self.assertEqual(before, self._volumes())
 
     def _check(self, remote_pool, remote_directory):
         """Ask from this host one that has other directories."""
@@ -1130,7 +1169,7 @@ class SharedStorageTestCase(DriverTestCase):
         os.symlink(self.pool_path, link)
         self.assertTrue(self._check(link, remote_directory=False))
         self.assertEqual([os.path.basename(path)], os.listdir(self.pool_path))
-        self.assertEqual([], os.listdir(self.directory))
+        self.assertEqual(['disk.info'], os.listdir(self.directory))
 
     def test_shared_directory_is_found_with_a_pool_that_is_not(self):
         self._volume_path()
@@ -1142,7 +1181,7 @@ class SharedStorageTestCase(DriverTestCase):
 
     def test_pool_is_enough_to_ask(self):
         path = self._volume_path()
-        os.rmdir(self.directory)
+        shutil.rmtree(self.directory)
         self.assertTrue(self._check(self.pool_path, remote_directory=True))
         self.assertEqual([os.path.basename(path)], os.listdir(self.pool_path))
 
@@ -1227,6 +1266,7 @@ class StartTestCase(DriverTestCase):
 
     def test_pool_that_is_there_is_used(self):
         self.flags(vol_upload_migration=False, group='libvirt')
+        self.source.pools['nova-disks'].autostart = True
         changes = len(self.source.changes)
         self._init_host()
         self.assertEqual(changes, len(self.source.changes))

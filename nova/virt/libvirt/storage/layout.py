@@ -1,0 +1,460 @@
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Where the files of one server are on one host, and what they are called.
+
+The names on disk are a protocol between hosts and between releases:
+
+* ``{uuid}_{disk}``: a disk in the pool
+* ``{uuid}-resize_{disk}``: what a resize on the same host keeps for a revert
+* ``{uuid}_incoming-...``: the claim of a copy that is not complete
+* ``{uuid}_arrived-...``: a complete copy in an instance directory
+* ``nova-{uuid}``: the transient pool of an instance directory
+
+This module knows files and nothing of libvirt.
+"""
+
+import dataclasses
+import glob
+import os
+import re
+import tempfile
+import typing as ty
+from urllib import parse
+
+from oslo_serialization import jsonutils
+from oslo_utils import uuidutils
+
+import nova.conf
+from nova.conf import storage_migrate  # noqa: F401 (registers the options)
+from nova.virt.libvirt.storage import errors
+from nova.virt.libvirt import utils as libvirt_utils
+
+CONF = nova.conf.CONF
+
+# The two places of a server's files.
+POOL = 'pool'
+DIRECTORY = 'directory'
+
+# Prefix of the claim's name. While the claim exists, the server's other files
+# on the host belong to an incomplete copy, running or abandoned.
+CLAIM = 'incoming'
+
+# Prefix of the claim's name once an instance directory is complete. Nova's own
+# driver may finish the migration there, and leaves it.
+ARRIVED = 'arrived'
+
+RECORD = 'disk.info'
+
+# Kernel and ramdisk of a server that was made from a kernel image. Glance may
+# have lost them.
+BOOT_FILES = ('kernel', 'ramdisk')
+
+# Files in the instance directory that go along as they are.
+COMPANIONS = ('disk.config', *BOOT_FILES)
+
+# Directory in the instance directory in which Nova looks for the state of a
+# server's vTPM.
+VTPM = 'swtpm'
+
+# Modes of the files and directories that nova-compute makes.
+FILE_MODE = 0o644
+DIRECTORY_MODE = 0o755
+
+_SWAP = 'disk.swap'
+_DISK_NAME = re.compile(r'disk(\.local|\.eph\d+|\.swap|\.config)?')
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """A file or directory that goes along with a server.
+
+    :ivar name: its name in its place, the same on both hosts; may begin with
+        directories
+    :ivar place: POOL or DIRECTORY
+    :ivar path: path on the source host
+    :ivar format: recorded format of a disk, None for any other file
+    :ivar data: the bytes of a file that is made, None for one that is read
+    :ivar mode: permission bits on the destination
+    :ivar is_directory: whether it is a directory
+    """
+    name: str
+    place: str
+    path: str
+    format: str | None = None
+    data: bytes | None = None
+    mode: int = FILE_MODE
+    is_directory: bool = False
+
+    def allocation(self) -> int:
+        """Bytes that the file takes up on the source host."""
+        if self.data is not None:
+            return len(self.data)
+        return os.stat(self.path).st_blocks * 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """The mark of one attempt to copy a server's files to a host.
+
+    :ivar uuid: of the server
+    :ivar attempt: id of the attempt
+    :ivar source: name of the source host; empty in claims of old releases
+    """
+    uuid: str
+    attempt: str
+    source: str
+
+    @classmethod
+    def new(cls, uuid: str) -> 'Claim':
+        """The claim of a new attempt to copy a server from this host."""
+        return cls(uuid, uuidutils.generate_uuid(), CONF.host)
+
+    @classmethod
+    def parse(cls, uuid: str, name: str) -> 'Claim | None':
+        """Read a claim from the name of a file, None if it is no claim."""
+        for kind in CLAIM, ARRIVED:
+            prefix = f'{uuid}_{kind}'
+            if name.startswith(prefix):
+                attempt, _, source = (
+                    name[len(prefix):].removeprefix('-').partition('@'))
+                return cls(uuid, attempt, parse.unquote(source))
+        return None
+
+    @property
+    def name(self) -> str:
+        """Name of the file that stands for an incomplete copy."""
+        return self._name(CLAIM)
+
+    @property
+    def arrived_name(self) -> str:
+        """Name of the file that stands for a complete copy."""
+        return self._name(ARRIVED)
+
+    def _name(self, kind: str) -> str:
+        source = parse.quote(self.source, safe='')
+        return f'{self.uuid}_{kind}-{self.attempt}@{source}'
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where one server's files are on one host.
+
+    :ivar uuid: of the server
+    :ivar pool_path: directory of the disks pool
+    :ivar directory: the instance directory
+    """
+    uuid: str
+    pool_path: str
+    directory: str
+
+    @classmethod
+    def of(cls, instance) -> 'Layout':
+        """Where this host has, or would have, the files of a server."""
+        return cls(instance.uuid, CONF.libvirt.disks_pool_path.rstrip('/'),
+                   libvirt_utils.get_instance_path(instance))
+
+    # Names and paths.
+
+    @property
+    def prefix(self) -> str:
+        """Prefix of the names of the server's volumes."""
+        return f'{self.uuid}_'
+
+    @property
+    def kept_prefix(self) -> str:
+        """Prefix of what a resize on the same host keeps for a revert."""
+        return f'{self.uuid}-resize_'
+
+    @property
+    def kept_directory(self) -> str:
+        """Where Nova keeps the instance directory for a revert."""
+        return self.directory + '_resize'
+
+    @property
+    def transient_pool(self) -> str:
+        """Name of the pool that is made of the instance directory."""
+        return f'nova-{self.uuid}'
+
+    @property
+    def record_path(self) -> str:
+        """The file in which Nova records the formats of the disks."""
+        return os.path.join(self.directory, RECORD)
+
+    @property
+    def vtpm_path(self) -> str:
+        """Where libvirt has the state of the server's vTPM."""
+        return os.path.join(libvirt_utils.VTPM_DIR, self.uuid)
+
+    @property
+    def saved_vtpm_path(self) -> str:
+        """Where Nova puts the state of the vTPM during a migration."""
+        return os.path.join(self.directory, VTPM)
+
+    def volume_name(self, disk: str) -> str:
+        """Name of a disk in the pool: ``{uuid}_{disk}``."""
+        return self.prefix + disk
+
+    def volume_path(self, disk: str) -> str:
+        """Where a disk in the pool is, or would be."""
+        return os.path.join(self.pool_path, self.volume_name(disk))
+
+    def kept_path(self, path: str) -> str:
+        """Where a resize on this host keeps the original of a file."""
+        if self.is_in_pool(path):
+            return os.path.join(
+                self.pool_path, self.kept_prefix + self.disk_name(path))
+        return os.path.join(self.kept_directory, os.path.basename(path))
+
+    def disk_name(self, name: str) -> str:
+        """The disk that the name or path of a volume, kept or not, is of."""
+        name = os.path.basename(name).removeprefix(self.prefix)
+        return name.removeprefix(self.kept_prefix)
+
+    def is_in_pool(self, path: str) -> bool:
+        """Whether a path is that of a file in the pool."""
+        return _is_same(os.path.dirname(path), self.pool_path)
+
+    def path(self, file: File) -> str:
+        """Where a file is, or would be."""
+        place = self.pool_path if file.place == POOL else self.directory
+        return os.path.join(place, file.name)
+
+    # Look-ups.
+
+    def volumes(self) -> list[str]:
+        """Paths of the server's volumes, claims included."""
+        return _list(self.pool_path, self.prefix)
+
+    def kept(self) -> list[str]:
+        """Paths of what a resize on this host keeps for a revert."""
+        return _list(self.pool_path, self.kept_prefix)
+
+    def has_volume(self, disk: str) -> bool:
+        """Whether a disk of the server is in the pool."""
+        return os.path.isfile(self.volume_path(disk))
+
+    def has_files(self) -> bool:
+        """Whether disks of the server are in the instance directory."""
+        names = {os.path.basename(path)
+                 for path in _list(self.directory, 'disk')}
+        return bool(names - {'disk.config', RECORD})
+
+    def claims(self) -> dict[str, Claim]:
+        """The claims on the server's files here, by path."""
+        found = {}
+        for path in self.volumes() + _list(self.directory, self.prefix):
+            claim = Claim.parse(self.uuid, os.path.basename(path))
+            if claim:
+                found[path] = claim
+        return found
+
+    # The record of formats.
+
+    def formats(self) -> dict[str, str]:
+        """The recorded formats of the disks, by path.
+
+        :raises: StorageError if the record cannot be read
+        """
+        return read_record(self.record_path)
+
+    def format(self, path: str) -> str | None:
+        """The recorded format of a disk, None if there is no record of it.
+
+        The record may spell the directory another way, with a symbolic link.
+
+        :raises: StorageError if the record cannot be read
+        """
+        formats = self.formats()
+        if path in formats:
+            return formats[path]
+        directory, name = os.path.split(path)
+        for other, disk_format in formats.items():
+            if os.path.basename(other) == name and _is_same(
+                    os.path.dirname(other), directory):
+                return disk_format
+        return None
+
+    def names_volumes(self) -> bool:
+        """Whether the record is of a server with disks in a pool anywhere.
+
+        :raises: StorageError if the record cannot be read
+        """
+        return any(os.path.basename(path).startswith(self.prefix)
+                   for path in self.formats())
+
+    def record(self, disks: list[File], there: 'Layout') -> dict[str, str]:
+        """The record of formats with the paths of another host.
+
+        :param there: where that host has the files
+        :raises: StorageError if the record of this host cannot be read
+        """
+        formats = {path: disk_format
+                   for path, disk_format in self.formats().items()
+                   if os.path.dirname(path) == self.directory}
+        return formats | {there.path(disk): str(disk.format)
+                          for disk in disks if disk.format}
+
+    # The plan.
+
+    def plan(self, disk_info: list[dict[str, ty.Any]]) -> list[File]:
+        """List the files that go along when the server moves.
+
+        Swap disks do not, Nova makes them anew.
+
+        :param disk_info: what Nova's driver says of the disks of the domain
+        :raises: Refused for a disk that would be left behind
+        :raises: StorageError if the record of formats cannot be read
+        """
+        disks = [self._disk(info) for info in without_swap(disk_info)]
+        names = {file.name for file in disks}
+        companions = [File(name, DIRECTORY, os.path.join(self.directory, name))
+                      for name in COMPANIONS if name not in names]
+        return disks + [file for file in companions
+                        if os.path.exists(file.path)]
+
+    def _disk(self, info: dict[str, ty.Any]) -> File:
+        path = info['path']
+        name = os.path.basename(path)
+        if self.is_in_pool(path):
+            place, disk = POOL, name.removeprefix(self.prefix)
+        elif _is_same(os.path.dirname(path), self.directory):
+            place, disk = DIRECTORY, name
+        else:
+            raise errors.Refused(
+                f'disk {path} is neither in {self.pool_path} nor in '
+                f'{self.directory}',
+                'If the pool moved, hard reboot the server.')
+        if not _DISK_NAME.fullmatch(disk):
+            raise errors.Refused(
+                f'disk {path} is not one that Nova made',
+                'Merge external snapshots: virsh blockcommit.')
+        _check_base(info)
+        return File(name, place, path, self._checked_format(info, disk))
+
+    def _checked_format(self, info: dict[str, ty.Any], disk: str) -> str:
+        path = info['path']
+        recorded = self.format(path)
+        if recorded is None and disk == 'disk.config':
+            # An image that Nova wrote; of some ages it is not recorded.
+            return info['type']
+        if recorded is None:
+            raise errors.Refused(
+                f'no format of disk {path} is recorded in {self.record_path}',
+                'Add it, as Nova made the disk.')
+        if recorded != info['type']:
+            raise errors.Refused(
+                f'disk {path} is {info["type"]} in its domain and {recorded} '
+                f'in {self.record_path}',
+                'Find out which is true, and correct the other.')
+        return recorded
+
+
+def without_swap(
+    disk_info: list[dict[str, ty.Any]],
+) -> list[dict[str, ty.Any]]:
+    """The disks that have to be copied: a swap disk is made anew."""
+    return [info for info in disk_info if not info['path'].endswith(_SWAP)]
+
+
+def backing_file(path: str) -> str | None:
+    """Path of the base image of a qcow2 disk, None if it has none."""
+    return libvirt_utils.get_disk_backing_file(
+        path, basename=False, format='qcow2')
+
+
+def cache_dir() -> str:
+    """The directory of this host's base images."""
+    return os.path.join(
+        CONF.instances_path, CONF.image_cache.subdirectory_name)
+
+
+def read_record(path: str) -> dict[str, str]:
+    """Read a record of the formats of disks, by their paths.
+
+    :returns: the formats; none if there is no record
+    :raises: StorageError if the record is empty or broken
+    """
+    try:
+        with open(path) as record:
+            formats = jsonutils.loads(record.read())
+        if not isinstance(formats, dict):
+            raise ValueError('no JSON object')
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise errors.StorageError(
+            f'{path} is empty or broken ({error})',
+            'Write it anew: the format of each disk by its path.') from error
+    return formats
+
+
+def write_record(path: str, formats: dict[str, str]) -> None:
+    """Replace a record of formats, on stable storage.
+
+    :raises: OSError
+    """
+    directory = os.path.dirname(path)
+    with tempfile.NamedTemporaryFile(
+            'wb', dir=directory, delete=False) as record:
+        record.write(record_bytes(formats))
+        record.flush()
+        os.fsync(record.fileno())
+    os.chmod(record.name, FILE_MODE)
+    os.replace(record.name, path)
+    flush(directory)
+
+
+def record_bytes(formats: dict[str, str]) -> bytes:
+    """A record of formats as Nova reads it."""
+    return (jsonutils.dumps(formats) + '\n').encode()
+
+
+def flush(path: str) -> None:
+    """Wait until a file or directory is on stable storage.
+
+    :raises: OSError
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_base(info: dict[str, ty.Any]) -> None:
+    """Check that an overlay stands on a base image of the image cache.
+
+    An overlay on anything else has data that would be left behind.
+    """
+    if not info.get('backing_file') or info['type'] != 'qcow2':
+        return
+    base = backing_file(info['path'])
+    if base and not _is_same(os.path.dirname(base), cache_dir()):
+        raise errors.Refused(
+            f'disk {info["path"]} is an overlay on {base}, which Nova did not '
+            f'make', 'Merge external snapshots: virsh blockcommit.')
+
+
+def _list(directory: str, prefix: str) -> list[str]:
+    return glob.glob(glob.escape(os.path.join(directory, prefix)) + '*')
+
+
+def _is_same(first: str, second: str) -> bool:
+    """Whether two paths are of one directory, however they are spelled."""
+    if first.rstrip('/') == second.rstrip('/'):
+        return True
+    try:
+        return os.path.samefile(first, second)
+    except OSError:
+        return False

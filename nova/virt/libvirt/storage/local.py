@@ -1,0 +1,258 @@
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""This host's own files of a server.
+
+nova-compute owns the directory of the pool and those of the instances, and
+needs no libvirt to look at, rename, flush or delete what is in them. libvirt
+takes notice when the pool is refreshed.
+
+What blocks here blocks on a disk. Under eventlet call it through
+:func:`threads.off_hub`.
+"""
+
+import contextlib
+import os
+import shutil
+import tempfile
+import typing as ty
+
+from oslo_utils import fileutils
+
+from nova.virt.libvirt.storage import daemon
+from nova.virt.libvirt.storage import errors
+from nova.virt.libvirt.storage import layout
+from nova.virt.libvirt.storage import pool as storage_pool
+
+# Formats that are recorded, those of disks that are files.
+_FILE_FORMATS = ('qcow2', 'raw')
+
+
+def adopt(places: layout.Layout, disks: list[dict[str, ty.Any]]) -> None:
+    """Take over the files that another host wrote here.
+
+    Each disk has to be there, with the format that it had on the source. All
+    files and their directories are on stable storage when this returns: the
+    end of an upload leaves them in the page cache.
+
+    :param disks: what the source says of the disks
+    :raises: StorageError, OSError
+    """
+    claims = places.claims()
+    for info in layout.without_swap(disks):
+        if info['type'] in _FILE_FORMATS and (
+                claims or is_volume(places, info)):
+            _check_arrived(places, info)
+    if claims or any(is_volume(places, info) for info in disks):
+        _flush(places)
+        drop_claims(places)
+
+
+def is_volume(places: layout.Layout, info: dict[str, ty.Any]) -> bool:
+    """Whether a disk was a volume of a pool on its source."""
+    path = info['path']
+    return (os.path.basename(path).startswith(places.prefix) and
+            not path.startswith('/dev/'))
+
+
+def _check_arrived(places: layout.Layout, info: dict[str, ty.Any]) -> None:
+    if is_volume(places, info):
+        path = places.volume_path(places.disk_name(info['path']))
+    else:
+        path = os.path.join(places.directory, os.path.basename(info['path']))
+    if not os.path.isfile(path):
+        raise errors.StorageError(
+            f'disk {path} of the server is not here, it was written to '
+            f'{info["path"]}',
+            'Set [libvirt]disks_pool_path to the directory of the pool.')
+    recorded = places.format(path)
+    if recorded != info['type']:
+        raise errors.StorageError(
+            f'disk {path} was {info["type"]} on its source and is '
+            f'{recorded or "not recorded"} in {places.record_path}',
+            'Revert the migration.')
+
+
+def _flush(places: layout.Layout) -> None:
+    """Wait until all files of a server are on stable storage."""
+    claims = places.claims()
+    volumes = [path for path in places.volumes() if path not in claims]
+    paths = [*volumes, *([places.pool_path] if volumes else [])]
+    for directory, _names, files in os.walk(places.directory):
+        paths += {os.path.join(directory, name)
+                  for name in files} - claims.keys()
+        paths.append(directory)
+    paths.append(os.path.dirname(places.directory))
+    for path in filter(os.path.exists, paths):
+        layout.flush(path)
+
+
+def drop_claims(places: layout.Layout) -> None:
+    """Let the files here be the server's own.
+
+    :raises: OSError
+    """
+    _delete(places.claims())
+
+
+def delete_volumes(places: layout.Layout) -> None:
+    """Delete a server's volumes here, also those kept for a revert.
+
+    :raises: OSError
+    """
+    # A claim goes last: without it what is left would be the server's disks.
+    claims = places.claims()
+    _delete(path for path in [*places.volumes(), *places.kept()]
+            if path not in claims)
+    _delete(claims)
+
+
+def delete_kept(places: layout.Layout) -> None:
+    """Delete what a resize on this host kept for a revert.
+
+    :raises: OSError
+    """
+    _delete(places.kept())
+
+
+def delete_all(places: layout.Layout) -> None:
+    """Delete all files of a server here, the claims last.
+
+    :raises: OSError
+    """
+    if os.path.isdir(places.directory):
+        shutil.rmtree(places.directory)
+    delete_volumes(places)
+
+
+def _delete(paths: ty.Iterable[str]) -> None:
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def make_marker(places: layout.Layout) -> str:
+    """Make an empty file with a new name among the volumes of a server.
+
+    :returns: its path
+    """
+    descriptor, path = tempfile.mkstemp(
+        prefix=places.prefix, dir=places.pool_path)
+    os.close(descriptor)
+    return path
+
+
+def keep_directory(places: layout.Layout) -> None:
+    """Put the instance directory where a revert will look for it.
+
+    :raises: OSError
+    """
+    remove_stale_directory(places)
+    os.rename(places.directory, places.kept_directory)
+    layout.flush(os.path.dirname(places.directory))
+
+
+def remove_stale_directory(places: layout.Layout) -> None:
+    """Delete what an earlier migration left beside the instance directory.
+
+    Without an instance directory it is no leftover, but the only one.
+
+    :raises: OSError
+    """
+    if os.path.exists(places.directory) and os.path.exists(
+            places.kept_directory):
+        shutil.rmtree(places.kept_directory)
+
+
+def recover_directory(places: layout.Layout) -> None:
+    """Undo keep_directory() after a migration that did not go on.
+
+    :raises: OSError
+    """
+    if os.path.exists(places.kept_directory) and not os.path.exists(
+            places.directory):
+        os.rename(places.kept_directory, places.directory)
+        layout.flush(os.path.dirname(places.directory))
+
+
+def has_kept_directory(places: layout.Layout) -> bool:
+    """Whether a migration kept the server's files here for a revert.
+
+    On shared storage it did not: the instance directory is in use.
+    """
+    return os.path.exists(places.kept_directory) and not os.path.exists(
+        places.directory)
+
+
+def keep(places: layout.Layout) -> None:
+    """Rename the disks and the directory of a server, for a revert.
+
+    Makes an empty instance directory. libvirt cannot rename a volume, but
+    nova-compute owns the directory of the pool. restore() leads back from
+    wherever this or what follows it ends, even if nova-compute does.
+
+    :raises: OSError
+    """
+    for path in places.volumes():
+        os.rename(path, places.kept_path(path))
+    # The renamed directory says that all volumes were renamed.
+    layout.flush(places.pool_path)
+    os.rename(places.directory, places.kept_directory)
+    fileutils.ensure_tree(places.directory)
+
+
+def restore(places: layout.Layout) -> None:
+    """Put the kept disks and directory back in the place of their copies.
+
+    :raises: OSError, StorageError
+    """
+    if os.path.exists(places.kept_directory):
+        _delete_new_volumes(places)
+    for path in places.kept():
+        os.replace(path, places.volume_path(places.disk_name(path)))
+    if os.path.exists(places.kept_directory):
+        shutil.rmtree(places.directory, ignore_errors=True)
+        os.rename(places.kept_directory, places.directory)
+
+
+def _delete_new_volumes(places: layout.Layout) -> None:
+    """Delete the disks that the server did not have before its resize.
+
+    The record tells them from the others, also when this is called again after
+    an attempt that did not end.
+    """
+    formats = layout.read_record(places.kept_path(places.record_path))
+    for path in places.volumes():
+        if (formats and path not in formats and
+                not os.path.exists(places.kept_path(path))):
+            os.unlink(path)
+
+
+def ensure_pool(uri: str, name: str, path: str, autostart: bool) -> str:
+    """See to it that this host has an active pool.
+
+    :param uri: libvirt URI of this host
+    :param path: directory of the pool, if it has to be made; this process's
+        user will own it
+    :param autostart: whether the pool starts with the libvirt daemon
+    :returns: path of its directory
+    :raises: libvirtError, TimeoutError
+    """
+    connection = daemon.open_connection(uri)
+    try:
+        return storage_pool.Pool.ensure(
+            connection, name=name, path=path, autostart=autostart,
+            permissions=storage_pool.Permissions(
+                os.getuid(), os.getgid(), layout.DIRECTORY_MODE)).path
+    finally:
+        connection.close()
