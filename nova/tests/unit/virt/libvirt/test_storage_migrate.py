@@ -39,7 +39,6 @@ from nova.tests import fixtures as nova_fixtures
 from nova.tests.fixtures import libvirt_storage
 from nova.virt import fake
 from nova.virt.libvirt import driver
-from nova.virt.libvirt.storage import image
 from nova.virt.libvirt.storage import imagecache
 from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt.storage import stream
@@ -669,7 +668,8 @@ class CrashTestCase(DriverTestCase):
             vm_states.ACTIVE, task_states.RESIZE_FINISH, 'before')
 
 
-class FinishTestCase(DriverTestCase):
+class FinishMixin:
+    """Finishes a migration on this host."""
 
     def _finish(self, disk_info):
         with mock.patch.object(
@@ -679,17 +679,6 @@ class FinishTestCase(DriverTestCase):
                 jsonutils.dumps(disk_info), mock.sentinel.network_info,
                 mock.sentinel.image_meta, False, {})
         return jsonutils.loads(nova.call_args.args[3])
-
-    def test_volumes_are_flushed_and_the_claim_ends(self):
-        volume = self._add_disk()
-        self._claim()
-        disk = os.path.join(self.pool_path, volume)
-        drive = self._add_file('disk.config', b'drive')
-        self.assertEqual(
-            {disk, self.pool_path, drive, self.places.record_path,
-             self.directory, self.instances},
-            self._flushed([{'path': disk, 'type': 'raw'}]))
-        self.assertEqual([volume], self._volumes())
 
     def _claim(self, source='gone', directory=None):
         """Make the claim of an attempt to copy the server to here."""
@@ -711,6 +700,20 @@ class FinishTestCase(DriverTestCase):
         with mock.patch('os.fsync', note):
             self._finish(disk_info)
         return flushed
+
+
+class FinishTestCase(FinishMixin, DriverTestCase):
+
+    def test_volumes_are_flushed_and_the_claim_ends(self):
+        volume = self._add_disk()
+        self._claim()
+        disk = os.path.join(self.pool_path, volume)
+        drive = self._add_file('disk.config', b'drive')
+        self.assertEqual(
+            {disk, self.pool_path, drive, self.places.record_path,
+             self.directory, self.instances},
+            self._flushed([{'path': disk, 'type': 'raw'}]))
+        self.assertEqual([volume], self._volumes())
 
     def test_progress_ends(self):
         self.instance.progress = 100

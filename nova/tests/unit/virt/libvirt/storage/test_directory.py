@@ -25,8 +25,9 @@ from nova import exception
 from nova.tests.fixtures import libvirt_storage
 from nova.tests.unit.virt.libvirt import test_storage_migrate
 from nova.virt.libvirt import driver
-from nova.virt.libvirt.storage import directory
-from nova.virt.libvirt.storage import peer
+from nova.virt.libvirt.storage import errors
+from nova.virt.libvirt.storage import layout
+from nova.virt.libvirt.storage import local
 from nova.virt.libvirt.storage import pool
 
 NOVA = dict(owner=64062, group=64063)
@@ -57,7 +58,9 @@ class DirectoryTestCase(test_storage_migrate.DriverTestCase):
         self.disk_info.return_value = [
             {'path': self._add_file(name, name.encode() * 50),
              'type': disk_format} for name, disk_format in disks]
-        self._add_file('disk.info', b'{}')
+        self._add_file('disk.info', layout.record_bytes({
+            os.path.join(self.directory, name): disk_format
+            for name, disk_format in disks}))
 
     def _state(self):
         return (dict(self.dest.pools), sorted(self.dest.files), {
@@ -67,10 +70,10 @@ class DirectoryTestCase(test_storage_migrate.DriverTestCase):
     def _arrived(self):
         return {os.path.basename(path): file.content.read(0, units.Ki)
                 for path, file in self.dest.files.items()
-                if directory.ARRIVED not in path}
+                if layout.ARRIVED not in path}
 
     def _markers(self):
-        return [path for path in self.dest.files if directory.ARRIVED in path]
+        return [path for path in self.dest.files if layout.ARRIVED in path]
 
     def _come_back(self):
         """What Nova does as it starts after it ended in a migration."""
@@ -85,11 +88,13 @@ class MigrateTestCase(DirectoryTestCase):
 
     def test_directory_arrives_without_the_swap_disk(self):
         self._add_files()
+        formats = self.places.formats()
         result = jsonutils.loads(self._migrate())
 
         self.assertEqual(
             {'disk': b'disk' * 50, 'disk.eph0': b'disk.eph0' * 50,
-             'disk.config': b'disk.config' * 50, 'disk.info': b'{}'},
+             'disk.config': b'disk.config' * 50,
+             'disk.info': layout.record_bytes(formats)},
             self._arrived())
         self.assertEqual(
             [os.path.join(self.directory, name)
@@ -139,7 +144,8 @@ class MigrateTestCase(DirectoryTestCase):
             'conn.storagePoolCreateXML',
             lambda: self.dest.add_pool('theirs', self.instances, mode=0o755,
                                        **NOVA))
-        found = pool.inspect(self.dest.connect(), self.instances, 'ours')
+        found = pool.inspect(
+            self.dest.connect(), path=self.instances, name='ours')
         self.assertEqual(
             pool.Permissions(NOVA['owner'], NOVA['group'], 0o755),
             found.permissions)
@@ -172,7 +178,7 @@ class MigrateTestCase(DirectoryTestCase):
         self._migrate(block_device_info={
             'block_device_mapping': [root], 'ephemerals': [],
             'root_device_name': '/dev/vda'})
-        self.assertEqual({'disk.info': b'{}'}, self._arrived())
+        self.assertEqual({'disk.info': b'{}\n'}, self._arrived())
 
     def test_shared_directory_is_nova_s_and_asked_for_without_ssh(self):
         self._add_files()
@@ -271,24 +277,24 @@ class FailureTestCase(DirectoryTestCase):
 
     def test_copy_that_another_attempt_took_over_stays(self):
         self.dest.call('stream.send', lambda: self.dest.add_file(
-            f'{self.directory}/{uuids.instance}_{peer.CLAIM}-other'))
+            f'{self.directory}/{uuids.instance}_{layout.CLAIM}-other'))
         self.assertIn('another attempt', self._fail())
         # Another attempt has taken over; what is there is its own to clear.
         self.assertIn('disk', self._arrived())
 
     def test_claim_of_another_attempt_is_respected(self):
         self.dest.call('pool.createXML', lambda: self.dest.add_file(
-            f'{self.directory}/{uuids.instance}_{peer.CLAIM}-other'))
+            f'{self.directory}/{uuids.instance}_{layout.CLAIM}-other'))
         error = self.assertRaises(
             exception.InstanceFaultRollback, self._migrate).inner_exception
         self.assertIn('another attempt', str(error))
         self.assertEqual([], self.calls.mock_calls)
-        self.assertEqual({f'{uuids.instance}_{peer.CLAIM}-other'},
+        self.assertEqual({f'{uuids.instance}_{layout.CLAIM}-other'},
                          set(self._arrived()))
 
     def test_copy_goes_if_the_source_directory_can_not_be_kept(self):
         with mock.patch.object(
-                self.driver, '_keep_instance_dir', side_effect=OSError):
+                local, 'keep_directory', side_effect=OSError):
             self._fail()
         self._assert_nothing_on_destination()
 
@@ -300,10 +306,8 @@ class FailureTestCase(DirectoryTestCase):
         self.flags(vol_upload_migration_stall_timeout=1, group='libvirt')
         blocked = self.dest.block('conn.storagePoolCreateXML')
         self.addCleanup(blocked.release)
-        there = directory.Destination(
-            'dest', 'qemu+tls://dest/system', f'nova-{uuids.instance}',
-            uuids.instance, self.directory)
-        error = self.assertRaises(peer.Unsuitable, there.discard)
+        move = self.driver._new_transfer(self.places, 'dest', [], 'name')
+        error = self.assertRaises(errors.HostError, move.discard)
         self.assertIn('host dest (qemu+tls://dest/system): no answer within',
                       str(error))
 
@@ -311,7 +315,7 @@ class FailureTestCase(DirectoryTestCase):
         self.dest.fail('stream.send', error=self.ERROR, nth=2)
         self.dest.fail('vol.delete', error=self.ERROR)
         self._fail()
-        self.assertTrue(any(peer.CLAIM in name for name in self._arrived()))
+        self.assertTrue(any(layout.CLAIM in name for name in self._arrived()))
         self._migrate()
         self.assertEqual({'disk', 'disk.eph0', 'disk.config', 'disk.info'},
                          set(self._arrived()))
@@ -331,49 +335,54 @@ class FailureTestCase(DirectoryTestCase):
         # The first that is deleted is the claim.
         self.dest.fail('vol.delete', error=self.ERROR, nth=2)
         with mock.patch.object(
-                self.driver, '_keep_instance_dir', side_effect=OSError):
+                local, 'keep_directory', side_effect=OSError):
             self._fail()
         self.assertEqual(1, len(self._markers()))
         self._migrate()
         arrived = self._arrived(), self._markers()
         self.assertIn('disk', arrived[0])
-        self.driver._discard_leftovers()
+        self.driver._leftovers.retry()
         self.assertEqual(arrived, (self._arrived(), self._markers()))
-        self.assertEqual({}, self.driver._leftovers)
+        self.assertFalse(self.driver._leftovers)
 
 
-class FinishTestCase(DirectoryTestCase):
+class FinishTestCase(DirectoryTestCase, test_storage_migrate.FinishMixin):
+
+    claim = layout.Claim(uuids.instance, uuids.attempt, 'gone')
 
     def test_files_that_came_are_on_stable_storage(self):
         self._add_files()
-        swap = os.path.join(self.directory, 'disk.swap')
-        os.unlink(swap)
-        with (mock.patch.object(driver.LibvirtDriver, 'finish_migration'),
-              mock.patch('os.fsync') as fsync):
-            self.driver.finish_migration(
-                self.context, mock.sentinel.migration, self.instance,
-                jsonutils.dumps(self.disk_info.return_value),
-                mock.sentinel.network_info, mock.sentinel.image_meta, False,
-                {})
+        os.unlink(os.path.join(self.directory, 'disk.swap'))
+        names = os.listdir(self.directory)
+        self._add_file(self.claim.arrived_name, b'')
+        flushed = self._flushed(self.disk_info.return_value)
         self.assertEqual(
-            3 + 3, fsync.call_count)
+            {self.instances, self.directory,
+             *(os.path.join(self.directory, name) for name in names)},
+            flushed)
+
+    def test_file_that_is_not_there_is_an_error(self):
+        self._add_files()
+        self._add_file(self.claim.arrived_name, b'')
+        os.unlink(os.path.join(self.directory, 'disk.eph0'))
+        error = self.assertRaises(
+            exception.MigrationError, self._finish,
+            self.disk_info.return_value)
+        self.assertIn('disk.eph0', str(error))
 
     def test_marker_of_a_copy_that_arrived_goes(self):
         self._add_files()
-        name = f'{uuids.instance}_{directory.ARRIVED}-{uuids.attempt}'
-        marker = self._add_file(name, b'')
+        marker = self._add_file(self.claim.arrived_name, b'')
         self.flags(vol_upload_migration_legacy=False, group='libvirt')
-        with mock.patch.object(driver.LibvirtDriver, 'finish_migration'):
-            self.driver.finish_migration(
-                self.context, mock.sentinel.migration, self.instance,
-                jsonutils.dumps(self.disk_info.return_value),
-                mock.sentinel.network_info, mock.sentinel.image_meta, False,
-                {})
+        self._finish(self.disk_info.return_value)
         self.assertFalse(os.path.exists(marker))
         self.assertTrue(os.path.exists(os.path.join(self.directory, 'disk')))
 
     def test_unfinished_copy_is_no_disk_to_evacuate_to(self):
-        self._add_file(f'{uuids.instance}_{peer.CLAIM}-dead', b'')
+        self.instance.host = 'gone'
         self._add_file('disk', b'unfinished')
-        self.assertFalse(self.driver.instance_on_disk(self.instance))
-        self.assertFalse(os.path.exists(self.directory))
+        for name in self.claim.name, self.claim.arrived_name:
+            path = self._add_file(name, b'')
+            self.assertFalse(self.driver.instance_on_disk(self.instance))
+            os.unlink(path)
+        self.assertTrue(self.driver.instance_on_disk(self.instance))

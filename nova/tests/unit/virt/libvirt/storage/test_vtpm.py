@@ -18,15 +18,14 @@ from unittest import mock
 import ddt
 import fixtures
 import libvirt
-from oslo_serialization import jsonutils
 from oslo_utils.fixture import uuidsentinel as uuids
 
 from nova import exception
 from nova.tests.fixtures import libvirt_storage
 from nova.tests.unit.virt.libvirt.storage import test_directory
 from nova.tests.unit.virt.libvirt import test_storage_migrate
-from nova.virt.libvirt import driver
-from nova.virt.libvirt.storage import peer
+from nova.virt.libvirt.storage import layout
+from nova.virt.libvirt.storage import site
 from nova.virt.libvirt import utils as libvirt_utils
 
 ERROR = (libvirt.VIR_ERR_SYSTEM_ERROR, libvirt.VIR_FROM_STREAMS,
@@ -54,20 +53,22 @@ class VtpmMixin:
                 mode=0o600)
         self.useFixture(fixtures.MockPatch(
             'nova.virt.hardware.get_vtpm_constraint'))
+        self.min_version = self.useFixture(fixtures.MockPatchObject(
+            self.driver._host, 'has_min_version', return_value=True)).mock
 
     def _moved(self):
         """What arrived: path below the instance directory -> file."""
         return {os.path.relpath(path, self.directory): file
                 for path, file in {**self.dest.files,
                                    **self.dest.directories}.items()
-                if peer.VTPM in path}
+                if layout.VTPM in path}
 
     def _assert_state_arrives(self, owner, group):
         self._migrate()
         moved = self._moved()
-        top = f'{peer.VTPM}/{uuids.instance}'
+        top = f'{layout.VTPM}/{uuids.instance}'
         self.assertEqual(
-            {peer.VTPM: 0o755, top: 0o711, f'{top}/tpm2': 0o700,
+            {layout.VTPM: 0o755, top: 0o711, f'{top}/tpm2': 0o700,
              f'{top}/tpm2/tpm2-00.permall': 0o600,
              f'{top}/tpm2/.lock': 0o600},
             {name: file.mode for name, file in moved.items()})
@@ -106,7 +107,7 @@ class PoolTestCase(VtpmMixin, test_storage_migrate.DriverTestCase):
         # After the disk and the empty claim.
         self.dest.fail('vol.upload', name='tpm2-00.permall', error=ERROR)
         message = self._fail()
-        self.assertIn('the state of the vTPM to host dest', message)
+        self.assertIn('tpm2-00.permall to host dest', message)
         self.assertIn('No space left on device', message)
         self._assert_nothing_on_destination()
         self.assertEqual({}, self._moved())
@@ -124,7 +125,7 @@ class PoolTestCase(VtpmMixin, test_storage_migrate.DriverTestCase):
         path = f'{self.directory}/swtpm/{uuids.instance}/tpm2/tpm2-00.permall'
         self.dest.call('stream.finish', name='tpm2-00.permall',
                        action=lambda: self.dest.files.pop(path))
-        self.assertIn('the state of the vTPM', self._fail())
+        self.assertIn('tpm2-00.permall to host dest', self._fail())
 
     def test_destination_that_hangs_is_asked_nothing_more(self):
         self.flags(vol_upload_migration_stall_timeout=1, group='libvirt')
@@ -133,7 +134,7 @@ class PoolTestCase(VtpmMixin, test_storage_migrate.DriverTestCase):
             name=f'nova-{uuids.instance}-swtpm-{uuids.instance}')
         self.addCleanup(blocked.release)
         ended = []
-        self.calls.power_on.side_effect = lambda *args: ended.extend(
+        self.calls.power_on.side_effect = lambda *args, **kwargs: ended.extend(
             name for call, name in self.dest.calls if call == 'pool.destroy')
         self.assertIn('no answer within 1 seconds', self._fail())
         self.assertTrue(blocked.reached.is_set())
@@ -141,8 +142,13 @@ class PoolTestCase(VtpmMixin, test_storage_migrate.DriverTestCase):
 
     def test_shared_storage_is_refused(self):
         with mock.patch.object(
-                peer.Destination, '_find_shared', return_value=True):
+                site.Site, '_find_shared', return_value=True):
             self._assert_refused('vTPM', 'share its instance directory')
+
+    def test_libvirt_that_would_delete_the_state_is_refused(self):
+        self.min_version.return_value = False
+        self._assert_refused('vTPM', '8.9.0')
+        self.min_version.assert_called_with((8, 9, 0))
 
     def test_resize_on_one_host_is_refused(self):
         self._assert_refused('vTPM', 'one host', dest='source')
@@ -158,31 +164,29 @@ class DirectoryTestCase(VtpmMixin, test_directory.DirectoryTestCase):
     def test_failure_leaves_nothing_over_there(self):
         self._add_files()
         self.dest.fail('vol.upload', name='tpm2-00.permall', error=ERROR)
-        self.assertIn('the state of the vTPM to host dest', self._fail())
+        self.assertIn('tpm2-00.permall to host dest', self._fail())
         self._assert_nothing_on_destination()
 
 
 @ddt.ddt
-class FinishTestCase(VtpmMixin, test_storage_migrate.DriverTestCase):
+class FinishTestCase(VtpmMixin, test_storage_migrate.FinishMixin,
+                     test_storage_migrate.DriverTestCase):
 
-    @mock.patch.object(driver.LibvirtDriver, 'finish_migration')
-    def test_state_that_came_is_on_stable_storage(self, nova):
-        saved = os.path.join(self.directory, peer.VTPM, uuids.instance)
+    def test_state_that_came_is_on_stable_storage(self):
+        saved = os.path.join(self.directory, layout.VTPM, uuids.instance)
         os.makedirs(saved)
-        with open(os.path.join(saved, 'state'), 'w'):
+        state = os.path.join(saved, 'state')
+        with open(state, 'w'):
             pass
-        with mock.patch('os.fsync') as fsync:
-            self.driver.finish_migration(
-                self.context, mock.sentinel.migration, self.instance,
-                jsonutils.dumps([]), mock.sentinel.network_info,
-                mock.sentinel.image_meta, False, {})
-        self.assertEqual(2, fsync.call_count)
-        nova.assert_called_once()
+        self._claim()
+        flushed = self._flushed([])
+        self.assertLessEqual(
+            {state, saved, os.path.dirname(saved), self.directory}, flushed)
 
     @ddt.data(True, False)
     @mock.patch.object(libvirt_utils, 'restore_vtpm_dir')
     def test_state_that_nova_moved_is_put_back(self, moved, restore):
-        saved = os.path.join(self.directory, peer.VTPM, uuids.instance)
+        saved = os.path.join(self.directory, layout.VTPM, uuids.instance)
         if moved:
             os.makedirs(saved)
         self.instance.old_flavor = None
