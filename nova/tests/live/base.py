@@ -131,8 +131,13 @@ class LabMixin:
 
     def connect_local(self, host: nova_lab.Host) -> libvirt.virConnect:
         """Connect as the host's own nova-compute does, by its socket."""
-        return self._open('qemu+unix:///system?socket=%s' % host.path(
-            '/run/libvirt/libvirt-sock'))
+        return self._open(self.local_uri(host))
+
+    @staticmethod
+    def local_uri(host: nova_lab.Host) -> str:
+        """The URI by which a host's own nova-compute connects."""
+        return 'qemu+unix:///system?socket=%s' % host.path(
+            '/run/libvirt/libvirt-sock')
 
     def _open(self, uri: str) -> libvirt.virConnect:
         connection = libvirt.open(uri)

@@ -25,7 +25,7 @@ import tempfile
 from oslo_serialization import jsonutils
 
 from nova.cmd import storage_migrate
-from nova.virt.libvirt.storage import peer
+from nova.virt.libvirt.storage import daemon
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def run(argv: list[str], minimum: int | None = None) -> dict[str, str | int]:
         pid = os.fork()
         if not pid:
             if minimum:
-                peer.MIN_LIBVIRT_VERSION = minimum
+                daemon.MIN_LIBVIRT_VERSION = minimum
             os.dup2(out.fileno(), 1)
             os.dup2(out.fileno(), 2)
             os._exit(call(argv))

@@ -25,10 +25,11 @@ from oslo_serialization import jsonutils
 
 import nova.conf
 from nova import objects
+from nova.tests.live import moves
+from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import image
-from nova.virt.libvirt.storage import peer
+from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt.storage import threads
-from nova.virt.libvirt.storage import transfer
 
 CONF = nova.conf.CONF
 
@@ -47,19 +48,19 @@ def migrate(uri: str, host: str, pool: str, uuid: str,
 
     :returns: the bytes copied, or the error
     """
-    destination = peer.Destination(host, uri, pool, uuid, directory)
-    move = transfer.Transfer('qemu:///system', destination, pool, directory)
-    disk = transfer.Disk(f'{uuid}_disk', 'raw')
+    name = f'{uuid}_disk'
+    places = layout.Layout(uuid, f'/var/lib/nova/{pool}', directory)
+    move = moves.new_transfer('qemu:///system', host, uri, pool, places, [
+        layout.File(name, layout.POOL, places.volume_path('disk'), 'raw')])
+    watch = moves.Watch()
     try:
-        move.check([disk])
-        destination.claim()
-        result = move.copy_disk(disk, None)
-        move.copy_instance_dir([disk], None)
-    except (peer.Unsuitable, transfer.TransferError) as error:
+        moves.start(move)
+        move.run(watch=watch)
+    except errors.HostError as error:
         return {'error': str(error)}
     finally:
         move.close()
-    return {'bytes': result.length}
+    return {'bytes': watch.results[name].length}
 
 
 def grow(pool_path: str, uuid: str, size: int) -> dict[str, str | int]:

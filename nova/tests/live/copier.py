@@ -35,10 +35,12 @@ import time
 
 from oslo_serialization import jsonutils
 
-from nova.virt.libvirt.storage import peer
+import nova.conf
+from nova.conf import storage_migrate  # noqa: F401 (registers the options)
+from nova.tests.live import moves
+from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt.storage import stream
 from nova.virt.libvirt.storage import threads
-from nova.virt.libvirt.storage import transfer
 
 INTERVAL = 0.01
 
@@ -46,28 +48,30 @@ INTERVAL = 0.01
 def main() -> None:
     arguments = jsonutils.loads(sys.stdin.readline())
     threads.run_event_loop()
-    destination = peer.Destination(
-        'destination', arguments['destination_uri'], arguments['pool'],
-        arguments['uuid'], arguments['directory'])
-    move = transfer.Transfer(
-        arguments['source_uri'], destination, arguments['pool'],
-        arguments['directory'], arguments.get('read') != 'volume')
+    nova.conf.CONF.set_override(
+        'vol_upload_migration_direct_read', arguments.get('read') != 'volume',
+        group='libvirt')
     if arguments.get('read') == 'memory':
         stream.open_source = lambda *args: MemorySource()
-    disk = transfer.Disk(arguments['uuid'] + '_disk', 'raw')
+    name = arguments['uuid'] + '_disk'
+    move = moves.new_transfer(
+        arguments['source_uri'], 'destination', arguments['destination_uri'],
+        arguments['pool'],
+        layout.Layout(arguments['uuid'], '', arguments['directory']),
+        [Disk(name, layout.POOL, '', 'raw')])
+    watch = moves.Watch()
     started, cpu = time.monotonic(), cpu_seconds()
-    native(move.check, [disk])
-    native(destination.claim)
+    native(moves.start, move)
     before = memory('VmRSS')
     sleeper = Sleeper()
     sleeper.start()
     print('started', flush=True)
-    result = native(move.copy_disk, disk, None)
+    native(move.run, None, watch)
     seen = {'seconds': time.monotonic() - started,
             'cpu': cpu_seconds() - cpu}
     sleeper.stop()
     print(jsonutils.dumps(seen | {
-        'result': dataclasses.asdict(result),
+        'result': dataclasses.asdict(watch.results[name]),
         'grown': memory('VmHWM') - before,
         'memory': memory('VmHWM'),
         'late': sleeper.late,
@@ -76,8 +80,15 @@ def main() -> None:
     }), flush=True)
     if arguments.get('discard'):
         sys.stdin.readline()
-        native(destination.discard)
+        native(move.discard)
     native(move.close)
+
+
+class Disk(layout.File):
+    """A disk whose file this process may not see."""
+
+    def allocation(self) -> int:
+        return 0
 
 
 class MemorySource:

@@ -16,6 +16,7 @@ import time
 
 from oslo_utils import units
 
+from nova.tests.live import moves
 from nova.tests.live import test_transfer
 from nova.virt.libvirt.storage import stream
 
@@ -29,17 +30,22 @@ class BandwidthTestCase(test_transfer.TransferTestCase):
         """Write a disk; return the transfer that is ready to copy it."""
         self._name_server()
         self._make_disk(data + hole, [(0, data)])
-        return self._start(), self.disk
+        return self._start(), self.volume
 
     def _copy_all(self, *disks):
         """Copy disks at once; return the rate of all, and the results."""
         with futures.ThreadPoolExecutor() as executor:
             started = time.monotonic()
-            copies = [executor.submit(move.copy_disk, disk, None)
-                      for move, disk in disks]
+            copies = [executor.submit(self._result, *disk)
+                      for disk in disks]
             results = [copy.result() for copy in copies]
             seconds = time.monotonic() - started
         return sum(result.wire for result in results) / seconds, results
+
+    def _result(self, move, volume):
+        watch = moves.Watch()
+        move.run(watch=watch)
+        return watch.results[volume]
 
     def _assert_limited(self, *sizes):
         """Copy disks at once; all keep to the limit, and share it alike.

@@ -29,7 +29,8 @@ import testtools
 
 import nova
 from nova.tests.live import base
-from nova.virt.libvirt.storage import peer
+from nova.virt.libvirt.storage import daemon
+from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import pool
 
 import lab_auth
@@ -220,11 +221,16 @@ class TestSwitchOnPage(base.LiveTestCase):
             self.addCleanup(shutil.rmtree, self.destination.path(path),
                             ignore_errors=True)
             self.addCleanup(self.remove_pool, name)
-            pool.Pool.ensure(connection, name, path, nova)
-        self.there = peer.Destination(
-            'host', self.lab.uri(self.destination), 'nova-disks',
-            uuidutils.generate_uuid(), '/var/lib/nova/instances/server')
-        self.addCleanup(self.there.close)
+            pool.Pool.ensure(connection, name=name, path=path,
+                             permissions=nova, autostart=False)
+
+    def find_pool(self):
+        """Look for the pool as a migration to there does."""
+        connection = daemon.open_connection(self.lab.uri(self.destination))
+        try:
+            pool.Pool.lookup(connection, 'nova-disks')
+        finally:
+            connection.close()
 
     def test_off(self):
         remove_disks, remove_cache = (
@@ -235,11 +241,10 @@ class TestSwitchOnPage(base.LiveTestCase):
         error = self.assertRaises(lab.LabError, self.run_block, remove_disks)
         self.assertIn("failed to remove '/var/lib/nova/disks'", str(error))
         self.run_block('virsh pool-start nova-disks')
-        self.there.connect()
-        self.there.close()
+        self.find_pool()
         disk.unlink()
         self.run_block(remove_disks)
-        error = self.assertRaises(peer.Unsuitable, self.there.connect)
+        error = self.assertRaises(errors.PoolNotFound, self.find_pool)
         self.assertIn('there is no storage pool nova-disks', str(error))
         self.run_block(remove_cache)
         left = self.run_block('virsh pool-list --all --name').split()

@@ -29,6 +29,7 @@ import sys
 import threading
 import time
 import typing as ty
+from unittest import mock
 
 import ddt
 import fixtures
@@ -38,11 +39,12 @@ from oslo_config import fixture as config_fixture
 from oslo_utils import units
 
 from nova.tests.live import fault_table
+from nova.tests.live import moves
 from nova.tests.live import test_transfer
 from nova.virt.libvirt.storage import errors
-from nova.virt.libvirt.storage import peer
+from nova.virt.libvirt.storage import layout
+from nova.virt.libvirt.storage import site
 from nova.virt.libvirt.storage import stream
-from nova.virt.libvirt.storage import transfer
 
 SIZE = 48 * units.Mi
 
@@ -109,20 +111,21 @@ class FaultTestCase(test_transfer.TransferTestCase):
 
     def _hook(self) -> None:
         """Reach the moments while a real migration passes them."""
-        create_disk = peer.Destination.create_disk
-        verify_disk = peer.Destination.verify_disk
+        create_file, verify_file = site.Site.create, site.Site.verify
 
-        def create(destination, *args):
-            self.moments[CREATING]()
-            return create_disk(destination, *args)
+        def create(there, file, *args):
+            if file.name == self.volume:
+                self.moments[CREATING]()
+            return create_file(there, file, *args)
 
-        def verify(destination, *args):
-            self.moments[CHECKING]()
-            return verify_disk(destination, *args)
+        def verify(there, file, *args):
+            if file.name == self.volume:
+                self.moments[CHECKING]()
+            return verify_file(there, file, *args)
 
         for name, function in (
-                ('peer.Destination.create_disk', create),
-                ('peer.Destination.verify_disk', verify),
+                ('site.Site.create', create),
+                ('site.Site.verify', verify),
                 ('stream.open_source', self._open_source)):
             self.useFixture(fixtures.MonkeyPatch(
                 'nova.virt.libvirt.storage.' + name, function))
@@ -161,27 +164,23 @@ class FaultTestCase(test_transfer.TransferTestCase):
             return 0
 
     def migrate(self, cancel=None) -> None:
-        """What the driver does with the disks of a server, in its order."""
+        """Move the disk, and note when that fails and what it leaves."""
         self.moments[CONNECTING]()
         move = self.move = self._transfer()
+        discard = move.discard
+
+        def note_discard():
+            self.ended = time.monotonic()
+            self.discarded = False
+            discard()
+            self.discarded = True
+
+        self.discarded = True
         try:
-            move.check([self.disk])
-            move.destination.claim()
-            try:
-                move.copy_disk(self.disk, cancel)
-                move.copy_instance_dir([self.disk], cancel)
-            except Exception:
-                self.ended = time.monotonic()
-                self.discard(move)
-                raise
+            with mock.patch.object(move, 'discard', note_discard):
+                moves.migrate(move, cancel)
         finally:
             move.close()
-
-    def discard(self, move: transfer.Transfer) -> None:
-        self.discarded = False
-        with contextlib.suppress(libvirt.libvirtError, peer.Unsuitable):
-            move.destination.discard()
-            self.discarded = True
 
     def wait_for(self, condition: ty.Callable[[], bool],
                  seconds: float = 30) -> None:
@@ -202,7 +201,7 @@ class FaultTestCase(test_transfer.TransferTestCase):
         """
         self.ended = None
         error = self.assertRaises(
-            (peer.Unsuitable, transfer.TransferError, errors.Cancelled),
+            (errors.HostError, errors.Cancelled),
             self.migrate, cancel)
         ended = self.ended or time.monotonic()
         self.assertIsNotNone(self.happened, 'there was no fault')
@@ -214,7 +213,7 @@ class FaultTestCase(test_transfer.TransferTestCase):
         if self.ended and not self.discarded:
             outcome = fault_table.CLEARED
             # As the driver does every minute.
-            self.move.destination.discard()
+            self.move.discard()
         self.assert_nothing_there()
         fault_table.record(
             fault, self.moment, outcome, ended - self.happened)
@@ -240,9 +239,8 @@ class FaultTestCase(test_transfer.TransferTestCase):
     def clear(self) -> None:
         """Delete what arrived, as one who starts anew."""
         move = self._transfer()
-        move.check([self.disk])
-        move.destination.claim()
-        move.destination.discard()
+        moves.start(move)
+        move.discard()
         move.close()
         self.assert_nothing_there()
 
@@ -477,14 +475,14 @@ class DestinationDiskHangsTestCase(MountedPoolTestCase):
 
     def test_hangs_before(self):
         self.at(CONNECTING, self.freeze)
-        error = self.assertRaises(peer.Unsuitable, self.migrate)
+        error = self.assertRaises(errors.HostError, self.migrate)
         seconds = time.monotonic() - self.happened
         self.assertIn('no answer within 2 seconds', str(error))
         self.assertLess(seconds, 10)
         self.assertEqual(self.sha, self.sha256(self.path))
         self.thaw()
         # What was asked for is done now: the claim is there.
-        claim = f'{self.uuid}_{peer.CLAIM}-*'
+        claim = f'{self.uuid}_{layout.CLAIM}-*'
         self.wait_for(lambda: any(
             self._path(self.destination).parent.glob(claim)))
         self.assert_next_attempt_works()
@@ -551,7 +549,7 @@ class DestinationVolumeTestCase(FaultTestCase):
         self.at(CONNECTING, lambda: connection.defineXML(
             DOMAIN.format(uuid=self.uuid)))
 
-        error = self.assertRaises(peer.Unsuitable, self.migrate)
+        error = self.assertRaises(errors.HostError, self.migrate)
 
         connection.lookupByUUIDString(self.uuid).undefine()
         self.assertIsNotNone(self.happened)
@@ -643,13 +641,11 @@ class SourceTestCase(FaultTestCase):
     def test_second_attempt(self):
         def attempt_again():
             move = self._transfer()
-            move.check([self.disk])
-            move.destination.claim()
-            move.copy_disk(self.disk, None)
-            move.copy_instance_dir([self.disk], None)
+            moves.start(move)
+            move.run()
 
         self.at(COPYING, attempt_again)
-        error = self.assertRaises(transfer.TransferError, self.migrate)
+        error = self.assertRaises(errors.HostError, self.migrate)
         self.assertIsNotNone(self.happened)
         self.assertIn('another attempt', str(error))
         self.assertFalse(self.discarded)
@@ -729,7 +725,7 @@ class RandomFaultsTestCase(FaultTestCase):
         self.at(moment, lambda: self._break(fault, seconds, cancel))
         try:
             self.migrate(cancel)
-        except (peer.Unsuitable, transfer.TransferError, errors.Cancelled):
+        except (errors.HostError, errors.Cancelled):
             ending = 'failed'
         else:
             ending = 'moved'
@@ -755,7 +751,7 @@ class RandomFaultsTestCase(FaultTestCase):
     def assert_nothing_there(self) -> None:
         """But for what libvirt was asked for too long ago to matter.
 
-        A link that was down may deliver that late: see peer._check_names().
+        A link that was down may deliver that late: see site._check_names().
         """
         pool = self.pool_there()
         pool.refresh()

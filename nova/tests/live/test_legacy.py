@@ -21,11 +21,13 @@ from oslo_utils import units
 from oslo_utils import uuidutils
 
 from nova.tests.live import base
-from nova.virt.libvirt.storage import directory
+from nova.tests.live import moves
+from nova.virt.libvirt.storage import daemon
+from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import fetch
-from nova.virt.libvirt.storage import peer
+from nova.virt.libvirt.storage import layout
+from nova.virt.libvirt.storage import local
 from nova.virt.libvirt.storage import pool
-from nova.virt.libvirt.storage import transfer
 
 INSTANCES = '/var/lib/nova/instances'
 # How Nova's own driver copies the files of a server.
@@ -71,42 +73,39 @@ class DirectoryTestCase(base.LiveTestCase):
             check=True, stdout=subprocess.DEVNULL)
         self.make_disk(self.source, f'{self.directory}/disk.eph0',
                        64 * units.Mi, [(32 * units.Mi, 4096)])
-        (self.local / 'disk.info').write_text('{}')
         for name in ('kernel', 'ramdisk'):
             (self.local / name).write_text(f'a {name}')
-        return [transfer.Disk('disk', 'qcow2'),
-                transfer.Disk('disk.eph0', 'raw')]
+        formats = {'disk': 'qcow2', 'disk.eph0': 'raw'}
+        layout.write_record(str(self.local / 'disk.info'), {
+            str(self.local / name): disk_format
+            for name, disk_format in formats.items()})
+        return self._layout().plan([
+            {'path': str(self.local / name), 'type': disk_format}
+            for name, disk_format in formats.items()])
 
-    def _transfer(self):
-        name = f'nova-{self.uuid}'
-        destination = directory.Destination(
-            self.destination.name, self.lab.uri(self.destination), name,
-            self.uuid, self.directory)
-        move = directory.Transfer(
-            'qemu+unix:///system?socket=%s' % self.source.path(
-                '/run/libvirt/libvirt-sock'),
-            destination, name, self.directory)
+    def _layout(self):
+        return layout.Layout(self.uuid, '/nowhere', str(self.local))
+
+    def _transfer(self, files=()):
+        move = moves.new_transfer(
+            self.local_uri(self.source), self.destination.name,
+            self.lab.uri(self.destination), 'none', self._layout(),
+            list(files), self.directory, uses_pool=False)
         self.addCleanup(move.close)
         return move
 
     def _start(self):
-        disks = self._add_files()
-        move = self._transfer()
-        move.check(disks)
-        move.destination.claim()
-        return move, disks
+        move = self._transfer(self._add_files())
+        moves.start(move)
+        return move
 
     def _pools(self, host):
         return {pool.name()
                 for pool in self.connect(host).listAllStoragePools()}
 
     def _migrate(self):
-        move, disks = self._start()
-        for disk in disks:
-            move.copy_disk(disk, None)
-        # As if this process were on the source.
-        move._directory = str(self.local)
-        move.copy_instance_dir(disks, None)
+        move = self._start()
+        move.run()
         move.close()
 
     def _arrived(self):
@@ -117,7 +116,7 @@ class DirectoryTestCase(base.LiveTestCase):
                         path.stat().st_mode,
                         self.sha256(path) if path.is_file() else '')
             for path in (there, *there.iterdir())
-            if directory.ARRIVED not in path.name}
+            if layout.ARRIVED not in path.name}
 
     def test_files_are_as_nova_s_own_transports_make_them(self):
         self._migrate()
@@ -141,7 +140,7 @@ class DirectoryTestCase(base.LiveTestCase):
         there = self.destination.path(self.directory)
         self.assertEqual(
             {'disk', 'disk.eph0', 'disk.info', 'kernel', 'ramdisk',
-             directory.ARRIVED},
+             layout.ARRIVED},
             self._names(there))
         self.assertNotEqual(self.source.nova_uid, self.destination.nova_uid)
         for path in (there, *there.iterdir()):
@@ -150,7 +149,7 @@ class DirectoryTestCase(base.LiveTestCase):
                 (self.destination.nova_uid, self.destination.nova_gid,
                  0o755 if path == there else 0o644),
                 (status.st_uid, status.st_gid, status.st_mode & 0o7777))
-            if path != there and directory.ARRIVED not in path.name:
+            if path != there and layout.ARRIVED not in path.name:
                 self.assertEqual(self.sha256(self.local / path.name),
                                  self.sha256(path))
         self.assertEqual(4096, self.allocated(there / 'disk.eph0'))
@@ -159,31 +158,42 @@ class DirectoryTestCase(base.LiveTestCase):
 
     def test_failed_copy_leaves_nothing(self):
         before = self._pools(self.destination)
-        move, disks = self._start()
-        move.copy_disk(disks[0], None)
-        move.destination.discard()
+        move = self._start()
+        self._copy_half(move)
+        move.discard()
         self.assertFalse(self.destination.path(self.directory).exists())
         self.assertEqual(before, self._pools(self.destination))
 
     def test_next_attempt_clears_what_a_dead_source_left(self):
-        move, disks = self._start()
-        move.copy_disk(disks[0], None)
+        move = self._start()
+        self._copy_half(move)
         move.close()
-        move, disks = self._start()
+        self._start()
         claim, = os.listdir(self.destination.path(self.directory))
-        self.assertIn(peer.CLAIM, claim)
+        self.assertIn(layout.CLAIM, claim)
 
     def test_next_attempt_clears_a_copy_that_nobody_took_over(self):
-        move, disks = self._start()
-        for disk in disks:
-            move.copy_disk(disk, None)
-        move.copy_instance_dir([], None)
-        move.close()
+        self._migrate()
         there = self.destination.path(self.directory)
-        self.assertEqual({'disk', 'disk.eph0', directory.ARRIVED},
-                         self._names(there))
-        move, disks = self._start()
-        self.assertEqual({peer.CLAIM}, self._names(there))
+        self.assertEqual(
+            {'disk', 'disk.eph0', 'disk.info', 'kernel', 'ramdisk',
+             layout.ARRIVED}, self._names(there))
+        self._start()
+        self.assertEqual({layout.CLAIM}, self._names(there))
+
+    def _copy_half(self, move):
+        """Copy files until the second one is created."""
+        created = []
+        create = move.there.create
+
+        def fail(file, length):
+            created.append(file.name)
+            if len(created) == 2:
+                raise errors.StorageError('broken on purpose')
+            return create(file, length)
+
+        move.there.create = fail
+        self.assertRaises(errors.HostError, move.run)
 
     def _names(self, path):
         """The names of its files, and only the kind of those that claim."""
@@ -194,29 +204,25 @@ class DirectoryTestCase(base.LiveTestCase):
         there = self.destination.path(self.directory)
         there.mkdir()
         (there / 'disk').write_text('not ours')
-        move = self._transfer()
-        error = self.assertRaises(peer.Unsuitable, move.check,
-                                  self._add_files())
+        move = self._transfer(self._add_files())
+        error = self.assertRaises(errors.HostError, move.check)
         self.assertIn('is not empty', str(error))
         self.assertEqual('not ours', (there / 'disk').read_text())
 
     def test_instances_path_that_is_not_there(self):
         self.directory = f'/var/lib/nova/elsewhere/{self.uuid}'
-        destination = directory.Destination(
-            self.destination.name, self.lab.uri(self.destination), 'none',
-            self.uuid, self.directory)
-        self.addCleanup(destination.close)
-        error = self.assertRaises(peer.Unsuitable, destination.connect)
+        error = self.assertRaises(errors.HostError, self._transfer().check)
         self.assertIn('instances_path', str(error))
 
     def test_many_look_at_a_directory_at_once(self):
         before = self._pools(self.destination)
 
         def look(index):
-            connection = peer.open_connection(self.lab.uri(self.destination))
+            connection = daemon.open_connection(self.lab.uri(self.destination))
             try:
                 return pool.inspect(
-                    connection, INSTANCES, f'test-{index}').permissions.owner
+                    connection, path=INSTANCES,
+                    name=f'test-{index}').permissions.owner
             finally:
                 connection.close()
 
@@ -246,8 +252,7 @@ class FetchTestCase(base.LiveTestCase):
 
     def _fetch(self, index=0):
         return fetch.fetch(
-            'qemu+unix:///system?socket=%s' % self.destination.path(
-                '/run/libvirt/libvirt-sock'),
+            self.local_uri(self.destination),
             self.source.name, self.lab.uri(self.source), self.path,
             f'test-{index}')
 
@@ -273,12 +278,11 @@ class FetchTestCase(base.LiveTestCase):
         self.assertEqual(before, self._pools())
 
     def test_pool_of_base_images_is_made_once_and_used(self):
-        uri = 'qemu+unix:///system?socket=%s' % self.source.path(
-            '/run/libvirt/libvirt-sock')
+        uri = self.local_uri(self.source)
         name = f'test-{uuidutils.generate_uuid()}'
         # This process is root, whose id the daemon finds on the directory.
         for _attempt in range(2):
-            transfer.ensure_cache_pool(uri, name, self.cache)
+            local.ensure_pool(uri, name, self.cache, False)
         self.addCleanup(self._remove_pool, self.source, name)
         self.make_disk(self.source, '/var/lib/nova/theirs/0123', units.Mi,
                        [(0, 4096)])
@@ -306,8 +310,13 @@ class SharedDirectoryTestCase(base.LiveTestCase):
         os.chmod(self.shared, 0o755)
 
     def _is_shared(self, path):
-        return directory.is_shared(
-            self.destination.name, self.lab.uri(self.destination), path)
+        move = moves.new_transfer(
+            self.local_uri(self.source), self.destination.name,
+            self.lab.uri(self.destination), 'none',
+            layout.Layout(os.path.basename(path), '/nowhere', path), [],
+            uses_pool=False)
+        self.addCleanup(move.close)
+        return move.shares_directory()
 
     def test_shared_directory(self):
         path = os.path.join(self.shared, uuidutils.generate_uuid())

@@ -21,6 +21,7 @@ from oslo_utils import units
 
 from nova import context as nova_context
 from nova import objects
+from nova.tests.live import moves
 from nova.tests.live import test_transfer
 from nova.virt.libvirt.storage import progress
 from nova.virt.libvirt.storage import stream
@@ -65,12 +66,20 @@ class ProgressTestCase(test_transfer.TransferTestCase):
         self._make_disk(self.size, [(0, DATA)])
         self.bandwidth = stream.Bandwidth(RATE)
         move = self._start()
-        watcher = progress.Progress(
-            nova_context.get_admin_context(), self.instance, 'dest',
-            move.length([self.disk]))
+        watch = progress.Progress(
+            nova_context.get_admin_context(), self.instance, 'dest')
+        results = moves.Watch()
+        end = watch.end
+
+        def note(name, result):
+            results.end(name, result)
+            end(name, result)
+
+        watch.end = note
         with mock.patch.object(progress, 'LOG') as log:
-            self.result = watcher.watch(self.volume, functools.partial(
-                move.copy_disk, self.disk, None))
+            watch.watch(functools.partial(move.run, None, watch))
+        self.result = results.results[self.volume]
+        self.size += results.results['disk.info'].length
         return [call.args for call in log.info.call_args_list]
 
     def test_progress_rises_with_the_bytes_and_is_saved_seldom(self):
@@ -94,7 +103,7 @@ class ProgressTestCase(test_transfer.TransferTestCase):
         self.assertAlmostEqual(RATE, rate, delta=0.15 * RATE)
 
     def test_log_tells_the_rate_and_the_time_left(self):
-        *told, (_message, end) = self._watch()
+        *told, (_message, end), _record = self._watch()
         started = self.figures[0][0] - INTERVAL
         for (_message, values), (now, *_figures) in zip(told, self.figures):
             left = started + self.result.seconds - now

@@ -20,8 +20,9 @@ from oslo_utils import units
 from oslo_utils import uuidutils
 
 from nova.tests.live import base
-from nova.virt.libvirt.storage import peer
-from nova.virt.libvirt.storage import transfer
+from nova.tests.live import moves
+from nova.virt.libvirt.storage import errors
+from nova.virt.libvirt.storage import layout
 
 
 class SharedTestCase(base.LiveTestCase):
@@ -38,17 +39,17 @@ class SharedTestCase(base.LiveTestCase):
         self.addCleanup(shutil.rmtree, self.root)
         self.name = f'test-{uuidutils.generate_uuid()}'
         self.uuid = uuidutils.generate_uuid()
-        self.disk = transfer.Disk(f'{self.uuid}_disk', 'raw')
         self.disks = self._make('disks')
+        self.volume = f'{self.uuid}_disk'
         self.instances = self._make('instances')
         self.directory = self.instances / self.uuid
         self.directory.mkdir()
         self._define(self.source, self.disks)
-        for path in (self.disks / self.disk.volume,
+        for path in (self.disks / self.volume,
                      self.directory / 'disk.info'):
             path.write_bytes(os.urandom(units.Mi))
         (self.directory / 'disk.info').write_text(
-            jsonutils.dumps({str(self.disks / self.disk.volume): 'raw'}))
+            jsonutils.dumps({str(self.disks / self.volume): 'raw'}))
         self.before = self._files()
 
     def _make(self, name):
@@ -72,15 +73,15 @@ class SharedTestCase(base.LiveTestCase):
                 for path in self.root.rglob('*') if path.is_file()}
 
     def _check(self):
-        destination = peer.Destination(
-            self.destination.name, self.lab.uri(self.destination), self.name,
-            self.uuid, str(self.directory))
-        move = transfer.Transfer(
-            'qemu+unix:///system?socket=%s' % self.source.path(
-                '/run/libvirt/libvirt-sock'),
-            destination, self.name, str(self.directory))
+        self.here = layout.Layout(
+            self.uuid, str(self.disks), str(self.directory))
+        disk = self.here.volume_path('disk')
+        move = moves.new_transfer(
+            self.local_uri(self.source), self.destination.name,
+            self.lab.uri(self.destination), self.name, self.here,
+            self.here.plan([{'path': disk, 'type': 'raw'}]))
         self.addCleanup(move.close)
-        move.check([self.disk])
+        move.check()
         return move
 
     def assert_found(self, path):
@@ -90,20 +91,21 @@ class SharedTestCase(base.LiveTestCase):
         """
         self._define(self.destination, path)
         move = self._check()
-        self.assertTrue(move.destination.is_shared)
-        move.destination.claim()
-        move.destination.discard()
+        self.assertTrue(move.there.is_shared)
+        move.claim()
+        move.discard()
         self.assertEqual(self.before, self._files())
-        move.record_disks([self.disk])
         record = self.directory / 'disk.info'
+        layout.write_record(
+            str(record), self.here.formats() | move.formats())
         self.assertEqual(
-            {f'{self.disks}/{self.disk.volume}': 'raw',
-             f'{path}/{self.disk.volume}': 'raw'},
+            {f'{self.disks}/{self.volume}': 'raw',
+             f'{path}/{self.volume}': 'raw'},
             jsonutils.loads(record.read_text()))
         self.assertEqual(set(self.before), set(self._files()))
 
     def assert_refused(self, text):
-        error = self.assertRaises(peer.Unsuitable, self._check)
+        error = self.assertRaises(errors.HostError, self._check)
         self.assertIn(text, str(error))
         self.assertEqual(self.before, self._files())
 
@@ -123,18 +125,18 @@ class SharedTestCase(base.LiveTestCase):
         self._mount(self._make('empty'), self.instances)
         self._define(self.destination, self.disks)
         self.assert_refused(
-            f'storage pool {self.name} is on storage that both hosts share, '
-            f'and instance directory {self.directory} is not')
+            f'both hosts share storage pool {self.name} and not instance '
+            f'directory {self.directory}')
 
     def test_instance_directory_alone(self):
         self._define(self.destination, self._make('its-own'))
         self.assert_refused(
-            f'instance directory {self.directory} is on storage that both '
-            f'hosts share, and storage pool {self.name} is not')
+            f'both hosts share instance directory {self.directory} and not '
+            f'storage pool {self.name}')
 
     def test_nothing(self):
         self._mount(self._make('empty'), self.instances)
         self._define(self.destination, self._make('its-own'))
         move = self._check()
-        self.assertFalse(move.destination.is_shared)
+        self.assertFalse(move.there.is_shared)
         self.assertEqual(self.before, self._files())

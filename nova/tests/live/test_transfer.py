@@ -27,10 +27,11 @@ from oslo_utils import units
 from oslo_utils import uuidutils
 
 from nova.tests.live import base
+from nova.tests.live import moves
+from nova.virt.libvirt.storage import daemon
 from nova.virt.libvirt.storage import errors
-from nova.virt.libvirt.storage import peer
+from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt.storage import stream
-from nova.virt.libvirt.storage import transfer
 
 # Found by the path that base sets.
 import daemons
@@ -52,7 +53,6 @@ class TransferTestCase(base.LiveTestCase):
     def _name_server(self):
         self.uuid = uuidutils.generate_uuid()
         self.volume = self.uuid + '_disk'
-        self.disk = transfer.Disk(self.volume, 'raw')
         self.directory = f'/var/lib/nova/instances/{self.uuid}'
         self.addCleanup(
             shutil.rmtree, self.destination.path(self.directory),
@@ -71,25 +71,30 @@ class TransferTestCase(base.LiveTestCase):
         return self.lab.uri(host)
 
     def _transfer(self):
-        destination = peer.Destination(
-            self.destination.name, self._uri(self.destination),
-            self.pool_name, self.uuid, self.directory)
-        move = transfer.Transfer(
-            'qemu+unix:///system?socket=%s' % self.source.path(
-                '/run/libvirt/libvirt-sock'),
-            destination, self.pool_name, self.directory,
-            bandwidth=self.bandwidth)
+        path = self._path(self.source)
+        move = moves.new_transfer(
+            self.local_uri(self.source), self.destination.name,
+            self._uri(self.destination), self.pool_name,
+            layout.Layout(self.uuid, str(path.parent),
+                          str(self.source.path(self.directory))),
+            [layout.File(self.volume, layout.POOL, str(path), 'raw')],
+            self.directory, bandwidth=self.bandwidth)
         self.addCleanup(move.close)
         return move
 
     def _start(self):
         move = self._transfer()
-        move.check([self.disk])
-        move.destination.claim()
+        moves.start(move)
         return move
 
+    def _run(self, move, cancel=None):
+        """Copy the files; return what came of the disk."""
+        watch = moves.Watch()
+        move.run(cancel, watch)
+        return watch.results.get(self.volume)
+
     def _copy(self, cancel=None):
-        return self._start().copy_disk(self.disk, cancel)
+        return self._run(self._start(), cancel)
 
     def start_copier(self, disable_eventlet='true'):
         """Copy in a process of its own, that has begun on return."""
@@ -101,8 +106,7 @@ class TransferTestCase(base.LiveTestCase):
             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.addCleanup(process.kill)
         process.stdin.write(jsonutils.dumps({
-            'source_uri': 'qemu+unix:///system?socket=%s' % self.source.path(
-                '/run/libvirt/libvirt-sock'),
+            'source_uri': self.local_uri(self.source),
             'destination_uri': self._uri(self.destination),
             'pool': self.pool_name, 'uuid': self.uuid,
             'directory': self.directory}) + '\n')
@@ -162,10 +166,10 @@ class CopyTestCase(TransferTestCase):
             with self.subTest(size=size, extents=extents):
                 self._make_disk(size, extents)
                 move = self._start()
-                self.assertEqual(
-                    size, move.copy_disk(self.disk, None).length)
+                result = self._run(move)
+                self.assertEqual(size, result.length if result else 0)
                 self._assert_arrived()
-                move.destination.discard()
+                move.discard()
 
     def test_twenty_thousand_extents(self):
         step = 16 * units.Ki
@@ -246,28 +250,26 @@ class CopyTestCase(TransferTestCase):
             with self.subTest(name):
                 self._make_disk(size, extents)
                 move = self._start()
-                move.copy_disk(self.disk, None)
+                move.run()
                 self._assert_arrived()
                 self.assertLessEqual(
                     self.allocated(self._path(self.destination)),
                     self.allocated(self._path(self.source)) + 8192)
-                move.destination.discard()
+                move.discard()
 
     def test_names_that_xml_has_to_escape(self):
         self.volume = f'{self.uuid}_a&b<c>"d\'e;--\u00e4'
-        self.disk = transfer.Disk(self.volume, 'raw')
         self.directory += '&<\'">'
         self.addCleanup(
             shutil.rmtree, self.destination.path(self.directory),
             ignore_errors=True)
         self._make_disk(units.Mi, [(0, units.Mi)])
         move = self._start()
-        move.copy_disk(self.disk, None)
-        move.copy_instance_dir([self.disk], None)
+        move.run()
         self._assert_arrived()
         self.assertEqual(['disk.info'], os.listdir(
             self.destination.path(self.directory)))
-        move.destination.discard()
+        move.discard()
         self._assert_nothing_on_destination()
 
     def test_raw_disk_with_a_hostile_header_arrives_byte_by_byte(self):
@@ -316,8 +318,7 @@ class FaultTestCase(TransferTestCase):
                     break_it()
                 return False
 
-        error = self.assertRaises(
-            transfer.TransferError, move.copy_disk, self.disk, Saboteur())
+        error = self.assertRaises(errors.HostError, move.run, Saboteur())
         self.assertGreaterEqual(len(asked), 4)
         return move, error
 
@@ -331,7 +332,7 @@ class FaultTestCase(TransferTestCase):
         self.assertLess(time.monotonic() - started, 30)
         self.assertIn(self.volume, str(error))
         self._restart_libvirtd()
-        move.destination.discard()
+        move.discard()
         self._assert_nothing_on_destination()
 
     def _restart_libvirtd(self):
@@ -348,8 +349,8 @@ class FaultTestCase(TransferTestCase):
         self.assertTrue(self._path(self.destination).exists())
         move = self._start()
         left, = os.listdir(self._path(self.destination).parent)
-        self.assertTrue(left.startswith(f'{self.uuid}_{peer.CLAIM}'), left)
-        move.destination.discard()
+        self.assertTrue(left.startswith(f'{self.uuid}_{layout.CLAIM}'), left)
+        move.discard()
         self._assert_nothing_on_destination()
 
     def test_link_cut(self):
@@ -359,9 +360,9 @@ class FaultTestCase(TransferTestCase):
         seconds = time.monotonic() - started
         self.assertIn('the connection was lost', str(error))
         interval = cfg.CONF.libvirt.vol_upload_migration_keepalive_interval
-        self.assertLess(seconds, interval * (peer.KEEPALIVE_COUNT + 3) + 5)
+        self.assertLess(seconds, interval * (daemon.KEEPALIVE_COUNT + 3) + 5)
         self.destination.link(True)
-        move.destination.discard()
+        move.discard()
         self._assert_nothing_on_destination()
 
     def test_volume_deleted_during_the_copy(self):
@@ -371,7 +372,7 @@ class FaultTestCase(TransferTestCase):
 
         move, error = self._fail(delete)
         self.assertIsInstance(error.__cause__, libvirt.libvirtError)
-        move.destination.discard()
+        move.discard()
         self._assert_nothing_on_destination()
 
     def test_cancel_stops_the_copy_within_a_second(self):
@@ -384,10 +385,9 @@ class FaultTestCase(TransferTestCase):
                 asked.append(time.monotonic())
                 return len(asked) >= 4
 
-        self.assertRaises(
-            errors.Cancelled, move.copy_disk, self.disk, CancelLater())
+        self.assertRaises(errors.Cancelled, move.run, CancelLater())
         self.assertLess(time.monotonic() - asked[3], 1)
-        move.destination.discard()
+        move.discard()
         self._assert_nothing_on_destination()
 
 

@@ -16,15 +16,16 @@ import os
 import pwd
 import shutil
 import sys
+from unittest import mock
 import uuid
 
 import libvirt
 from oslo_utils import uuidutils
 
 from nova.tests.live import base
-from nova.virt.libvirt.storage import directory
-from nova.virt.libvirt.storage import peer
-from nova.virt.libvirt.storage import transfer
+from nova.tests.live import moves
+from nova.virt.libvirt.storage import layout
+from nova.virt.libvirt import utils as libvirt_utils
 
 # Found by the path that base sets.
 import daemons
@@ -65,8 +66,7 @@ utils.restore_vtpm_dir(sys.argv[1])
 class VtpmTestCase(base.LiveTestCase):
     """The state that a real emulator made moves to where another uses it."""
 
-    DESTINATION = directory.Destination
-    TRANSFER = directory.Transfer
+    USES_POOL = False
 
     def pool_name(self):
         return f'nova-{self.uuid}'
@@ -108,18 +108,20 @@ class VtpmTestCase(base.LiveTestCase):
             for path in top.rglob('*')}
 
     def migrate(self):
-        pool = self.pool_name()
-        destination = self.DESTINATION(
-            self.destination.name, self.lab.uri(self.destination), pool,
-            self.uuid, self.directory)
-        move = self.TRANSFER(
-            'qemu+unix:///system?socket=%s' % self.source.path(
-                '/run/libvirt/libvirt-sock'),
-            destination, pool, self.directory)
+        """Move all that there is, the state of the vTPM."""
+        here = layout.Layout(
+            self.uuid, '/nowhere', str(self.source.path(self.directory)))
+        move = moves.new_transfer(
+            self.local_uri(self.source), self.destination.name,
+            self.lab.uri(self.destination), self.pool_name(), here, [],
+            self.directory, uses_pool=self.USES_POOL)
         self.addCleanup(move.close)
-        move.check([])
-        destination.claim()
-        move.copy_vtpm(self.state, None)
+        moves.start(move)
+        # The path of the state is one of its host's, which this process is
+        # not on.
+        with (mock.patch.object(libvirt_utils, 'VTPM_DIR', VTPM),
+              mock.patch.object(os.path, 'exists', return_value=True)):
+            move.run()
         return move
 
     def test_emulator_goes_on_with_the_state_on_the_other_host(self):
@@ -134,18 +136,17 @@ class VtpmTestCase(base.LiveTestCase):
 
         move = self.migrate()
         came = self.files(self.destination,
-                          f'{self.directory}/{peer.VTPM}/{self.uuid}')
+                          f'{self.directory}/{layout.VTPM}/{self.uuid}')
         self.assertEqual(
             {path: (checksum, self.destination.nova_uid, mode)
              for path, (checksum, _owner, mode) in before.items()}, came)
-        move.copy_instance_dir([], None)
         move.close()
         self.assertEqual(pools, [self.pools(host) for host in self.lab.hosts])
         self.assertEqual(before, self.files(self.source, self.state))
 
         self.destination.run(
             [sys.executable, '-W', 'ignore', '-c', RESTORE,
-             f'{self.directory}/{peer.VTPM}/{self.uuid}'])
+             f'{self.directory}/{layout.VTPM}/{self.uuid}'])
         # Nova lets root have them where it moves them between file systems,
         # and libvirt then gives them to the emulator as that starts.
         self.assertEqual(
@@ -173,7 +174,7 @@ class VtpmTestCase(base.LiveTestCase):
         pools = self.pools(self.destination)
         move = self.migrate()
         self.assertTrue(self.destination.path(self.directory).exists())
-        move.destination.discard()
+        move.discard()
         self.assertFalse(self.destination.path(self.directory).exists())
         self.assertEqual(pools, self.pools(self.destination))
 
@@ -185,8 +186,7 @@ class VtpmTestCase(base.LiveTestCase):
 class VtpmAndPoolTestCase(VtpmTestCase):
     """The same where the disks are in a storage pool."""
 
-    DESTINATION = peer.Destination
-    TRANSFER = transfer.Transfer
+    USES_POOL = True
 
     def pool_name(self):
         name = f'test-{self.uuid}'

@@ -21,6 +21,7 @@ from unittest import mock
 
 import ddt
 import fixtures
+from oslo_concurrency import processutils
 from oslo_serialization import jsonutils
 from oslo_utils import fileutils
 from oslo_utils import units
@@ -30,8 +31,7 @@ from nova.tests.fixtures import libvirt_storage
 from nova.tests.functional.libvirt import base
 from nova.virt.libvirt import driver
 from nova.virt.libvirt import imagebackend
-from nova.virt.libvirt.storage import image
-from nova.virt.libvirt.storage import transfer
+from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt import storage_migrate
 from nova.virt.libvirt import utils as libvirt_utils
 
@@ -268,13 +268,15 @@ class StorageMigrateTestCase(base.ServersTestBase):
 def create_disk(self, context, instance, *args, **kwargs):
     """What of Nova's making of disks is to be seen here; MiB for GiB."""
     fileutils.ensure_tree(libvirt_utils.get_instance_path(instance))
-    path = image.volume_path(instance, 'disk')
-    with open(path, 'ab') as disk:
-        if not disk.tell():
-            disk.write(os.urandom(units.Mi))
-        disk.truncate(instance.flavor.root_gb * units.Mi)
     # Records the format.
-    self.image_backend.by_name(instance, 'disk')
+    path = self.image_backend.by_name(instance, 'disk').path
+    if not os.path.exists(path):
+        processutils.execute(
+            'qemu-img', 'create', '-q', '-f', 'qcow2', path, '1M')
+        processutils.execute(
+            'qemu-io', '-f', 'qcow2', '-c', 'write -P 7 0 512k', path)
+    # QEMU does not mind what is behind the end of an image.
+    os.truncate(path, instance.flavor.root_gb * units.Mi)
     return False, False
 
 
@@ -436,7 +438,7 @@ class SharedStorageTestCase(StorageMigrateTestCase):
     def test_failure_after_power_off(self):
         server = self._boot()
         with mock.patch.object(
-                transfer.Transfer, 'record_disks',
+                layout, 'write_record',
                 side_effect=OSError('injected')) as record:
             self._try_to_migrate(server)
         record.assert_called_once()
@@ -496,17 +498,14 @@ class TransitionTestCase(StorageMigrateTestCase):
         self.assertEqual(self.before, self._files(self.source))
         self._assert_empty(self.dest)
 
-    def test_raw_disk_stays_raw_where_others_are_overlays(self):
+    def test_full_image_stays_one_where_others_are_overlays(self):
         self._differ('use_cow_images', False, True, group=None)
         server = self._boot()
-        path = self.root / 'source/disks' / self.disk
-        with path.open('r+b') as disk:
-            disk.write(libvirt_storage.qcow2_header(1, '/etc/shadow'))
-        arriving = path.read_bytes()
         self._migrate_server(server)
         self._confirm_resize(server)
         files = self._files(self.dest)
-        self.assertEqual(arriving, files[f'disks/{self.disk}'])
+        self.assertEqual(self.before[f'disks/{self.disk}'],
+                         files[f'disks/{self.disk}'])
         self.assertEqual(
-            {f'{self.seen}/disks/{self.disk}': 'raw'}, jsonutils.loads(
+            {f'{self.seen}/disks/{self.disk}': 'qcow2'}, jsonutils.loads(
                 files[f'instances/{server["id"]}/disk.info']))

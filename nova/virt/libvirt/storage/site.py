@@ -248,9 +248,10 @@ class Site:
             # No pool is made of the directory: libvirt would probe what a
             # guest wrote into a raw disk.
             return stream.FileSource(file.path), os.path.getsize(file.path)
+        length = volume.length
         return stream.open_source(
-            volume.libvirt_volume, volume.length,
-            CONF.libvirt.vol_upload_migration_direct_read), volume.length
+            volume.libvirt_volume, length,
+            CONF.libvirt.vol_upload_migration_direct_read), length
 
     def length(self, file: server_layout.File) -> int:
         """Bytes that a copy of a file will have, holes included."""

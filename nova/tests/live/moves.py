@@ -1,0 +1,86 @@
+#!/usr/bin/python3
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""The files of a server moved as the driver moves them, without Nova."""
+
+from oslo_utils import uuidutils
+
+from nova.virt.libvirt.storage import daemon
+from nova.virt.libvirt.storage import layout
+from nova.virt.libvirt.storage import site
+from nova.virt.libvirt.storage import stream
+from nova.virt.libvirt.storage import transfer
+from nova.virt.libvirt.storage import undo
+
+
+class Watch:
+    """Keeps what a transfer says of its files.
+
+    :ivar results: what became of each file, by name
+    """
+
+    def __init__(self) -> None:
+        self.results: dict[str, stream.Result] = {}
+
+    def begin(self, total: int) -> None:
+        pass
+
+    def note(self, name: str, done: int, wire: int) -> None:
+        pass
+
+    def end(self, name: str, result: stream.Result) -> None:
+        self.results[name] = result
+
+
+def new_transfer(
+    source_uri: str,
+    host: str,
+    uri: str,
+    pool: str,
+    here: layout.Layout,
+    files: list[layout.File],
+    directory: str | None = None,
+    uses_pool: bool = True,
+    bandwidth: stream.Bandwidth | None = None,
+) -> transfer.Transfer:
+    """A transfer between two hosts; nothing happens yet.
+
+    :param here: the files of the source, by paths of this process
+    :param directory: the instance directory of the destination, if this
+        process has another path of that of the source
+    """
+    claim = layout.Claim(here.uuid, uuidutils.generate_uuid(), 'source')
+    there = layout.Layout(here.uuid, '', directory or here.directory)
+    return transfer.Transfer(
+        site.Site(daemon.Daemon('source', source_uri), here, pool, claim,
+                  uses_pool),
+        site.Site(daemon.Daemon(host, uri), there, pool, claim, uses_pool),
+        files, f'instance-{here.uuid}', bandwidth)
+
+
+def start(move: transfer.Transfer) -> None:
+    """All that a migration does before the server is powered off."""
+    move.check()
+    move.claim()
+
+
+def migrate(move: transfer.Transfer, cancel: stream.CancelEvent | None = None,
+            watch: transfer.Watch | None = None,
+            steps: undo.Undo | None = None) -> None:
+    """Move the files, or leave nothing behind."""
+    with steps or undo.Undo() as steps:
+        start(move)
+        steps.push(move.discard)
+        move.run(cancel, watch)
+        steps.commit()
