@@ -349,10 +349,11 @@ def at(
     :param name: of the pool, if it has to be made
     """
     pool = _lookup_path(connection, path)
-    if pool is not None:
+    if pool is not None and pool.name() != name:
         yield Pool(pool)
         return
-    made = Pool(connection.storagePoolCreateXML(
+    # A pool of this name is left of an attempt that was interrupted.
+    made = Pool(pool or connection.storagePoolCreateXML(
         _pool_xml(name, path, None), 0))
     try:
         yield made

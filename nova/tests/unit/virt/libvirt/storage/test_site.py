@@ -835,3 +835,57 @@ class DirectoryTestCase(SiteTestCase):
         there.discard()
 
         self.assert_nothing_left()
+
+
+@ddt.ddt
+class CrashTestCase(SiteTestCase):
+    """Wherever an attempt stops, the next one clears what it left."""
+
+    def copy(self) -> site.Site:
+        there = self.claimed()
+        if self.uses_pool:
+            there.create(disk(), 100)
+        there.create(file('disk.info'), 10)
+        there.make_directory(file('swtpm', mode=0o700))
+        there.create(file('swtpm/state', mode=0o600), 10)
+        return there
+
+    def attempt(self) -> None:
+        """Fail in the end, after clearing what an attempt before left."""
+        there = self.copy()
+        there.settle()
+        there.discard()
+
+    def attempt_twice(self) -> None:
+        self.copy()
+        self.attempt()
+
+    def crash_after(self, count: int) -> tuple[str, str | None]:
+        """Get no further than a number of changes; return the next one."""
+        self.add_dest()
+
+        def crash() -> None:
+            if len(self.dest.changes) > count:
+                self.dest.disconnect()
+
+        self.dest.call('*', crash, times=None)
+        self.assertRaises(Exception, self.attempt_twice)  # noqa: H202
+        self.dest.faults.clear()
+        self.dest.reconnect()
+        return self.dest.changes[-1]
+
+    @ddt.data(True, False)
+    def test_every_change_may_be_the_last(self, uses_pool):
+        self.uses_pool = uses_pool
+        self.attempt_twice()
+        self.assert_nothing_left()
+        stuck = []
+        for count in range(len(self.dest.changes)):
+            crashed_at = self.crash_after(count)
+            try:
+                self.attempt()
+                self.assert_nothing_left()
+            except Exception as error:
+                stuck.append((count, crashed_at, str(error)))
+
+        self.assertEqual([], stuck)
