@@ -402,9 +402,10 @@ def delete_directory(parent: Pool, directory: Volume) -> None:
     directory.delete()
 
 
-def is_target(connection: 'libvirt.virConnect', path: str) -> bool:
-    """Whether a directory is the target of an active pool."""
-    return _lookup_path(connection, path) is not None
+def is_active(connection: 'libvirt.virConnect', name: str) -> bool:
+    """Whether there is an active pool of that name."""
+    pool = _lookup(connection, name)
+    return pool is not None and bool(pool.isActive())
 
 
 def _lookup_path(

@@ -499,11 +499,15 @@ class Site:
 
     def _list_directory(self) -> dict[str, int]:
         """Bytes that the files in the instance directory take up, by name."""
+        # Leave a pool that is there already: another attempt may be copying.
+        is_in_use = storage_pool.is_active(
+            self.daemon.connection, self.layout.transient_pool)
         directory = self._find_directory()
         if directory is None:
             return {}
         sizes = directory.sizes()
-        directory.release()
+        if not is_in_use:
+            directory.release()
         return sizes
 
     def _find_directory(self) -> Place | None:

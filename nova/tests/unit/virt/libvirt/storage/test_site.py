@@ -814,6 +814,22 @@ class DirectoryTestCase(SiteTestCase):
         there.discard()
         self.assert_nothing_left()
 
+    def test_superseded_attempt_touches_nothing(self):
+        first = self.claimed()
+        second = self.claimed()
+        second.create(file('disk'), 100)
+        before = self.state()
+
+        # The first one's pool of the directory has gone.
+        self.assert_libvirt_error(
+            'no storage pool', first.verify, file('disk'), 100)
+        self.assert_raises(
+            errors.Superseded, 'another attempt', first.discard)
+
+        self.assertEqual(before, self.state())
+        second.verify(file('disk'), 100)
+        second.settle()
+
     def test_files_in_the_way(self):
         self.dest.add_file(self.directory + '/disk', b'whose?')
 
