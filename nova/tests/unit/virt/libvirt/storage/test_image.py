@@ -1,29 +1,35 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
 #
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
+#         http://www.apache.org/licenses/LICENSE-2.0
 #
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
 
 import os
 from unittest import mock
 
+import ddt
 import fixtures
-from oslo_serialization import jsonutils
+from oslo_concurrency import processutils
 from oslo_utils.fixture import uuidsentinel as uuids
 from oslo_utils import units
 
 from nova import exception
 from nova import objects
 from nova import test
+from nova.virt import images
 from nova.virt.libvirt import imagebackend
 from nova.virt.libvirt.storage import image
+from nova.virt.libvirt.storage import layout
+
+# A header that a guest may write into a raw disk.
+HEADER = b'QFI\xfb' + b'\0' * 508
 
 
 class PoolTestCase(test.NoDBTestCase):
@@ -39,12 +45,16 @@ class PoolTestCase(test.NoDBTestCase):
 
 
 class BackendTestCase(PoolTestCase):
+    """A server whose instance directory is empty."""
 
     def setUp(self):
         super().setUp()
         self.instance = objects.Instance(uuid=uuids.instance)
-        self.directory = os.path.join(self.instances, uuids.instance)
+        self.places = layout.Layout.of(self.instance)
+        self.directory = self.places.directory
         os.mkdir(self.directory)
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.privsep.path.utime', lambda path: None))
 
     def _backend(self, use_cow=True):
         return image.Backend(use_cow)
@@ -57,66 +67,106 @@ class BackendTestCase(PoolTestCase):
         with open(path, 'wb') as file:
             file.write(data)
 
-    def _volume(self, name='disk', data=b''):
-        path = image.volume_path(self.instance, name)
+    def _volume(self, name='disk', data=b'', disk_format='qcow2'):
+        path = self.places.volume_path(name)
         self._write(path, data)
+        if disk_format:
+            self._record(**{name: disk_format})
         return path
 
     def _record(self, **formats):
-        self._write(image.disk_info_path(self.instance), jsonutils.dumps({
-            image.volume_path(self.instance, name): disk_format
-            for name, disk_format in formats.items()}).encode())
+        layout.write_record(self.places.record_path, self.places.formats() | {
+            self.places.volume_path(name): disk_format
+            for name, disk_format in formats.items()})
+
+
+@ddt.ddt
+class ChoiceTestCase(BackendTestCase):
+    """Which disk is a volume, and of what format."""
 
     def test_new_disk_is_a_volume_named_after_server_and_disk(self):
         disk = self._by_name('disk.local')
-        self.assertIsInstance(disk, image.Qcow2Volume)
+        self.assertIs(image.Qcow2Volume, type(disk))
         self.assertEqual(
             os.path.join(self.pool, f'{uuids.instance}_disk.local'),
             disk.path)
+        self.assertFalse(disk.is_file_in_instance_path())
 
-    def test_disk_is_raw_without_cow_images(self):
-        disk = self._by_name(use_cow=False)
-        self.assertIsInstance(disk, image.RawVolume)
-        self.assertEqual('raw', disk.driver_format)
+    # libvirtd would probe what a guest wrote into a raw one.
+    @ddt.data((True, None, image.Qcow2Volume),
+              (True, 'default', image.Qcow2Volume),
+              (True, 'qcow2', image.Qcow2Volume),
+              (True, 'raw', image.FullVolume),
+              (True, 'flat', image.FullVolume),
+              (False, None, image.FullVolume),
+              (False, 'default', image.FullVolume),
+              (False, 'qcow2', image.Qcow2Volume),
+              (False, 'raw', image.FullVolume),
+              (False, 'flat', image.FullVolume))
+    @ddt.unpack
+    def test_new_disk_is_always_qcow2(self, use_cow, image_type, volume):
+        disk = self._by_name(use_cow=use_cow, image_type=image_type)
+        self.assertIs(volume, type(disk))
+        self.assertEqual('qcow2', disk.driver_format)
+        self.assertEqual('qcow2', self.places.format(disk.path))
 
-    def test_image_type_decides_on_the_format(self):
-        self.assertIsInstance(
-            self._by_name(image_type='raw'), image.RawVolume)
-        self.assertIsInstance(
-            self._by_name(use_cow=False, image_type='qcow2'),
-            image.Qcow2Volume)
-
-    def test_other_image_types_are_refused(self):
+    @ddt.data('rbd', 'lvm', 'ploop')
+    def test_other_image_types_are_refused(self, image_type):
         error = self.assertRaises(
-            exception.InternalError, self._by_name, image_type='rbd')
+            exception.InternalError, self._by_name, image_type=image_type)
         self.assertIn('images_type', str(error))
+        self.assertIn(image_type, str(error))
 
     def test_format_is_recorded_in_the_instance_directory(self):
         disk = self._by_name()
         self.assertEqual(
             os.path.join(self.directory, 'disk.info'), disk.disk_info_path)
-        self.assertEqual(
-            'qcow2', image.recorded_format(self.instance, disk.path))
+        self.assertEqual({disk.path: 'qcow2'}, self.places.formats())
         self.assertEqual([], os.listdir(self.pool))
 
-    def test_raw_disk_stays_raw_on_a_host_with_cow_images(self):
-        self._record(disk='raw')
-        self._volume(data=b'QFI\xfb' + b'\0' * 508)
-        disk = self._by_name(use_cow=True)
-        self.assertIsInstance(disk, image.RawVolume)
+    @ddt.data(True, False)
+    def test_disk_recorded_as_raw_stays_raw(self, use_cow):
+        self._volume(data=HEADER, disk_format='raw')
+        disk = self._by_name(use_cow=use_cow)
+        self.assertIs(image.RawVolume, type(disk))
         self.assertEqual('raw', disk.driver_format)
 
-    def test_format_of_a_used_disk_is_never_probed(self):
-        self._volume(data=b'QFI\xfb' + b'\0' * 508)
+    @ddt.data('raw', 'qcow2')
+    def test_format_of_a_used_disk_is_never_probed(self, disk_format):
+        path = self._volume(data=HEADER, disk_format=disk_format)
         with mock.patch('nova.virt.images.qemu_img_info') as info:
-            disk = self._by_name(use_cow=False)
+            for disk in (self._by_name(), self._by_name(use_cow=False),
+                         self._backend().by_libvirt_path(
+                             self.instance, path, disk_format)):
+                self.assertEqual(disk_format, disk.driver_format)
         info.assert_not_called()
-        self.assertEqual('raw', disk.driver_format)
 
-    def test_unreadable_record_is_an_error(self):
+    @ddt.data(HEADER, b'\0' * 512)
+    def test_used_disk_whose_format_is_not_recorded_is_an_error(self, data):
+        path = self._volume(data=data, disk_format=None)
+        for find in (self._by_name,
+                     lambda: self._by_name(use_cow=False),
+                     lambda: self._backend().by_libvirt_path(
+                         self.instance, path, 'qcow2')):
+            error = self.assertRaises(exception.InvalidDiskInfo, find)
+            self.assertIn(path, str(error))
+            self.assertIn(self.places.record_path, str(error))
+        self.assertEqual({}, self.places.formats())
+
+    def test_record_of_a_disk_with_another_spelling_counts(self):
+        link = os.path.join(self.useFixture(fixtures.TempDir()).path, 'link')
+        os.symlink(self.pool, link)
+        path = self._volume(data=HEADER, disk_format=None)
+        layout.write_record(self.places.record_path, {
+            os.path.join(link, os.path.basename(path)): 'raw'})
+        self.assertIs(image.RawVolume, type(self._by_name()))
+
+    @ddt.data(b'', b'{', b'[]', b'qcow2')
+    def test_unreadable_record_is_an_error(self, data):
         self._volume()
-        self._write(image.disk_info_path(self.instance), b'{')
-        self.assertRaises(exception.InvalidDiskInfo, self._by_name)
+        self._write(self.places.record_path, data)
+        error = self.assertRaises(exception.InvalidDiskInfo, self._by_name)
+        self.assertIn(self.places.record_path, str(error))
 
     def test_server_from_before_keeps_its_disks_in_its_directory(self):
         self._write(os.path.join(self.directory, 'disk'))
@@ -125,13 +175,25 @@ class BackendTestCase(PoolTestCase):
             self.assertIs(imagebackend.Qcow2, type(disk))
             self.assertEqual(os.path.join(self.directory, name), disk.path)
 
+    def test_new_disk_goes_where_the_server_s_other_disks_are(self):
+        for name in 'disk.config', 'kernel', 'console.log':
+            self._write(os.path.join(self.directory, name))
+        self.assertIs(image.Qcow2Volume, type(self._by_name('disk.eph0')))
+        self._volume()
+        # A file that a crash of an early release left beside the volumes.
+        self._write(os.path.join(self.directory, 'disk.swap'))
+        self.assertIs(image.Qcow2Volume, type(self._by_name('disk.eph0')))
+        os.unlink(self.places.volume_path('disk'))
+        self.assertIs(imagebackend.Qcow2, type(self._by_name('disk.eph0')))
+
     def test_volume_is_found_after_the_option_was_switched_off(self):
         self._volume()
         self.flags(use_storage_pools=False, group='libvirt')
-        self.assertIsInstance(self._by_name(), image.Qcow2Volume)
+        self.assertIs(image.Qcow2Volume, type(self._by_name()))
         self.assertIs(imagebackend.Qcow2, type(self._by_name('disk.eph0')))
 
     def test_files_of_nova_stay_in_the_instance_directory(self):
+        self._volume()
         for name in ('disk.config', 'kernel', 'ramdisk', 'disk.rescue'):
             disk = self._by_name(name, image_type='raw')
             self.assertIs(imagebackend.Flat, type(disk))
@@ -140,76 +202,233 @@ class BackendTestCase(PoolTestCase):
     def test_disk_is_found_by_the_path_that_libvirt_knows(self):
         path = self._volume()
         disk = self._backend().by_libvirt_path(self.instance, path, 'qcow2')
-        self.assertIsInstance(disk, image.Qcow2Volume)
+        self.assertIs(image.Qcow2Volume, type(disk))
         self.assertEqual(path, disk.path)
-        self.assertEqual(
-            image.disk_info_path(self.instance), disk.disk_info_path)
+        self.assertEqual(self.places.record_path, disk.disk_info_path)
 
     def test_disk_is_found_by_its_path_in_place_of_its_name(self):
         path = self._volume()
         disk = self._by_name(path)
-        self.assertIsInstance(disk, image.Qcow2Volume)
+        self.assertIs(image.Qcow2Volume, type(disk))
         self.assertEqual(path, disk.path)
 
     def test_legacy_disk_is_found_by_its_path(self):
         path = os.path.join(self.directory, 'disk')
-        disk = self._backend().by_libvirt_path(self.instance, path, 'qcow2')
+        self._write(path)
+        found = self._backend().by_libvirt_path(self.instance, path, 'qcow2')
+        for disk in found, self._by_name(path):
+            self.assertIs(imagebackend.Qcow2, type(disk))
+            self.assertEqual(path, disk.path)
+
+    def test_absolute_name_elsewhere_is_nova_s(self):
+        # Nova names the disks of a server that it starts by their paths, and
+        # a legacy one may be missing.
+        path = os.path.join(self.directory, 'disk')
+        disk = self._by_name(path)
         self.assertIs(imagebackend.Qcow2, type(disk))
+        self.assertEqual(path, disk.path)
 
-    @mock.patch('nova.virt.disk.api.extend')
-    def test_disk_grows_even_if_its_base_image_has_the_new_size(self, extend):
-        disk = self._by_name('disk.local')
-        self._volume('disk.local')
-        base_dir = os.path.join(self.instances, '_base')
-        os.mkdir(base_dir)
-        self._write(os.path.join(base_dir, 'ephemeral_2'))
-        with mock.patch.object(disk, 'get_disk_size',
-                               return_value=2 * units.Gi):
-            disk.cache(mock.Mock(), 'ephemeral_2', 2 * units.Gi, safe=True)
-        model, size = extend.call_args.args
-        self.assertEqual((disk.path, 2 * units.Gi), (model.path, size))
+    def test_preallocation_is_tried_in_the_pool(self):
+        for nova in imagebackend.Flat, imagebackend.Qcow2:
+            self.useFixture(fixtures.MockPatchObject(
+                nova, 'can_fallocate', False, create=True))
+        for volume in image.Qcow2Volume, image.FullVolume, image.RawVolume:
+            self.assertIsNone(volume.can_fallocate)
 
-    @mock.patch('nova.privsep.path.utime', new=lambda path: None)
-    def test_new_raw_disk_takes_the_format_of_its_base_image(self):
-        disk = self._by_name(use_cow=False)
-        base = os.path.join(self.instances, 'base')
-        self._write(base, b'\0' * 512)
 
-        def copy(source, target):
-            self._write(target)
-
-        with mock.patch('nova.virt.libvirt.utils.copy_image', copy), \
-             mock.patch('nova.virt.images.qemu_img_info') as info:
-            info.return_value.file_format = 'qcow2'
-            disk.create_image(mock.Mock(), base, None, image_id=uuids.image)
-        self.assertEqual('qcow2', disk.driver_format)
-        self.assertEqual(
-            'qcow2', image.recorded_format(self.instance, disk.path))
-        self.assertFalse(disk._making)
+class ListTestCase(BackendTestCase):
 
     def test_overlays_are_the_volumes_recorded_as_qcow2(self):
         path = self._volume('disk')
-        self._volume('disk.local')
-        self._record(**{'disk': 'qcow2', 'disk.local': 'raw',
-                        'disk.gone': 'qcow2'})
+        raw = self._volume('disk.local', disk_format='raw')
+        self._record(**{'disk.gone': 'qcow2'})
         self.assertEqual([path], image.list_overlays())
-        os.rename(self.directory, self.directory + '_resize')
+        self.assertEqual([raw], image.list_raw())
+        os.rename(self.directory, self.places.kept_directory)
         self.assertEqual([path], image.list_overlays())
+        self.assertEqual([raw], image.list_raw())
 
-    def test_preallocation_is_tried_in_the_pool(self):
-        with mock.patch.object(imagebackend.Flat, 'can_fallocate', False,
-                               create=True):
-            self.assertIsNone(image.RawVolume.can_fallocate)
+    def test_disks_in_instance_directories_are_nova_s(self):
+        path = os.path.join(self.directory, 'disk')
+        self._write(path)
+        for disk_format in 'qcow2', 'raw':
+            layout.write_record(
+                self.places.record_path, {path: disk_format})
+            self.assertEqual([], image.list_overlays())
+            self.assertEqual([], image.list_raw())
 
-    def test_volumes_and_files_are_told_apart(self):
-        self.assertFalse(image.has_volumes(self.instance))
-        self.assertFalse(image.has_files(self.instance))
-        for name in ('disk.config', 'disk.info', 'console.log'):
-            self._write(os.path.join(self.directory, name))
-        self.assertFalse(image.has_files(self.instance))
-        self._write(os.path.join(self.directory, 'disk.eph0'))
-        self.assertTrue(image.has_files(self.instance))
-        self._volume('disk.swap')
-        self.assertTrue(image.has_volumes(self.instance))
-        self.assertFalse(image.has_volumes(
-            objects.Instance(uuid=uuids.other)))
+    def test_without_a_record_each_image_may_have_a_base(self):
+        paths = [self._volume('disk', HEADER),
+                 self.places.kept_path(self.places.volume_path('disk'))]
+        self._write(paths[1], HEADER)
+        self._volume('disk.local', b'\0' * 512)
+        self._write(os.path.join(self.pool, uuids.other + '_disk'), HEADER)
+        for data in b'{', b'':
+            self._write(self.places.record_path, data)
+            self.assertCountEqual(paths, image.list_overlays())
+            self.assertEqual([], image.list_raw())
+        self.assertIn('is empty or broken', self.stdlog.logger.output)
+
+
+class QemuTestCase(BackendTestCase):
+    """Disks that are made by qemu-img, of a base image in the cache."""
+
+    SIZE = 2 * units.Mi
+
+    def setUp(self):
+        super().setUp()
+        self.cache_dir = layout.cache_dir()
+        os.mkdir(self.cache_dir)
+        self.base = os.path.join(self.cache_dir, 'base')
+        self.content = (os.urandom(64 * units.Ki) +
+                        bytes(128 * units.Ki) + b'the end').ljust(
+                            units.Mi, b'\0')
+
+    def _fetch(self, target, **kwargs):
+        self._write(target, self.content)
+
+    def _cache(self, disk, size=None):
+        disk.cache(self._fetch, 'base', size, image_id=uuids.image)
+
+    def _info(self, path):
+        return images.qemu_img_info(path, 'qcow2')
+
+    def _read(self, path):
+        """The content of the disk in an image."""
+        raw = os.path.join(self.instances, 'raw')
+        processutils.execute(
+            'qemu-img', 'convert', '-f', 'qcow2', '-O', 'raw', path, raw)
+        with open(raw, 'rb') as file:
+            return file.read()
+
+    def test_overlay_has_a_base_in_the_cache(self):
+        disk = self._by_name()
+        self._cache(disk, self.SIZE)
+        self.assertEqual(self.base, self._info(disk.path).backing_file)
+        self.assertEqual(
+            self.content.ljust(self.SIZE, b'\0'), self._read(disk.path))
+
+    def test_full_image_has_the_data_and_no_base(self):
+        disk = self._by_name(use_cow=False)
+        self._cache(disk, self.SIZE)
+        os.unlink(self.base)
+        info = self._info(disk.path)
+        self.assertEqual(('qcow2', None, self.SIZE),
+                         (info.file_format, info.backing_file,
+                          info.virtual_size))
+        self.assertEqual(
+            self.content.ljust(self.SIZE, b'\0'), self._read(disk.path))
+        # Holes stay holes.
+        self.assertLess(os.path.getsize(disk.path), units.Mi)
+
+    def test_full_image_of_a_qcow2_base(self):
+        raw = os.path.join(self.instances, 'template')
+        self._write(raw, self.content)
+        disk = self._by_name(use_cow=False)
+
+        def fetch(target, **kwargs):
+            processutils.execute('qemu-img', 'convert', '-f', 'raw',
+                                 '-O', 'qcow2', raw, target)
+
+        disk.cache(fetch, 'base', image_id=uuids.image)
+        os.unlink(self.base)
+        self.assertIsNone(self._info(disk.path).backing_file)
+        self.assertEqual(self.content, self._read(disk.path))
+
+    def test_disk_that_is_there_needs_no_base_image(self):
+        disk = self._by_name(use_cow=False)
+        self._cache(disk, self.SIZE)
+        os.unlink(self.base)
+        fetch = mock.Mock()
+        for use_cow in True, False:
+            self._by_name(use_cow=use_cow).cache(
+                fetch, 'base', self.SIZE, image_id=uuids.image)
+        fetch.assert_not_called()
+        self.assertEqual([], os.listdir(self.cache_dir))
+
+    def test_overlay_that_is_there_gets_its_base_image_back(self):
+        disk = self._by_name()
+        self._cache(disk, self.SIZE)
+        os.unlink(self.base)
+        self._cache(self._by_name(use_cow=False), self.SIZE)
+        self.assertEqual(self.base, self._info(disk.path).backing_file)
+        self.assertEqual(
+            self.content.ljust(self.SIZE, b'\0'), self._read(disk.path))
+
+    def test_flattened_overlay_needs_no_base_image(self):
+        disk = self._by_name()
+        self._cache(disk, self.SIZE)
+        processutils.execute(
+            'qemu-img', 'rebase', '-f', 'qcow2', '-b', '', disk.path)
+        os.unlink(self.base)
+        fetch = mock.Mock()
+        self._by_name().cache(fetch, 'base', image_id=uuids.image)
+        fetch.assert_not_called()
+
+    def test_disk_is_preallocated(self):
+        self.flags(preallocate_images='space')
+        for use_cow in True, False:
+            disk = self._by_name(use_cow=use_cow)
+            self._cache(disk, self.SIZE)
+            self.assertEqual('native', disk.driver_io)
+            self.assertGreaterEqual(
+                os.stat(disk.path).st_blocks * 512, self.SIZE)
+            self.assertEqual(self.content.ljust(self.SIZE, b'\0'),
+                             self._read(disk.path))
+            os.unlink(disk.path)
+
+    def test_disk_grows_even_if_its_base_image_has_the_new_size(self):
+        # As an ephemeral disk, whose base image is made with its size.
+        disk = self._by_name('disk.eph0')
+        self._cache(disk)
+        self.assertEqual(units.Mi, self._info(disk.path).virtual_size)
+        os.truncate(self.base, self.SIZE)
+        self._cache(disk, self.SIZE)
+        self.assertEqual(self.SIZE, self._info(disk.path).virtual_size)
+
+    def test_disk_never_shrinks(self):
+        disk = self._by_name(use_cow=False)
+        self._cache(disk, self.SIZE)
+        self._cache(disk, units.Mi)
+        self.assertEqual(self.SIZE, self._info(disk.path).virtual_size)
+
+    def test_raw_disk_grows_without_being_probed(self):
+        path = self._volume(data=HEADER, disk_format='raw')
+        with mock.patch('nova.virt.images.qemu_img_info') as info:
+            for size in self.SIZE, units.Mi:
+                self._by_name().cache(
+                    mock.Mock(), 'base', size, image_id=uuids.image)
+        info.assert_not_called()
+        self.assertEqual(self.SIZE, os.path.getsize(path))
+
+
+class BootFileTestCase(BackendTestCase):
+    """The kernel of a server, which a migration brings along."""
+
+    def setUp(self):
+        super().setUp()
+        self.flags(vol_upload_migration=True, group='libvirt')
+        self.flags(force_raw_images=False)
+        self.fetch = mock.Mock(
+            side_effect=exception.ImageNotFound(image_id=uuids.kernel))
+
+    def _kernel(self):
+        return self._by_name('kernel', image_type='raw')
+
+    def test_kernel_that_came_along_is_not_fetched(self):
+        path = os.path.join(self.directory, 'kernel')
+        self._write(path, b'a kernel')
+        kernel = self._kernel()
+        self.assertIs(image.BootFile, type(kernel))
+        self.assertEqual(path, kernel.path)
+        kernel.cache(self.fetch, 'name', image_id=uuids.kernel)
+        self.fetch.assert_not_called()
+
+    def test_kernel_that_is_not_there_is_fetched(self):
+        self.assertRaises(
+            exception.ImageNotFound, self._kernel().cache, self.fetch,
+            'name', image_id=uuids.kernel)
+
+    def test_kernel_is_nova_s_with_the_option_off(self):
+        self.flags(vol_upload_migration=False, group='libvirt')
+        self.assertIs(imagebackend.Flat, type(self._kernel()))
