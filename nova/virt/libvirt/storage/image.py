@@ -28,6 +28,7 @@ import os
 
 from oslo_concurrency import processutils
 from oslo_log import log as logging
+from oslo_utils import fileutils
 
 import nova.conf
 from nova.conf import storage_migrate  # noqa: F401 (registers the options)
@@ -167,8 +168,9 @@ class FullVolume(Qcow2Volume):
         is_new = not self.exists()
         super().create_image(*args, **kwargs)
         if is_new:
-            processutils.execute(
-                'qemu-img', 'rebase', '-f', 'qcow2', '-b', '', self.path)
+            with fileutils.remove_path_on_error(self.path):
+                processutils.execute(
+                    'qemu-img', 'rebase', '-f', 'qcow2', '-b', '', self.path)
 
 
 class RawVolume(_PoolVolume, imagebackend.Flat):

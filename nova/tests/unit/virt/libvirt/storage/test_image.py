@@ -365,6 +365,20 @@ class QemuTestCase(BackendTestCase):
         self._by_name().cache(fetch, 'base', image_id=uuids.image)
         fetch.assert_not_called()
 
+    def test_full_image_that_is_not_complete_is_deleted(self):
+        disk = self._by_name(use_cow=False)
+        execute = processutils.execute
+
+        def fail(*command, **kwargs):
+            if 'rebase' in command:
+                raise processutils.ProcessExecutionError('no room')
+            return execute(*command, **kwargs)
+
+        with mock.patch.object(processutils, 'execute', fail):
+            self.assertRaises(processutils.ProcessExecutionError,
+                              self._cache, disk)
+        self.assertFalse(disk.exists())
+
     def test_disk_is_preallocated(self):
         self.flags(preallocate_images='space')
         for use_cow in True, False:
