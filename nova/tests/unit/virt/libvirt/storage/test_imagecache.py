@@ -31,9 +31,9 @@ class ImageCacheTestCase(test_image.PoolTestCase):
         os.mkdir(self.manager.cache_dir)
         self.base = os.path.join(self.manager.cache_dir, 'abc')
 
-    def _add_volume(self, disk_format):
-        path = os.path.join(self.pool, f'{uuids.instance}_disk')
-        directory = os.path.join(self.instances, uuids.instance)
+    def _add_volume(self, disk_format, uuid=uuids.instance):
+        path = os.path.join(self.pool, f'{uuid}_disk')
+        directory = os.path.join(self.instances, uuid)
         os.mkdir(directory)
         with open(os.path.join(directory, 'disk.info'), 'w') as record:
             record.write(jsonutils.dumps({path: disk_format}))
@@ -69,10 +69,28 @@ class ImageCacheTestCase(test_image.PoolTestCase):
 
         self.assertEqual([], self._list(fail))
 
-    def test_nothing_is_removed_if_a_volume_can_not_be_read(self):
+    def test_nothing_is_removed_if_a_volume_cannot_be_read(self):
         self._add_volume('qcow2')
         self.assertRaises(exception.InvalidDiskInfo, self._list,
                           exception.InvalidDiskInfo(reason='broken'))
+
+    def test_broken_record_of_one_server_stops_no_other(self):
+        """Whatever is an image may have a base image; the rest goes on."""
+        broken = self._add_volume('qcow2')
+        for path, data in (
+                (os.path.join(self.instances, uuids.instance, 'disk.info'),
+                 b'{'), (broken, b'QFI\xfb')):
+            with open(path, 'wb') as file:
+                file.write(data)
+        good = self._add_volume('qcow2', uuids.other)
+
+        self.assertEqual([self.base], self._list())
+
+        self.assertCountEqual(
+            [mock.call(broken, format='qcow2'),
+             mock.call(good, format='qcow2')],
+            self.backing_file.call_args_list)
+        self.assertEqual([], self.manager.unexplained_images)
 
     def test_other_images_are_not_in_use(self):
         self.assertEqual([], self._list())
