@@ -11,13 +11,18 @@
 #    under the License.
 
 
+import os
+from unittest import mock
+
 import ddt
+import fixtures
 import libvirt
 from oslo_utils import units
 import tenacity
 
 from nova import test
 from nova.tests.fixtures import libvirt_storage
+from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import pool
 
 Content = libvirt_storage.Content
@@ -25,8 +30,8 @@ Content = libvirt_storage.Content
 NOVA = pool.Permissions(owner=42436, group=42437, mode=0o755)
 DISK = pool.Permissions(owner=42436, group=42437, mode=0o644)
 
-OTHER_ERROR = (libvirt.VIR_ERR_INTERNAL_ERROR, libvirt.VIR_FROM_STORAGE,
-               'internal error: something else')
+OTHER_ERROR = (libvirt.VIR_ERR_SYSTEM_ERROR, libvirt.VIR_FROM_STORAGE,
+               'something else')
 
 
 class _PoolTestCase(test.NoDBTestCase):
@@ -58,7 +63,7 @@ class LookupTestCase(_PoolTestCase):
 
     def test_no_such_pool(self):
         error = self.assertRaises(
-            pool.PoolNotFound, pool.Pool.lookup, self.connection, 'disks')
+            errors.PoolNotFound, pool.Pool.lookup, self.connection, 'disks')
 
         self.assertIn('disks', str(error))
 
@@ -66,7 +71,7 @@ class LookupTestCase(_PoolTestCase):
         self.host.add_pool('disks', active=False)
 
         error = self.assertRaises(
-            pool.PoolInactive, pool.Pool.lookup, self.connection, 'disks')
+            errors.PoolInactive, pool.Pool.lookup, self.connection, 'disks')
 
         self.assertIn('disks', str(error))
         self.assertEqual([], self.host.changes)
@@ -90,8 +95,11 @@ class LookupTestCase(_PoolTestCase):
 
 class EnsureTestCase(_PoolTestCase):
 
-    def ensure(self, path: str = '/disks') -> pool.Pool:
-        return pool.Pool.ensure(self.connection, 'disks', path, NOVA)
+    def ensure(self, path: str = '/disks',
+               autostart: bool = True) -> pool.Pool:
+        return pool.Pool.ensure(
+            self.connection, name='disks', path=path, permissions=NOVA,
+            autostart=autostart)
 
     def test_missing_pool_is_made_to_stay(self):
         made = self.ensure()
@@ -106,8 +114,21 @@ class EnsureTestCase(_PoolTestCase):
             dict(owner=42436, group=42437, mode=0o755),
             vars(self.host.directories['/disks']))
 
+    def test_pool_that_could_hang_the_daemon_does_not_start_with_it(self):
+        self.ensure(autostart=False)
+
+        self.assertTrue(self.host.pools['disks'].active)
+        self.assertFalse(self.host.pools['disks'].autostart)
+
+    def test_autostart_follows_what_is_in_the_pool(self):
+        for autostart in True, False, True:
+            self.ensure(autostart=autostart)
+
+            self.assertEqual(autostart, self.host.pools['disks'].autostart)
+
     def test_active_pool_is_used_as_it_is(self):
         self.add_pool()
+        self.host.pools['disks'].autostart = True
 
         found = self.ensure(path='/elsewhere')
 
@@ -120,7 +141,8 @@ class EnsureTestCase(_PoolTestCase):
         self.ensure()
 
         self.assertTrue(self.host.pools['disks'].active)
-        self.assertEqual([('pool.create', 'disks')], self.host.changes)
+        self.assertEqual([('pool.create', 'disks'),
+                          ('pool.setAutostart', 'disks')], self.host.changes)
 
     def test_second_time_changes_nothing(self):
         self.ensure()
@@ -152,7 +174,8 @@ class AttachTestCase(_PoolTestCase):
     def attach(self, permissions: pool.Permissions | None = NOVA
                ) -> pool.Pool:
         return pool.Pool.attach(
-            self.connection, 'nova-x', '/instances/x', permissions)
+            self.connection, name='nova-x', path='/instances/x',
+            permissions=permissions)
 
     def test_directory_is_made_with_owner_and_mode(self):
         attached = self.attach()
@@ -323,7 +346,7 @@ class VolumeTestCase(_PoolTestCase):
         self.host.fail('vol.delete', error=OTHER_ERROR)
 
         self.assert_libvirt_error(
-            libvirt.VIR_ERR_INTERNAL_ERROR, volume.delete)
+            libvirt.VIR_ERR_SYSTEM_ERROR, volume.delete)
 
 
 @ddt.ddt
@@ -333,6 +356,10 @@ class BusyTestCase(_PoolTestCase):
     BUSY_ERROR = (libvirt.VIR_ERR_INTERNAL_ERROR, libvirt.VIR_FROM_STORAGE,
                   "internal error: pool 'disks' has asynchronous jobs "
                   "running.")
+
+    # libvirtd answers in the language of its host.
+    TRANSLATED_ERROR = (*BUSY_ERROR[:2], "Interner Fehler: asynchrone "
+                        "Aufgaben im Pool 'disks' werden ausgeführt.")
 
     def setUp(self) -> None:
         super().setUp()
@@ -362,15 +389,27 @@ class BusyTestCase(_PoolTestCase):
 
         self.assertEqual(2, fault.hits)
 
+    def test_busy_pool_is_told_by_the_code_of_the_error(self):
+        fault = self.host.fail('pool.refresh', error=self.TRANSLATED_ERROR,
+                               times=2)
+
+        self.pool.refresh()
+
+        self.assertEqual(2, fault.hits)
+
     @ddt.data('pool.refresh', 'pool.listAllVolumes', 'pool.createXML',
               'pool.destroy', 'vol.delete')
     def test_other_error_is_not_tried_again(self, call):
-        fault = self.host.fail(call, error=OTHER_ERROR, times=None)
+        lost = libvirt_storage.LOST_ERROR
+        # The words prove nothing either: a file may be called that.
+        words = (*OTHER_ERROR[:2], self.BUSY_ERROR[2])
+        for error in OTHER_ERROR, lost, words:
+            self.host.faults.clear()
+            fault = self.host.fail(call, error=error, times=None)
 
-        self.assert_libvirt_error(
-            libvirt.VIR_ERR_INTERNAL_ERROR, self.call, call)
+            self.assert_libvirt_error(error[0], self.call, call)
 
-        self.assertEqual(1, fault.hits)
+            self.assertEqual(1, fault.hits)
 
     def test_wait_has_an_end(self):
         retrying = pool.Pool.refresh.retry
@@ -396,3 +435,96 @@ class BusyTestCase(_PoolTestCase):
         self.pool.refresh()
 
         self.assertEqual(0, self.host.pools['disks'].async_jobs)
+
+
+class XmlTestCase(_PoolTestCase):
+    """Another host's daemon says what it likes."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.add_pool()
+        secret = os.path.join(self.useFixture(fixtures.TempDir()).path, 'key')
+        with open(secret, 'w') as file:
+            file.write('/secret')
+        self.xml = f"""<!DOCTYPE pool [
+            <!ENTITY file SYSTEM "file://{secret}">
+            <!ENTITY web SYSTEM "http://127.0.0.1:1/x">]>
+            <pool type="dir"><name>disks</name><target>
+            <path>/disks&{'%s'};</path><permissions><mode>0755</mode>
+            <owner>1</owner><group>1</group></permissions></target></pool>"""
+
+    def path(self, entity: str) -> str | None:
+        with mock.patch.object(libvirt_storage.FakePool, 'XMLDesc',
+                               return_value=self.xml % entity):
+            return pool.Pool.lookup(self.connection, 'disks').path
+
+    def test_entities_of_a_daemon_name_no_file_of_this_host(self):
+        for entity in 'file', 'web':
+            self.assertNotIn('secret', str(self.path(entity)))
+
+
+class DirectoryTestCase(_PoolTestCase):
+    """A look at a directory that may or may not be the target of a pool."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.host.add_directory('/instances', owner=42436, group=42437,
+                                mode=0o755)
+        self.host.capacity = units.Gi
+
+    def inspect(self) -> pool.Directory:
+        return pool.inspect(self.connection, path='/instances', name='ours')
+
+    def test_directory_is_told_of_and_no_pool_is_left(self):
+        self.assertEqual(pool.Directory('/instances', NOVA, units.Gi),
+                         self.inspect())
+        self.assertEqual({}, self.host.pools)
+
+    def test_pool_of_somebody_else_is_used_and_stays(self):
+        self.host.add_pool('theirs', '/instances', 42436, 42437, 0o755)
+
+        self.assertEqual(NOVA, self.inspect().permissions)
+
+        self.assertEqual(['theirs'], list(self.host.pools))
+        self.assertEqual([], self.host.changes)
+
+    def test_pool_that_an_interrupted_look_left_is_used_and_ended(self):
+        with mock.patch.object(pool.Pool, 'detach'):
+            self.inspect()
+        self.assertEqual(['ours'], list(self.host.pools))
+
+        self.assertEqual(NOVA, self.inspect().permissions)
+
+        self.assertEqual({}, self.host.pools)
+
+    def test_missing_directory(self):
+        del self.host.directories['/instances']
+
+        error = self.assert_libvirt_error(
+            libvirt.VIR_ERR_SYSTEM_ERROR, self.inspect)
+
+        self.assertTrue(pool.is_missing(error))
+        self.assertEqual({}, self.host.pools)
+
+    def test_pool_that_another_look_makes_at_the_same_time_is_used(self):
+        self.host.call('conn.storagePoolCreateXML', lambda:
+                       self.host.add_pool('theirs', '/instances', 42436,
+                                          42437, 0o755))
+
+        self.assertEqual(NOVA, self.inspect().permissions)
+
+    def test_pool_that_another_look_ends_at_the_same_time(self):
+        self.host.add_pool('theirs', '/instances')
+        self.host.call('pool.info', self.host.pools.clear)
+        self.host.call('pool.XMLDesc', self.host.pools.clear)
+
+        self.inspect()
+
+        self.assertEqual({}, self.host.pools)
+
+    def test_pool_is_active(self):
+        self.assertFalse(pool.is_active(self.connection, 'disks'))
+        self.host.add_pool('disks', active=False)
+        self.assertFalse(pool.is_active(self.connection, 'disks'))
+        self.host.pools['disks'].active = True
+        self.assertTrue(pool.is_active(self.connection, 'disks'))
