@@ -52,7 +52,8 @@ class ProgressTestCase(test.NoDBTestCase):
         self.log = self.useFixture(fixtures.MockPatchObject(
             progress, 'LOG')).mock
         self.progress = progress.Progress(
-            self.context, self.instance, 'dest', 1000)
+            self.context, self.instance, 'dest')
+        self.progress.begin(1000)
 
     def _patch(self, owner, name, side_effect):
         return self.useFixture(fixtures.MockPatchObject(
@@ -68,17 +69,21 @@ class ProgressTestCase(test.NoDBTestCase):
 
     def _copy(self, *figures, disk='disk', length=1000):
         """Copy in some steps, each of which lasts until it was reported."""
-        def copy(note):
+        def copy():
             for done, wire in figures:
                 calls = self.log.info.call_count
-                note(done, wire)
+                self.progress.note(disk, done, wire)
                 self._wait(lambda: self.log.info.call_count > calls)
                 # What is told is saved next.
                 self._wait(lambda: (
                     self.save_migration.called or self.log.warning.called))
-            return stream.Result(length, figures[-1][1], 2.0, 'file')
+            self.progress.end(disk, stream.Result(
+                length, figures[-1][1], 2.0, 'file'))
 
-        return self.progress.watch(disk, copy)
+        self.progress.watch(copy)
+
+    def _end(self, name, length, wire=0, seconds=0.0, source='volume'):
+        self.progress.end(name, stream.Result(length, wire, seconds, source))
 
     def _wait(self, condition):
         deadline = time.monotonic() + 10
@@ -101,31 +106,66 @@ class ProgressTestCase(test.NoDBTestCase):
             expected_task_state=task_states.RESIZE_MIGRATING)
         self.lookup.assert_called_once_with(self.context, 42)
 
-    def test_disks_count_together(self):
-        self._copy((200, 200), length=200)
-        self.assertNotIn(100, self.saved)
-        self._copy((300, 300), disk='disk.eph0', length=800)
+    def test_total_may_be_told_by_the_copy(self):
+        self.progress = progress.Progress(
+            self.context, self.instance, 'dest')
+
+        def copy():
+            self._wait(lambda: self.save_migration.called)
+            self.progress.begin(2000)
+            self._end('disk', 2000)
+
+        self.progress.watch(copy)
+        self.assertEqual((0, 0, 0), self.saved[0])
+        self.assertEqual([100, (2000, 2000, 0)], self.saved[-2:])
+
+    def test_files_count_together(self):
+        def copy():
+            self._end('disk', 200)
+            calls = self.save_migration.call_count
+            self.progress.note('disk.eph0', 300, 300)
+            self._wait(lambda: (1000, 500, 500) in self.saved)
+            self.assertGreater(self.save_migration.call_count, calls)
+            self._end('disk.eph0', 800)
+
+        self.progress.watch(copy)
         self.assertIn(50, self.saved)
         self.assertEqual([100, (1000, 1000, 0)], self.saved[-2:])
-
-    def test_result_of_the_copy_is_returned(self):
-        self.assertEqual(
-            stream.Result(1000, 7, 2.0, 'file'), self._copy((10, 7)))
+        self.assertEqual(1, self.saved.count(100))
 
     def test_short_copy_is_saved_once(self):
-        self.progress.watch(
-            'disk', lambda note: stream.Result(1000, 1000, 0.0, 'volume'))
+        self.progress.watch(lambda: self._end('disk', 1000, 1000))
         self.assertEqual([100, (1000, 1000, 0)], self.saved)
 
+    def test_each_file_is_told_of_once(self):
+        def copy():
+            for name in 'disk', 'disk.eph0', 'disk.info':
+                self._end(name, 300, 20, 2.0)
+                self._wait(lambda: f'Copied {name} to dest' in ''.join(
+                    self._messages()))
+
+        self.progress.watch(copy)
+        self.assertEqual(
+            [f'Copied {name} to dest: 300 bytes, 20 on the wire, 2.0 s, '
+             f'0.0 MiB/s, read from the volume'
+             for name in ('disk', 'disk.eph0', 'disk.info')],
+            [message for message in self._messages()
+             if message.startswith('Copied')])
+
+    def test_server_of_empty_files_is_no_error(self):
+        self.progress.begin(0)
+        self.progress.watch(lambda: self._end('disk', 0))
+        self.assertEqual([(0, 0, 0)], self.saved)
+
     def test_saves_do_not_grow_with_the_steps_of_the_copy(self):
-        def copy(note):
+        def copy():
             for done in range(1000):
-                note(done, done)
+                self.progress.note('disk', done, done)
                 time.sleep(0.0005)
-            return stream.Result(1000, 1000, 0.5, 'file')
+            self._end('disk', 1000, 1000, 0.5)
 
         started = time.monotonic()
-        self.progress.watch('disk', copy)
+        self.progress.watch(copy)
         seconds = time.monotonic() - started
         self.assertGreater(self.save_migration.call_count, 3)
         # One at once, as the last is long ago, and one at the end.
@@ -145,28 +185,28 @@ class ProgressTestCase(test.NoDBTestCase):
             lambda: threads.add(threading.get_ident()))
         copying = []
 
-        def copy(note):
+        def copy():
             copying.append(threading.get_ident())
-            note(1, 1)
+            self.progress.note('disk', 1, 1)
             self._wait(lambda: self.save_migration.called)
-            return stream.Result(1000, 1000, 1.0, 'file')
+            self._end('disk', 1000, 1000, 1.0)
 
-        self.progress.watch('disk', copy)
+        self.progress.watch(copy)
         self.assertEqual({threading.get_ident()}, threads)
         self.assertNotIn(copying[0], threads)
 
     def _test_failing_save(self, error):
-        self.assertEqual(1000, self._copy((300, 100), (600, 200)).length)
+        self._copy((300, 100), (600, 200))
         self.assertIn(
             str(error), str(self.log.warning.call_args.args[1]))
 
-    def test_copy_goes_on_if_the_server_can_not_be_saved(self):
+    def test_copy_goes_on_if_the_server_cannot_be_saved(self):
         error = exception.UnexpectedDeletingTaskStateError(
             instance_uuid=uuids.instance, expected={}, actual={})
         self.save_server.side_effect = error
         self._test_failing_save(error)
 
-    def test_copy_goes_on_if_the_migration_can_not_be_saved(self):
+    def test_copy_goes_on_if_the_migration_cannot_be_saved(self):
         error = exception.MigrationNotFound(migration_id=42)
         self.save_migration.side_effect = error
         self._test_failing_save(error)
@@ -179,7 +219,7 @@ class ProgressTestCase(test.NoDBTestCase):
     def test_error_of_the_copy_is_raised(self):
         for error in errors.Cancelled(), KeyboardInterrupt():
             self.assertRaises(
-                type(error), self.progress.watch, 'disk',
+                type(error), self.progress.watch,
                 mock.Mock(side_effect=error))
         self.assertNotIn(100, self.saved)
 
@@ -198,11 +238,12 @@ class ProgressTestCase(test.NoDBTestCase):
         with mock.patch.object(progress.time, 'monotonic') as clock:
             clock.return_value = 100.0
             self.progress = progress.Progress(
-                self.context, self.instance, 'dest', 1000 << 20)
-            self.progress._figures['disk'] = (100 << 20, 60 << 20)
+                self.context, self.instance, 'dest')
+            self.progress.begin(1000 << 20)
+            self.progress.note('disk', 100 << 20, 60 << 20)
             clock.return_value = 110.0
             self.progress._tell()
-            self.progress._figures['disk'] = (500 << 20, 160 << 20)
+            self.progress.note('disk', 500 << 20, 160 << 20)
             clock.return_value = 120.0
             self.progress._tell()
         first, second = self._messages()
@@ -229,9 +270,10 @@ class DatabaseTestCase(test.TestCase):
             migration_id=self.migration.id)
 
     def _watch(self, length):
-        progress.Progress(
-            self.context, self.instance, 'dest', length).watch(
-                'disk', lambda note: stream.Result(length, 1, 1.0, 'file'))
+        watch = progress.Progress(self.context, self.instance, 'dest')
+        watch.begin(length)
+        watch.watch(lambda: watch.end(
+            'disk', stream.Result(length, 1, 1.0, 'file')))
 
     def _saved(self):
         return objects.Instance.get_by_uuid(self.context, uuids.instance)
