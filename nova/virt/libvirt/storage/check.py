@@ -61,6 +61,8 @@ PROBE_SECONDS = 300
 # Days before its end from which on a certificate is warned of.
 EXPIRY_DAYS = 30
 
+_LOG_REMEDY = "Look into libvirt's log on both hosts"
+
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
@@ -134,7 +136,7 @@ class Checks:
         except errors.StorageError as problem:
             return Finding(
                 self.host, getattr(problem, 'status', FAIL), what,
-                problem.reason, problem.remedy.rstrip('.'))
+                problem.reason, problem.remedy.rstrip('.') or _LOG_REMEDY)
         except TimeoutError as error:
             return Finding(
                 self.host, FAIL, what, str(error),
@@ -142,7 +144,7 @@ class Checks:
         except Exception as error:
             return Finding(
                 self.host, FAIL, what, str(error) or repr(error),
-                "Look into libvirt's log on both hosts")
+                _LOG_REMEDY)
 
 
 @dataclasses.dataclass(frozen=True)

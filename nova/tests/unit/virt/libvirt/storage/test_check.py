@@ -23,7 +23,7 @@ from nova import test
 from nova.tests.fixtures import libvirt_storage
 from nova.virt.libvirt.storage import access
 from nova.virt.libvirt.storage import check
-from nova.virt.libvirt.storage import peer
+from nova.virt.libvirt.storage import site
 from nova.virt.libvirt.storage import threads
 
 libvirt = libvirt_storage.libvirt
@@ -204,7 +204,7 @@ class DestinationTestCase(_CheckTestCase):
             self._run(), '/srv/disks there belongs to uid 0', 'uid 64060',
             'chown 64060:64061 /srv/disks on dest')
 
-    def test_pool_that_its_owner_can_not_use(self):
+    def test_pool_that_its_owner_cannot_use(self):
         self.dest.directories['/srv/disks'].mode = 0o500
         self._only_failure(self._run(), 'mode 0500', 'chmod 0755 /srv/disks')
 
@@ -283,7 +283,7 @@ class DestinationTestCase(_CheckTestCase):
         self._only_failure(self._run(), 'probe copy',
                            'it differs from the source')
 
-    def test_probe_that_can_not_be_deleted(self):
+    def test_probe_that_cannot_be_deleted(self):
         self.dest.fail('vol.delete')
         findings = list(check.Destination(
             'dest', 'qemu+tls://dest/system', self.checked_source,
@@ -308,7 +308,7 @@ class DestinationTestCase(_CheckTestCase):
             'nova.virt.libvirt.storage.check.STEP_SECONDS', 2))
         done = libvirt_storage.native_threading().Event()
         self.addCleanup(done.set)
-        with mock.patch.object(peer.Destination, 'close',
+        with mock.patch.object(site.Site, 'close',
                                lambda self: done.wait(10)):
             self._only_failure(list(check.Destination(
                 'dest', 'qemu+tls://dest/system', self.checked_source,
