@@ -222,8 +222,8 @@ class LibvirtDriver(driver.LibvirtDriver):
         if CONF.libvirt.vol_upload_migration:
             cache_dir = self.image_cache_manager.cache_dir
             fileutils.ensure_tree(cache_dir)
-            _native(local.ensure_pool, self._uri(), IMAGE_CACHE_POOL,
-                    cache_dir, False)
+            _native(local.ensure_cache_pool, self._uri(), IMAGE_CACHE_POOL,
+                    cache_dir)
 
     def process_instances_at_startup(self, context, instances):
         """Also put right what Nova leaves of migrations that it ended in."""

@@ -248,11 +248,24 @@ def ensure_pool(uri: str, name: str, path: str, autostart: bool) -> str:
     :returns: path of its directory
     :raises: libvirtError, TimeoutError
     """
-    connection = daemon.open_connection(uri)
-    try:
+    with contextlib.closing(daemon.open_connection(uri)) as connection:
         return storage_pool.Pool.ensure(
             connection, name=name, path=path, autostart=autostart,
             permissions=storage_pool.Permissions(
                 os.getuid(), os.getgid(), layout.DIRECTORY_MODE)).path
-    finally:
-        connection.close()
+
+
+def ensure_cache_pool(uri: str, name: str, path: str) -> None:
+    """See to it that this host has an active pool of its base images.
+
+    Other hosts read those from it that Glance has lost.
+
+    :param uri: libvirt URI of this host
+    :param name: of the pool, if there is none of the directory
+    :param path: the directory
+    :raises: libvirtError, TimeoutError
+    """
+    with contextlib.closing(daemon.open_connection(uri)) as connection:
+        if storage_pool.is_target(connection, path):
+            return
+    ensure_pool(uri, name, path, autostart=False)

@@ -408,6 +408,11 @@ def is_active(connection: 'libvirt.virConnect', name: str) -> bool:
     return pool is not None and bool(pool.isActive())
 
 
+def is_target(connection: 'libvirt.virConnect', path: str) -> bool:
+    """Whether a directory is the target of an active pool."""
+    return _lookup_path(connection, path) is not None
+
+
 def _lookup_path(
     connection: 'libvirt.virConnect', path: str,
 ) -> 'libvirt.virStoragePool | None':

@@ -28,7 +28,6 @@ from nova.virt.libvirt import driver
 from nova.virt.libvirt import imagebackend
 from nova.virt.libvirt.storage import fetch
 from nova.virt.libvirt.storage import image
-from nova.virt.libvirt.storage import transfer
 from nova.virt.libvirt import storage_migrate
 
 URI = 'qemu+tls://dest/system'
@@ -258,10 +257,15 @@ class DriverTestCase(test_storage_migrate.DriverTestCase):
         self.driver.init_host('source')
         self.driver.init_host('source')
         pool = self.source.pools['nova-image-cache']
-        self.assertEqual((cache, True, 1),
+        # It starts with nova-compute, not with a daemon that is to come up.
+        self.assertEqual((cache, True, False),
                          (pool.path, pool.active, pool.autostart))
 
+    @mock.patch.object(storage_migrate, 'check_hooks', mock.Mock())
+    @mock.patch.object(driver.LibvirtDriver, 'init_host', mock.Mock())
     def test_pool_that_somebody_has_of_the_base_images_is_used(self):
-        self.source.add_pool('theirs', '/base')
-        transfer.ensure_cache_pool(self.driver._uri(), 'ours', '/base')
-        self.assertNotIn('ours', self.source.pools)
+        cache = self.driver.image_cache_manager.cache_dir
+        self.source.add_pool('theirs', cache)
+        self.driver.init_host('source')
+        self.assertCountEqual(
+            ['nova-disks', 'theirs'], self.source.pools)
