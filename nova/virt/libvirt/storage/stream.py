@@ -491,38 +491,47 @@ class VolumeSink:
         """
         if self._stream is not None:
             return
-        with self._raising():
+        try:
             stream = self._volume.connect().newStream(0)
             self._volume.upload(
                 stream, self._offset, self._length,
                 libvirt.VIR_STORAGE_VOL_UPLOAD_SPARSE_STREAM
                 if self.sparse else 0)
+        except libvirt.libvirtError as error:
+            raise self._error(error) from error
         self._stream = stream
 
     def data(self, data: bytes) -> None:
         """Send the next bytes."""
         self.open()
-        with self._raising():
+        try:
             # virStreamSend() may take only a part of the bytes.
             sent = self._stream.send(data)
             while sent < len(data):
                 sent += self._stream.send(data[sent:])
+        except libvirt.libvirtError as error:
+            raise self._error(error) from error
         self._done += len(data)
 
     def hole(self, length: int) -> None:
         """Send a hole."""
         self.open()
-        with self._raising():
+        try:
             self._stream.sendHole(length)
+        except libvirt.libvirtError as error:
+            raise self._error(error) from error
         self._done += length
 
     def finish(self) -> None:
         """End the upload; the daemon has then written all bytes."""
         # Nothing was sent for an empty file: an upload of length 0 would be
         # one without a limit.
-        if self._stream is not None:
-            with self._raising():
-                self._stream.finish()
+        if self._stream is None:
+            return
+        try:
+            self._stream.finish()
+        except libvirt.libvirtError as error:
+            raise self._error(error) from error
 
     def abort(self) -> None:
         """End the upload after an error."""
@@ -531,13 +540,8 @@ class VolumeSink:
         if self._stream is not None:
             self._stream.abort()
 
-    @contextlib.contextmanager
-    def _raising(self) -> ty.Iterator[None]:
-        try:
-            yield
-        except libvirt.libvirtError as error:
-            raise errors.CopyError(
-                'destination', self.path, self._done, error) from error
+    def _error(self, reason: 'libvirt.libvirtError') -> errors.CopyError:
+        return errors.CopyError('destination', self.path, self._done, reason)
 
 
 def length_of(chunk: Chunk) -> int:
