@@ -25,12 +25,14 @@ import libvirt
 from oslo_utils import units
 
 from nova import test
+from nova.tests.fixtures import content as sparse_content
 from nova.tests.fixtures import libvirt_storage
+from nova.tests.fixtures import recording_sink
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import stream
 from nova.virt.libvirt.storage import threads
 
-Content = libvirt_storage.Content
+Content = sparse_content.Content
 
 # Small enough that the tests may cross it often.
 UNIT = 64 * units.Ki
@@ -59,17 +61,35 @@ class Outcome:
         return libvirt_storage.wait_for(lambda: self.done, timeout)
 
 
+class ContentSource:
+    """A source that is content in memory, holes included.
+
+    :ivar at_chunk: called before each chunk
+    """
+    path = '/source/disk'
+    kind = 'content'
+
+    def __init__(self, content: Content):
+        self.at_chunk: ty.Callable[[], ty.Any] = lambda: None
+        self._content = content
+
+    def chunks(self, length: int) -> stream.Chunks:
+        position = 0
+        while position < length:
+            self.at_chunk()
+            is_data, size = self._content.section(position)
+            size = min(size, length - position,
+                       stream.MESSAGE_BYTES if is_data else WINDOW)
+            yield self._content.read(position, size) if is_data else size
+            position += size
+
+
 class _CopyTestCase(test.NoDBTestCase):
-    """A source and a destination host with a volume 'disk' on each."""
+    """A copy between ends that need no libvirt."""
 
     def setUp(self) -> None:
         super().setUp()
-        self.hosts = self.useFixture(
-            libvirt_storage.LibvirtStorageFixture())
-        self.source = self.hosts['source']
-        self.dest = self.hosts['dest']
-        self.source.add_pool()
-        self.dest.add_pool()
+        self.sink = recording_sink.RecordingSink()
         self.progress: list[tuple[int, int]] = []
         self.threads_before = set(self._threads())
         self.addCleanup(self.assert_nothing_left)
@@ -80,29 +100,119 @@ class _CopyTestCase(test.NoDBTestCase):
         self.set_size('WINDOW_BYTES', window)
         self.set_size('QUEUE_BYTES', queue)
 
-    def set_size(self, name: str, value: int) -> None:
+    def set_size(self, name: str, value: float) -> None:
         self.useFixture(fixtures.MonkeyPatch(
             'nova.virt.libvirt.storage.stream.' + name, value))
 
     @staticmethod
     def _threads(name: str = 'volume-') -> list[ty.Any]:
         # eventlet keeps the threads of its pool; those are not ours.
-        return [thread
-                for thread in libvirt_storage.native_threading().enumerate()
+        return [thread for thread in threads.native_threading().enumerate()
                 if thread.name.startswith(name)]
 
     def assert_nothing_left(self) -> None:
-        """No thread and no stream outlives a copy."""
+        """No thread outlives a copy."""
         self.assertEqual(self.threads_before, set(self._threads()))
-        self.assertEqual([], self.source.open_streams)
-        self.assertEqual([], self.dest.open_streams)
 
-    def volumes(self, content: Content, size: int | None = None,
-                name: str = 'disk') -> tuple:
-        """The two ends; that of the destination is all a hole.
+    def wait_until_threads_end(self) -> None:
+        self.assertTrue(libvirt_storage.wait_for(
+            lambda: set(self._threads()) == self.threads_before))
+
+    def block(self, method: str, nth: int = 1) -> ty.Any:
+        """Have the nth call of a method of the sink hang.
+
+        :returns: the event that lets it go on
+        """
+        event = threads.native_threading().Event()
+        self.addCleanup(event.set)
+        self.sink.on(method, lambda: event.wait(30), nth)
+        return event
+
+    def delay(self, method: str, seconds: float, nth: int = 1) -> None:
+        """Have each call of a method of the sink take its time."""
+        self.sink.on(method, lambda: threads.sleep(seconds), nth)
+
+    def ends(self, content: Content,
+             size: int | None = None) -> tuple[ty.Any, ty.Any]:
+        """The source with the content, and the sink.
 
         :param size: of the destination, if it is not that of the source
         """
+        return self.open_source(content, 'disk'), self.sink
+
+    def open_source(self, content: Content, name: str) -> stream.Source:
+        return ContentSource(content)
+
+    def copy(self, content: Content, length: int | None = None,
+             **kwargs: ty.Any) -> stream.Result:
+        """Copy in the way that the driver does, and wait for it."""
+        source, sink = self.ends(content)
+        return threads.off_hub(
+            stream.copy, source, sink,
+            content.size if length is None else length,
+            progress=self.record_progress, **kwargs)
+
+    def record_progress(self, done: int, wire: int) -> None:
+        self.progress.append((done, wire))
+
+    def start_copy(self, content: Content, source: ty.Any = None,
+                   **kwargs: ty.Any) -> Outcome:
+        """Copy in the background."""
+        own_source, sink = self.ends(content)
+        outcome = Outcome()
+
+        def run() -> None:
+            try:
+                outcome.result = stream.copy(
+                    source or own_source, sink, content.size,
+                    progress=self.record_progress, **kwargs)
+            except BaseException as error:
+                outcome.error = error
+            outcome.done = True
+
+        threads.native_threading().Thread(target=run, daemon=True).start()
+        return outcome
+
+    def copied(self) -> Content:
+        return self.sink.content
+
+    def outcomes(self) -> list[str | None]:
+        """How the uploads ended that were begun."""
+        return [self.sink.outcome] if self.sink.outcome else []
+
+    def events(self) -> list[sparse_content.Event]:
+        return self.sink.events
+
+    def sent(self) -> list[sparse_content.Event]:
+        """What was sent, data in a row taken together."""
+        merged = sparse_content.merge_events(self.events())
+        holes = [event for event in self.events() if event[0] == 'hole']
+        self.assertEqual(
+            [event for event in merged if event[0] == 'hole'], holes,
+            'holes in a row have to be sent as one')
+        return merged
+
+
+class VolumeMixin:
+    """Both ends are volumes 'disk', on two hosts."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.hosts = self.useFixture(
+            libvirt_storage.LibvirtStorageFixture())
+        self.source = self.hosts['source']
+        self.dest = self.hosts['dest']
+        self.source.add_pool()
+        self.dest.add_pool()
+
+    def assert_nothing_left(self) -> None:
+        """No thread and no stream outlives a copy."""
+        super().assert_nothing_left()
+        self.assertEqual([], self.source.open_streams)
+        self.assertEqual([], self.dest.open_streams)
+
+    def ends(self, content: Content, size: int | None = None,
+             name: str = 'disk') -> tuple[ty.Any, ty.Any]:
         self.dest.add_volume(
             'disks', name, Content(content.size if size is None else size))
         return self.open_source(content, name), self.open_sink(name)
@@ -123,51 +233,18 @@ class _CopyTestCase(test.NoDBTestCase):
         return host.connect().storagePoolLookupByName(
             'disks').storageVolLookupByName(name)
 
-    def copy(self, content: Content, length: int | None = None,
-             **kwargs: ty.Any) -> stream.Result:
-        """Copy in the way that the driver does, and wait for it."""
-        source, dest = self.volumes(content)
-        return threads.off_hub(
-            stream.copy, source, dest,
-            content.size if length is None else length,
-            progress=self.record_progress, **kwargs)
-
-    def record_progress(self, done: int, wire: int) -> None:
-        self.progress.append((done, wire))
-
-    def start_copy(self, content: Content, **kwargs: ty.Any) -> Outcome:
-        """Copy in the background."""
-        source, dest = self.volumes(content)
-        outcome = Outcome()
-
-        def run() -> None:
-            try:
-                outcome.result = stream.copy(
-                    source, dest, content.size,
-                    progress=self.record_progress, **kwargs)
-            except BaseException as error:
-                outcome.error = error
-            outcome.done = True
-
-        libvirt_storage.native_threading().Thread(
-            target=run, daemon=True).start()
-        return outcome
-
     def copied(self) -> Content:
         return self.dest.volume('disks', 'disk').content
 
     def uploads(self) -> list[libvirt_storage.FakeStream]:
         return [s for s in self.dest.streams if s.way == 'upload']
 
-    def sent(self) -> list[tuple[str, int, int]]:
-        """What the only upload was sent, data in a row taken together."""
+    def outcomes(self) -> list[str | None]:
+        return [upload.outcome for upload in self.uploads()]
+
+    def events(self) -> list[sparse_content.Event]:
         upload, = self.uploads()
-        merged = libvirt_storage.merge_events(upload.events)
-        holes = [event for event in upload.events if event[0] == 'hole']
-        self.assertEqual(
-            [event for event in merged if event[0] == 'hole'], holes,
-            'holes in a row have to be sent as one')
-        return merged
+        return upload.events
 
 
 class FileMixin:
@@ -294,13 +371,6 @@ class ContentTests:
         self.assertEqual([('hole', 0, size)], self.sent())
         self.assertEqual((size, 0), (result.length, result.wire))
 
-    def test_volume_without_bytes_is_not_uploaded(self):
-        result = self.copy(Content())
-
-        # An upload of length 0 would be one without a limit.
-        self.assertEqual([], self.uploads())
-        self.assertEqual((0, 0), (result.length, result.wire))
-
     def test_big_hole_costs_one_message(self):
         size = 3 * units.Gi + 1
 
@@ -329,6 +399,64 @@ class ContentTests:
         self.assertEqual(2000, len(self.sent()))
         self.assertEqual(content, self.copied())
         self.assertEqual(4096000, result.wire)
+
+    def test_nothing(self):
+        result = self.copy(Content())
+
+        self.assertNotIn('aborted', self.outcomes())
+        self.assertEqual((0, 0), (result.length, result.wire))
+
+    def test_sink_is_finished(self):
+        self.set_sizes()
+
+        self.copy(Content.draw('A-B-' * 10, UNIT))
+
+        self.assertEqual(['finished'], self.outcomes())
+
+    def test_length_may_be_less_than_the_volume(self):
+        content = Content.of(patterned(4 * UNIT))
+
+        result = self.copy(content, length=3 * UNIT)
+
+        self.assertEqual(3 * UNIT, result.length)
+        self.assertEqual([('data', 0, 3 * UNIT)], self.sent())
+
+
+@ddt.ddt
+class CopyContentTestCase(ContentTests, _CopyTestCase):
+    """From one end in memory to another."""
+
+    def test_seconds_are_measured(self):
+        self.delay('finish', 0.2)
+
+        result = self.copy(Content.draw('A', UNIT))
+
+        self.assertGreaterEqual(result.seconds, 0.2)
+        self.assertLess(result.seconds, 5)
+
+    @ddt.data('A0-B', '--', '-A-', '0' * 30)
+    def test_sink_that_takes_no_holes_gets_zeros(self, picture):
+        self.sink.sparse = False
+        content = Content.draw(picture, UNIT)
+
+        result = self.copy(content)
+
+        self.assertEqual([('data', 0, content.size)], self.sent())
+        self.assertEqual(content, self.copied())
+        self.assertEqual(content.size, result.wire)
+        self.assertLessEqual(max(size for _, _, size in self.events()),
+                             stream.MESSAGE_BYTES)
+
+
+@ddt.ddt
+class CopyVolumeContentTestCase(VolumeMixin, ContentTests, _CopyTestCase):
+    """From volume to volume; the source is read in windows."""
+
+    def test_nothing(self):
+        super().test_nothing()
+
+        # An upload of length 0 would be one without a limit.
+        self.assertEqual([], self.uploads())
 
     @ddt.data(1000, 65536, 262119)
     def test_short_sends_lose_nothing(self, limit):
@@ -359,26 +487,6 @@ class ContentTests:
         self.assertEqual(
             {'finished'},
             {s.outcome for s in self.source.streams + self.dest.streams})
-
-    def test_length_may_be_less_than_the_volume(self):
-        content = Content.of(patterned(4 * UNIT))
-
-        result = self.copy(content, length=3 * UNIT)
-
-        self.assertEqual(3 * UNIT, result.length)
-        self.assertEqual([('data', 0, 3 * UNIT)], self.sent())
-
-    def test_seconds_are_measured(self):
-        self.dest.slow('stream.finish', 0.2)
-
-        result = self.copy(Content.draw('A', UNIT))
-
-        self.assertGreaterEqual(result.seconds, 0.2)
-        self.assertLess(result.seconds, 5)
-
-
-class CopyVolumeContentTestCase(ContentTests, _CopyTestCase):
-    """The same of a volume, which is read in windows."""
 
     def test_short_receives_lose_nothing(self):
         self.set_sizes()
@@ -420,13 +528,31 @@ class CopyVolumeContentTestCase(ContentTests, _CopyTestCase):
         self.assertEqual([], self.source.changes)
 
 
+@ddt.ddt
 class CopyFileContentTestCase(FileMixin, ContentTests, _CopyTestCase):
-    """The same of a file."""
+    """From a real file."""
 
-    def test_libvirt_of_the_source_has_no_part_in_it(self):
-        self.copy(Content.draw('A-B', UNIT))
+    @ddt.data((0, 8), (1, 7), (2, 2), (3, 1), (7, 1))
+    @ddt.unpack
+    def test_part_of_a_file(self, offset, length):
+        content = Content.draw('AB--CD-E', UNIT)
+        self.open_source(content, 'disk')
 
-        self.assertEqual([], self.source.calls)
+        threads.off_hub(
+            stream.copy, stream.FileSource(self.file, offset * UNIT),
+            self.sink, length * UNIT)
+
+        self.assertEqual(content.read(offset * UNIT, length * UNIT),
+                         self.copied().read(0, self.copied().size))
+
+    def test_part_of_a_file_that_ends(self):
+        self.open_source(Content.draw('AB', UNIT), 'disk')
+
+        error = self.assertRaises(
+            errors.CopyError, threads.off_hub, stream.copy,
+            stream.FileSource(self.file, UNIT), self.sink, 2 * UNIT)
+
+        self.assertEqual(('source', UNIT), (error.end, error.done))
 
     def test_short_reads_lose_nothing(self):
         self.set_sizes()
@@ -461,7 +587,7 @@ class CopyFileContentTestCase(FileMixin, ContentTests, _CopyTestCase):
 
 
 @ddt.ddt
-class OpenSourceTestCase(_CopyTestCase):
+class OpenSourceTestCase(VolumeMixin, _CopyTestCase):
     """A file is read directly only if that is sure to be right."""
 
     def setUp(self) -> None:
@@ -534,31 +660,139 @@ class CopyProgressTestCase(_CopyTestCase):
         self.assertEqual((content.size, content.allocated),
                          self.progress[-1])
 
-    def test_progress_is_told_while_the_copy_runs(self):
+    def test_progress_is_reported_while_the_copy_runs(self):
         self.set_sizes()
-        blocked = self.dest.block('stream.send', after=10 * UNIT)
-        outcome = self.start_copy(Content.of(patterned(20 * UNIT)))
-        self.assertTrue(blocked.wait_reached())
+        seen: list[int] = []
+        self.sink.on('data', lambda: seen.append(len(self.progress)))
 
-        self.assertGreater(self.progress[-1][0], 0)
-        self.assertLessEqual(self.progress[-1][0], 10 * UNIT)
+        self.copy(Content.of(patterned(40 * UNIT)))
 
-        blocked.release()
-        self.assertTrue(outcome.wait(10))
+        self.assertEqual([0, 1, 2, 3, 4], seen)
 
     def test_failing_progress_fails_the_copy(self):
-        self.set_sizes()
-        source, dest = self.volumes(Content.of(patterned(20 * UNIT)))
+        source, sink = self.ends(Content.of(patterned(20 * UNIT)))
 
         self.assertRaises(
             test.TestingException, threads.off_hub, stream.copy,
-            source, dest, 20 * UNIT,
+            source, sink, 20 * UNIT,
             progress=mock.Mock(side_effect=test.TestingException()))
 
-        self.assertEqual(['aborted'], [s.outcome for s in self.uploads()])
+        self.assertEqual(['aborted'], self.outcomes())
 
 
-class _CopyFailureTestCase(_CopyTestCase):
+@ddt.ddt
+class SinkFailureTestCase(FileMixin, _CopyTestCase):
+    """A sink that fails, or hangs, while a file is read."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.set_sizes()
+        self.content = Content.of(patterned(5 * WINDOW))
+
+    def assert_fails(self, content: Content | None = None,
+                     **kwargs: ty.Any) -> errors.CopyError:
+        error = self.assertRaises(
+            errors.CopyError, self.copy, content or self.content, **kwargs)
+        self.assertEqual('destination', error.end)
+        self.assertEqual(self.sink.path, error.path)
+        self.assertEqual(['aborted'], self.outcomes())
+        return error
+
+    def test_sink_fails_at_once(self):
+        self.sink.fail('data', 'No space left')
+
+        self.assertIn('No space left', str(self.assert_fails()))
+
+    def test_sink_fails_in_the_middle(self):
+        self.sink.fail('data', 'No space left', nth=3)
+
+        self.assertEqual(2 * stream.MESSAGE_BYTES, self.assert_fails().done)
+
+    def test_sink_fails_at_a_hole(self):
+        self.sink.fail('hole', 'No space left')
+
+        self.assert_fails(Content.draw('AAAA----AA', UNIT))
+
+    def test_sink_fails_at_the_end(self):
+        self.sink.fail('finish', 'No space left')
+
+        self.assertEqual(self.content.size, self.assert_fails().done)
+
+    def test_sink_fails_before_anything_is_sent(self):
+        self.sink.fail('finish', 'No space left')
+
+        self.assert_fails(Content())
+
+    def test_error_of_abort_does_not_hide_the_first(self):
+        self.sink.fail('data', 'No space left')
+        self.sink.on('abort', mock.Mock(side_effect=ValueError('gone')))
+
+        error = self.assert_fails()
+
+        self.assertIn('No space left', str(error))
+        self.assertEqual(['Aborting failed too: gone'], error.__notes__)
+
+    def test_source_is_closed_when_the_sink_fails(self):
+        before = os.listdir('/proc/self/fd')
+        self.sink.fail('data', 'No space left')
+
+        self.assert_fails()
+
+        self.assertEqual(before, os.listdir('/proc/self/fd'))
+
+    def test_pause_that_is_shorter_than_the_limit_is_no_stall(self):
+        self.delay('data', 0.3)
+
+        result = self.copy(self.content, stall_seconds=0.6)
+
+        self.assertEqual(self.content.size, result.length)
+
+    @ddt.data('data', 'finish')
+    def test_sink_that_hangs_is_named_and_left_behind(self, method):
+        event = self.block(method)
+        source, sink = self.ends(self.content)
+
+        started = time.monotonic()
+        error = self.assertRaises(
+            errors.CopyError, threads.off_hub, stream.copy, source, sink,
+            self.content.size, stall_seconds=0.3)
+
+        self.assertLess(time.monotonic() - started, 5)
+        self.assertEqual('destination', error.end)
+        self.assertIn('nothing moved for 0.3 seconds', str(error))
+        self.assertEqual([], self.outcomes())
+        event.set()
+        self.wait_until_threads_end()
+
+    def test_sink_that_hung_is_aborted_late(self):
+        event = self.block('data')
+        source, sink = self.ends(self.content)
+        self.assertRaises(
+            errors.CopyError, threads.off_hub, stream.copy, source, sink,
+            self.content.size, stall_seconds=0.3)
+
+        event.set()
+
+        self.wait_until_threads_end()
+        self.assertEqual(['aborted'], self.outcomes())
+
+    def test_cancel_does_not_wait_for_a_sink_that_hangs(self):
+        cancel = threading.Event()
+        self.sink.on('data', cancel.set)
+        event = self.block('data')
+        source, sink = self.ends(self.content)
+
+        started = time.monotonic()
+        self.assertRaises(
+            errors.Cancelled, threads.off_hub, stream.copy, source, sink,
+            self.content.size, cancel=cancel)
+
+        self.assertLess(time.monotonic() - started, 2)
+        event.set()
+        self.wait_until_threads_end()
+
+
+class _CopyFailureTestCase(VolumeMixin, _CopyTestCase):
     """The first error is the one raised, and both ends are closed."""
 
     def setUp(self) -> None:
@@ -576,11 +810,12 @@ class _CopyFailureTestCase(_CopyTestCase):
         return error
 
     def assert_upload_aborted(self) -> None:
-        self.assertEqual(['aborted'], [s.outcome for s in self.uploads()])
+        self.assertEqual(['aborted'], self.outcomes())
 
 
 @ddt.ddt
-class DestinationFailureTests:
+class VolumeSinkFailureTestCase(_CopyFailureTestCase):
+    """A daemon of the destination that fails."""
 
     @ddt.data('conn.newStream', 'vol.upload', 'stream.send')
     def test_destination_fails_at_once(self, where):
@@ -589,7 +824,7 @@ class DestinationFailureTests:
         error = self.assert_fails('destination', 'No space left')
 
         self.assertEqual(0, error.done)
-        self.assertNotIn('finished', [s.outcome for s in self.uploads()])
+        self.assertNotIn('finished', self.outcomes())
 
     def test_destination_fails_in_the_middle(self):
         self.dest.fail('stream.send', after=3 * WINDOW, error=DEST_ERROR)
@@ -628,31 +863,6 @@ class DestinationFailureTests:
         self.assert_fails('destination', 'No space left')
 
         self.assertLess(self.hosts.meter.received, 3 * WINDOW)
-
-    def test_pause_that_is_shorter_than_the_limit_is_no_stall(self):
-        self.dest.slow('stream.send', 0.3, times=2)
-        source, dest = self.volumes(self.content)
-
-        result = threads.off_hub(
-            stream.copy, source, dest, self.content.size, None, None, 0.6)
-
-        self.assertEqual(self.content.size, result.length)
-
-    def test_cancel_does_not_wait_for_an_end_that_hangs(self):
-        cancel = threading.Event()
-        self.dest.call('stream.send', cancel.set, after=WINDOW)
-        fault = self.dest.block('stream.send', after=WINDOW)
-        source, dest = self.volumes(self.content)
-
-        started = time.monotonic()
-        self.assertRaises(
-            errors.Cancelled, threads.off_hub, stream.copy, source, dest,
-            self.content.size, None, cancel)
-
-        self.assertLess(time.monotonic() - started, 2)
-        fault.release()
-        self.assertTrue(libvirt_storage.wait_for(
-            lambda: set(self._threads()) == self.threads_before))
 
     def test_error_of_an_abort_does_not_hide_the_first(self):
         self.dest.fail('stream.finish', error=DEST_ERROR)
@@ -696,16 +906,6 @@ class DestinationFailureTests:
         self.assertEqual(self.content, self.copied())
 
 
-class CopyVolumeDestinationFailureTestCase(
-        DestinationFailureTests, _CopyFailureTestCase):
-    """A destination that fails while a volume is read."""
-
-
-class CopyFileDestinationFailureTestCase(
-        FileMixin, DestinationFailureTests, _CopyFailureTestCase):
-    """A destination that fails while a file is read."""
-
-
 @ddt.ddt
 class CopyVolumeFailureTestCase(_CopyFailureTestCase):
     """A source that fails, and which of two errors counts."""
@@ -728,7 +928,7 @@ class CopyVolumeFailureTestCase(_CopyFailureTestCase):
         self.assert_fails('source', 'Unable to read',
                           Content.draw('AAAA----AA', UNIT))
 
-        self.assertNotIn('finished', [s.outcome for s in self.uploads()])
+        self.assertNotIn('finished', self.outcomes())
 
     def test_source_fails_at_once(self):
         self.source.fail('vol.download', error=SOURCE_ERROR)
@@ -736,7 +936,7 @@ class CopyVolumeFailureTestCase(_CopyFailureTestCase):
         error = self.assert_fails('source', 'Unable to read')
 
         self.assertEqual(0, error.done)
-        self.assertNotIn('finished', [s.outcome for s in self.uploads()])
+        self.assertNotIn('finished', self.outcomes())
 
     def test_failed_download_is_aborted(self):
         self.source.fail('stream.recv', after=WINDOW, error=SOURCE_ERROR)
@@ -779,7 +979,7 @@ class CopyVolumeFailureTestCase(_CopyFailureTestCase):
     def test_end_that_stands_still_is_named_and_left_behind(self, end, where):
         host = self.source if end == 'source' else self.dest
         fault = host.block(where, after=WINDOW)
-        source, dest = self.volumes(self.content)
+        source, dest = self.ends(self.content)
 
         started = time.monotonic()
         error = self.assertRaises(
@@ -792,12 +992,11 @@ class CopyVolumeFailureTestCase(_CopyFailureTestCase):
         self.assertLess(time.monotonic() - started, 5)
         self.assertTrue(fault.reached.is_set())
         fault.release()
-        self.assertTrue(libvirt_storage.wait_for(
-            lambda: set(self._threads()) == self.threads_before))
+        self.wait_until_threads_end()
 
     def test_daemon_that_hangs_at_the_end_is_named(self):
         fault = self.dest.block('stream.finish')
-        source, dest = self.volumes(self.content)
+        source, dest = self.ends(self.content)
         known = self.lookup(self.dest, 'disk').path()
 
         def path(volume) -> str:
@@ -813,12 +1012,11 @@ class CopyVolumeFailureTestCase(_CopyFailureTestCase):
         self.assertEqual(
             ('destination', self.content.size), (error.end, error.done))
         fault.release()
-        self.assertTrue(libvirt_storage.wait_for(
-            lambda: set(self._threads()) == self.threads_before))
+        self.wait_until_threads_end()
 
     @ddt.data(WINDOW, 2 * WINDOW + 7, 5 * WINDOW - 1)
     def test_source_that_is_shorter_than_told_fails(self, size):
-        source, dest = self.volumes(Content.of(patterned(size)), 5 * WINDOW)
+        source, dest = self.ends(Content.of(patterned(size)), 5 * WINDOW)
 
         error = self.assertRaises(
             errors.CopyError, threads.off_hub, stream.copy,
@@ -881,7 +1079,7 @@ class CopyFileFailureTestCase(FileMixin, _CopyTestCase):
         error = self.assertRaises(errors.CopyError, self.copy, content)
         self.assertEqual(('source', self.file), (error.end, error.path))
         self.assertIn(text, str(error))
-        self.assertNotIn('finished', [s.outcome for s in self.uploads()])
+        self.assertNotIn('finished', self.outcomes())
         return error
 
     def at_read(self, number: int, action: ty.Callable[[], ty.Any]) -> None:
@@ -926,7 +1124,7 @@ class CopyFileFailureTestCase(FileMixin, _CopyTestCase):
         self.assertEqual(8 * UNIT, error.done)
 
     def test_file_that_is_gone_already(self):
-        source, dest = self.volumes(Content.draw('A', UNIT))
+        source, dest = self.ends(Content.draw('A', UNIT))
         os.unlink(self.file)
 
         error = self.assertRaises(
@@ -936,20 +1134,8 @@ class CopyFileFailureTestCase(FileMixin, _CopyTestCase):
         self.assertEqual(('source', 0), (error.end, error.done))
         self.assertIn('No such file', str(error))
 
-    def test_cancel(self):
-        cancel = threading.Event()
-        self.dest.slow('stream.send', 0.05)
-        outcome = self.start_copy(
-            Content.of(patterned(20 * WINDOW)), cancel=cancel)
-        self.assertTrue(libvirt_storage.wait_for(lambda: self.progress))
-
-        cancel.set()
-
-        self.assertTrue(outcome.wait(5))
-        self.assertIsInstance(outcome.error, errors.Cancelled)
-
-    def test_stalled_destination_bounds_what_is_read(self):
-        blocked = self.dest.block('stream.send', after=UNIT)
+    def test_stalled_sink_bounds_what_is_read(self):
+        event = self.block('data')
         offsets = []
 
         def read(file, size, offset):
@@ -958,14 +1144,13 @@ class CopyFileFailureTestCase(FileMixin, _CopyTestCase):
 
         self.patch_reads(read)
         outcome = self.start_copy(Content.of(patterned(20 * WINDOW)))
-        self.assertTrue(blocked.wait_reached())
         self.assertTrue(libvirt_storage.wait_for(
             lambda: len(offsets) * stream.MESSAGE_BYTES > QUEUE))
         time.sleep(0.3)
 
         self.assertLessEqual(offsets[-1], QUEUE + 3 * stream.MESSAGE_BYTES)
 
-        blocked.release()
+        event.set()
         self.assertTrue(outcome.wait(10))
 
 
@@ -984,31 +1169,27 @@ class CopyCancelTestCase(_CopyTestCase):
         self.assertLess(time.monotonic() - started, 1)
         self.assertIsInstance(outcome.error, errors.Cancelled)
 
-    def assert_aborted(self) -> None:
-        self.assertEqual(['aborted'], [s.outcome for s in self.uploads()])
-        self.assertEqual('aborted', self.source.streams[-1].outcome)
-
     def test_cancel_while_data_flows(self):
-        self.dest.slow('stream.send', 0.01)
+        self.delay('data', 0.05)
         outcome = self.start_copy(self.content, cancel=self.cancel)
         self.assertTrue(libvirt_storage.wait_for(lambda: self.progress))
 
         self.cancel.set()
 
         self.assert_cancelled(outcome)
-        self.assert_aborted()
+        self.assertEqual(['aborted'], self.outcomes())
         self.assertLess(self.progress[-1][0], self.content.size)
 
     def test_cancel_while_the_source_is_slow(self):
-        self.source.slow('stream.recv', 0.1)
-        outcome = self.start_copy(self.content, cancel=self.cancel)
-        self.assertTrue(libvirt_storage.wait_for(
-            lambda: self.source.streams))
+        source = ContentSource(self.content)
+        source.at_chunk = lambda: threads.sleep(0.2)
+        outcome = self.start_copy(self.content, source, cancel=self.cancel)
+        self.assertTrue(libvirt_storage.wait_for(lambda: self.progress))
 
         self.cancel.set()
 
         self.assert_cancelled(outcome)
-        self.assert_aborted()
+        self.assertEqual(['aborted'], self.outcomes())
 
     def test_cancel_before_the_start(self):
         self.cancel.set()
@@ -1016,14 +1197,21 @@ class CopyCancelTestCase(_CopyTestCase):
         outcome = self.start_copy(self.content, cancel=self.cancel)
 
         self.assert_cancelled(outcome)
-        self.assertNotIn('finished', [s.outcome for s in self.uploads()])
+        self.assertNotIn('finished', self.outcomes())
 
     def test_cancel_during_a_big_hole(self):
         """Such a source is fast, and takes no room in the queue."""
-        self.source.slow('stream.recvHole', 0.01)
-        outcome = self.start_copy(Content(1000 * WINDOW), cancel=self.cancel)
-        self.assertTrue(libvirt_storage.wait_for(
-            lambda: len(self.source.streams) > 3))
+        content = Content(1000 * WINDOW)
+        source = ContentSource(content)
+        chunks = []
+
+        def at_chunk() -> None:
+            chunks.append(None)
+            threads.sleep(0.01)
+
+        source.at_chunk = at_chunk
+        outcome = self.start_copy(content, source, cancel=self.cancel)
+        self.assertTrue(libvirt_storage.wait_for(lambda: len(chunks) > 3))
 
         self.cancel.set()
 
@@ -1038,16 +1226,11 @@ class CopyCancelTestCase(_CopyTestCase):
         self.assertEqual(self.content.size, outcome.result.length)
 
     def test_error_wins_over_a_later_cancel(self):
-        blocked = self.source.block('stream.abort')
-        self.source.fail('stream.recv', after=WINDOW, error=SOURCE_ERROR)
-        outcome = self.start_copy(self.content, cancel=self.cancel)
-        self.assertTrue(blocked.wait_reached())
-        blocked.release()
-        self.assertTrue(outcome.wait(5))
+        self.sink.fail('data', 'No space left')
+        self.sink.on('abort', self.cancel.set)
 
-        self.cancel.set()
-
-        self.assertIsInstance(outcome.error, errors.CopyError)
+        self.assertRaises(
+            errors.CopyError, self.copy, self.content, cancel=self.cancel)
 
 
 @ddt.ddt
@@ -1074,21 +1257,19 @@ class LongMessageTestCase(_CopyTestCase):
         source.chunks.return_value = (
             patterned(chunk * UNIT) if chunk > 0 else -chunk * UNIT
             for chunk in chunks)
-        size = sum(map(abs, chunks)) * UNIT
-        self.dest.add_volume('disks', 'disk', Content(size))
 
-        result = threads.off_hub(stream.copy, source, self.open_sink(), size)
+        result = threads.off_hub(
+            stream.copy, source, self.sink, sum(map(abs, chunks)) * UNIT)
 
-        upload, = self.uploads()
         self.assertEqual(
             [('data' if length > 0 else 'hole', abs(length) * UNIT)
              for length in messages],
-            [(kind, length) for kind, _offset, length in upload.events])
+            [(kind, length) for kind, _offset, length in self.events()])
         self.assertEqual(
             sum(chunk for chunk in chunks if chunk > 0) * UNIT, result.wire)
 
 
-class CopyMemoryTestCase(_CopyTestCase):
+class CopyMemoryTestCase(VolumeMixin, _CopyTestCase):
     """What was read and not yet written is bounded."""
 
     # Beyond the queue: what the reader holds and cannot put, what the writer
@@ -1153,7 +1334,7 @@ class CopyMemoryTestCase(_CopyTestCase):
         self.set_sizes()
         runs = []
         for name, content in contents.items():
-            ends = self.volumes(content, name=name)
+            ends = self.ends(content, name=name)
             thread = libvirt_storage.native_threading().Thread(
                 target=stream.copy, args=(*ends, content.size))
             thread.start()
@@ -1239,19 +1420,19 @@ class BandwidthTestCase(_CopyTestCase):
         # A busy machine may start one long after the other.
         both = native.Barrier(2)
 
-        def run(name, source, dest):
+        def run(name, content):
             def progress(done, wire):
                 if not sent[name]:
                     both.wait(30)
                 sent[name] = wire
 
-            stream.copy(source, dest, contents[name].size,
-                        progress=progress, bandwidth=bandwidth)
+            stream.copy(
+                ContentSource(content), recording_sink.RecordingSink(),
+                content.size, progress=progress, bandwidth=bandwidth)
             seen_at_end.append(min(sent.values()))
 
-        runs = [native.Thread(target=run, args=(
-                name, *self.volumes(content, name=name)))
-                for name, content in contents.items()]
+        runs = [native.Thread(target=run, args=item)
+                for item in contents.items()]
         for thread in runs:
             thread.start()
         self.assertTrue(libvirt_storage.wait_for(
@@ -1263,35 +1444,32 @@ class BandwidthTestCase(_CopyTestCase):
     def test_waiting_for_a_turn_is_no_stall(self):
         """However many copies share the bandwidth, and however small it is."""
         paused = mock.Mock()
-        self.useFixture(fixtures.MonkeyPatch(
-            'nova.virt.libvirt.storage.stream.PAUSE_SECONDS', 0.2))
+        self.set_size('PAUSE_SECONDS', 0.2)
 
         result = self.copy(
-            Content.of(patterned(3 * stream.TURN_BYTES)), stall_seconds=0.3,
-            bandwidth=stream.Bandwidth(2 * stream.TURN_BYTES), paused=paused)
+            Content.of(patterned(6 * stream.TURN_BYTES)), stall_seconds=0.3,
+            bandwidth=stream.Bandwidth(4 * stream.TURN_BYTES), paused=paused)
 
         self.assertGreater(result.seconds, 0.9)
         paused.assert_not_called()
 
     def test_destination_that_hangs_after_a_turn_is_a_stall(self):
-        blocked = self.dest.block('stream.send', nth=2)
+        event = self.block('data', nth=2)
         outcome = self.start_copy(
-            Content.of(patterned(3 * stream.TURN_BYTES)), stall_seconds=0.3,
+            Content.of(patterned(6 * stream.TURN_BYTES)), stall_seconds=0.3,
             bandwidth=stream.Bandwidth(2 * stream.TURN_BYTES))
 
         self.assertTrue(outcome.wait(5))
 
-        self.assertTrue(blocked.reached.is_set())
         self.assertIn('nothing moved for 0.3 seconds', str(outcome.error))
         self.assertEqual('destination', outcome.error.end)
-        blocked.release()
-        self.assertTrue(libvirt_storage.wait_for(
-            lambda: set(self._threads()) == self.threads_before))
+        event.set()
+        self.wait_until_threads_end()
 
     def test_cancel_while_the_copy_waits_for_its_turn(self):
         cancel = threading.Event()
         outcome = self.start_copy(
-            Content.of(patterned(units.Mi)), cancel=cancel,
+            Content.draw('A-' * 10, UNIT), cancel=cancel,
             bandwidth=stream.Bandwidth(1))
         self.assertTrue(libvirt_storage.wait_for(lambda: self.progress))
 
@@ -1305,19 +1483,18 @@ class PauseTestCase(_CopyTestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.useFixture(fixtures.MonkeyPatch(
-            'nova.virt.libvirt.storage.stream.PAUSE_SECONDS', 0.3))
+        self.set_size('PAUSE_SECONDS', 0.3)
         self.paused = mock.Mock()
 
     def test_copy_that_pauses_says_so_once(self):
-        self.dest.slow('stream.send', 1.2, times=2)
+        self.delay('data', 1.2)
 
         self.copy(Content.draw('A-B', UNIT), paused=self.paused)
 
         self.paused.assert_called_once_with()
 
     def test_copy_that_is_slow_does_not_pause(self):
-        self.dest.slow('stream.send', 0.02, times=40)
+        self.delay('data', 0.02)
 
         self.copy(Content.draw('A-' * 40, UNIT), paused=self.paused)
 
@@ -1329,8 +1506,8 @@ class CopyHubTestCase(_CopyTestCase):
     def test_rest_of_the_process_runs_while_a_send_blocks(self):
         """Neither eventlet's hub nor another thread is held up."""
         self.set_sizes()
-        self.dest.slow('stream.send', 1.0, nth=3, times=1)
-        source, dest = self.volumes(Content.of(patterned(4 * WINDOW)))
+        self.delay('data', 1.0, nth=4)
+        source, dest = self.ends(Content.of(patterned(4 * WINDOW)))
         ticks = [time.monotonic()]
         stop = threading.Event()
 
@@ -1354,7 +1531,7 @@ class CopyHubTestCase(_CopyTestCase):
 
 
 @ddt.ddt
-class CompareTestCase(_CopyTestCase):
+class CompareTestCase(VolumeMixin, _CopyTestCase):
 
     def setUp(self) -> None:
         super().setUp()
@@ -1435,16 +1612,14 @@ class CompareTestCase(_CopyTestCase):
             Content.draw('A', UNIT), stall_seconds=0.3)
         self.assertEqual('destination', error.end)
         blocked.release()
-        self.assertTrue(libvirt_storage.wait_for(
-            lambda: set(self._threads()) == self.threads_before))
+        self.wait_until_threads_end()
 
 
 class MemorySourceTestCase(_CopyTestCase):
 
     def copy(self, data: bytes, length: int) -> stream.Result:
-        self.dest.add_volume('disks', 'disk', Content(length))
         return threads.off_hub(
-            stream.copy, stream.MemorySource(data), self.open_sink(), length)
+            stream.copy, stream.MemorySource(data), self.sink, length)
 
     def test_first_bytes_are_copied(self):
         data = patterned(3 * units.Mi + 5)
@@ -1457,7 +1632,8 @@ class MemorySourceTestCase(_CopyTestCase):
     def test_nothing(self):
         self.copy(b'', 0)
 
-        self.assertEqual([], self.uploads())
+        self.assertEqual(['finished'], self.outcomes())
+        self.assertEqual([], self.events())
 
     def test_fewer_bytes_than_told(self):
         error = self.assertRaises(errors.CopyError, self.copy, b'hello', 6)
@@ -1466,7 +1642,7 @@ class MemorySourceTestCase(_CopyTestCase):
         self.assertIn('it has 5 bytes', str(error))
 
 
-class VolumeSinkTestCase(_CopyTestCase):
+class VolumeSinkTestCase(VolumeMixin, _CopyTestCase):
 
     def setUp(self) -> None:
         super().setUp()
@@ -1535,7 +1711,7 @@ class VolumeSinkTestCase(_CopyTestCase):
             errors.Cancelled, threads.off_hub, stream.copy,
             stream.MemorySource(b'x'), sink, 1, cancel=cancel)
 
-        self.assertEqual(['aborted'], [s.outcome for s in self.uploads()])
+        self.assertEqual(['aborted'], self.outcomes())
 
     def test_open_fails(self):
         self.dest.fail('vol.upload', error=DEST_ERROR)
