@@ -39,8 +39,9 @@ try:
 except ImportError:
     libvirt = None
 
-# The most bytes of data that recv() returns: libvirtd's limit for one message
-# (VIR_NET_MESSAGE_LEGACY_PAYLOAD_MAX) less the header.
+# The most bytes of data that libvirtd sends in one message
+# (VIR_NET_MESSAGE_LEGACY_PAYLOAD_MAX less the header). Asked for more, recv()
+# joins the messages that have arrived.
 RECEIVE_BYTES = 262120
 
 # Bytes of data in one message to libvirtd. send() takes up to 32 MiB; messages
