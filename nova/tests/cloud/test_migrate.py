@@ -232,7 +232,7 @@ class RefusedTestCase(base.CloudTestCase):
 
 
 class TestRefused(RefusedTestCase):
-    """A destination that can not take the server leaves it running."""
+    """A destination that cannot take the server leaves it running."""
 
     def test_libvirtd_is_down(self):
         # Nova's own doing: a host whose libvirtd is gone takes no servers.

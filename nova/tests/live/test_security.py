@@ -178,7 +178,7 @@ class CertificateTestCase(base.CertificateMixin, SecurityTestCase):
 
     def test_name_that_does_not_resolve(self):
         self._assert_refused(
-            'name of the destination can not be resolved', 'resolve', 'DNS',
+            'name of the destination cannot be resolved', 'resolve', 'DNS',
             uri='qemu+tls://nowhere.invalid/system')
 
 

@@ -944,9 +944,14 @@ class LibvirtDriver(driver.LibvirtDriver):
             return
         shares = objects.ShareMappingList.get_by_instance_uuid(
             server.context, server.instance.uuid)
-        self.power_on(
-            server.context, server.instance, server.network_info,
-            server.block_device_info, share_info=shares)
+        try:
+            self.power_on(
+                server.context, server.instance, server.network_info,
+                server.block_device_info, share_info=shares)
+        except Exception:
+            LOG.exception('The server could not be started again',
+                          instance=server.instance)
+            raise
 
     def _discard_copy(self, instance, host, discard) -> None:
         try:
@@ -1052,8 +1057,10 @@ def _refused_on_error(instance) -> ty.Iterator[None]:
     except Exception as error:
         LOG.warning('The server cannot be migrated: %s', error,
                     instance=instance)
+        reason = (error.shown() if isinstance(error, errors.StorageError)
+                  else str(error))
         raise exception.InstanceFaultRollback(
-            exception.MigrationPreCheckError(reason=str(error))) from error
+            exception.MigrationPreCheckError(reason=reason)) from error
 
 
 def _is_unfinished(instance, places: layout.Layout) -> bool:

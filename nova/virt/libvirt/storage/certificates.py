@@ -236,5 +236,5 @@ def _date(moment: datetime.datetime) -> str:
 
 def _unreadable(path: str, error: OSError) -> Unusable:
     return Unusable(
-        f'{path} can not be read: {error.strerror}',
+        f'{path} cannot be read: {error.strerror}',
         'Put it on this host, and let the user of nova-compute read it')

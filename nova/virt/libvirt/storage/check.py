@@ -394,7 +394,7 @@ class Destination(Checks):
                 nova, files = self._look_into(path)
         except libvirt.libvirtError as error:
             raise Problem(
-                f'the directory {path} there can not be looked at: {error}',
+                f'the directory {path} there cannot be looked at: {error}',
                 'Set [DEFAULT]instances_path to the same on both hosts')
         self._shares_directory = marker in files
         owner = pool.permissions.owner

@@ -38,7 +38,11 @@ class StorageError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        return _fit('', self.reason, self.remedy)
+        return _join('', self.reason, self.remedy)
+
+    def shown(self) -> str:
+        """The message as Nova shows it to users, no longer than fits."""
+        return _join('', self.reason, self.remedy, MESSAGE_LENGTH)
 
 
 class Refused(StorageError):
@@ -105,7 +109,11 @@ class HostError(StorageError):
         place = f'host {self.host} ({self.uri}): '
         if self.file:
             place = f'{self.file} to {place}'
-        return _fit(place, self.reason, self.remedy)
+        return _join(place, self.reason, self.remedy, MESSAGE_LENGTH)
+
+    def shown(self) -> str:
+        """The same, which fits."""
+        return str(self)
 
 
 def add_note(error: BaseException, note: str) -> None:
@@ -116,16 +124,16 @@ def add_note(error: BaseException, note: str) -> None:
         error.__notes__ = [*getattr(error, '__notes__', []), note]
 
 
-def _fit(place: str, reason: str, remedy: str) -> str:
-    """Put a message together that Nova shows as a whole.
+def _join(place: str, reason: str, remedy: str, limit: int = 0) -> str:
+    """Put a message together.
 
-    A long reason, as libvirt's may be, is cut in the middle rather than the
-    remedy at the end.
+    :param limit: length at which a long reason, as libvirt's may be, is cut in
+        the middle rather than the remedy at the end; 0 for none
     """
     reason = ' '.join(reason.split()).rstrip('.')
     end = f'. {remedy}' if remedy else ''
-    room = MESSAGE_LENGTH - len(place) - len(end)
-    if len(reason) > room >= 20:
+    room = limit - len(place) - len(end)
+    if limit and len(reason) > room >= 20:
         half = (room - 3) // 2
         reason = f'{reason[:room - 3 - half]}...{reason[-half:]}'
     return place + reason + end

@@ -62,5 +62,5 @@ class Undo:
             try:
                 self._steps.pop()()
             except Exception as error:
-                LOG.exception('Failed to undo a step of a migration')
+                LOG.warning('Failed to undo a step of a migration: %s', error)
                 self.failures.append(error)

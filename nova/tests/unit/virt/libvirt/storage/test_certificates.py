@@ -107,7 +107,7 @@ class FilesTestCase(test.NoDBTestCase):
     def test_certificate_that_is_not_there(self):
         error = self.assertRaises(
             certificates.Unusable, certificates.read, '/not/there')
-        self.assertIn('/not/there can not be read: No such file', str(error))
+        self.assertIn('/not/there cannot be read: No such file', str(error))
 
 
 class PeerTestCase(test.NoDBTestCase):
@@ -207,5 +207,5 @@ class PeerTestCase(test.NoDBTestCase):
 
     def test_our_key_is_not_there(self):
         self.client = self.client[0], '/not/there'
-        self._assert_unusable('/not/there can not be read',
+        self._assert_unusable('/not/there cannot be read',
                               'the user of nova-compute')

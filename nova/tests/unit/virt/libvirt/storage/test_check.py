@@ -374,4 +374,4 @@ class NetworkTestCase(_CheckTestCase):
         self._only_failure(
             self._findings(
                 f'qemu+tls://127.0.0.1:{port}/system?pkipath=/not/there'),
-            '/not/there/clientcert.pem can not be read')
+            '/not/there/clientcert.pem cannot be read')
