@@ -47,14 +47,15 @@ import threading
 import time
 from typing import Self
 
-import daemons
-import lab as nova_lab
 from oslo_utils import uuidutils
+import psutil
+
+from tools import lab as nova_lab
+from tools import processes
 
 POOL = 'bench'
 DIRECTORY = '/var/lib/nova/' + POOL
 MIB = 1024 ** 2
-TICKS = os.sysconf('SC_CLK_TCK')
 COLUMNS = ('way', 'rounds', 'seconds', 'of ours', 'client CPU s/GiB',
            'all CPU s/GiB', 'peak MiB', 'grown MiB', 'wire MiB', 'used MiB',
            'late ms 99 %', 'late ms at most')
@@ -369,7 +370,7 @@ class Bench:
 
     def _daemons_cpu(self) -> float:
         """CPU seconds so far of both libvirtd."""
-        return sum(_cpu_seconds(host.libvirtd_pid)
+        return sum(processes.cpu_seconds(host.libvirtd_pid)
                    for host in (self.source, self.destination)
                    if host.libvirtd_pid)
 
@@ -403,8 +404,8 @@ class Watch(threading.Thread):
     def run(self) -> None:
         while not self._end.wait(0.25):
             for pid in set(self._host.processes()) - self._before:
-                with contextlib.suppress(OSError):
-                    self._seen[pid] = _cpu_seconds(pid)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    self._seen[pid] = processes.cpu_seconds(pid)
 
 
 @contextlib.contextmanager
@@ -430,11 +431,6 @@ def warm_memory(size: int) -> Iterator[None]:
                 pages.madvise(mmap.MADV_REMOVE, start + mmap.PAGESIZE,
                               BLOCK - mmap.PAGESIZE)
         yield
-
-
-def _cpu_seconds(pid: int) -> float:
-    """CPU seconds of a process so far."""
-    return sum(map(int, daemons.stat_fields(pid)[11:13])) / TICKS
 
 
 Samples = dict[str, list[Sample]]

@@ -1,4 +1,3 @@
-#!/usr/bin/python3
 #    Licensed under the Apache License, Version 2.0 (the "License"); you may
 #    not use this file except in compliance with the License. You may obtain
 #    a copy of the License at
@@ -18,10 +17,10 @@ conductor and scheduler run in the machine's own namespaces, bound to the
 lab's bridge address; one nova-compute runs in each lab host, as the
 unprivileged user nova, with sudo and nova-rootwrap for what needs root.
 
-    cloud.py up [--stock] [--eventlet] [--ssh]
-    cloud.py restart-computes [--stock] [--eventlet]
-    cloud.py env        # what the openstack command needs, for eval
-    cloud.py down
+    tools/run cloud up [--stock] [--eventlet] [--ssh]
+    tools/run cloud restart-computes [--stock] [--eventlet]
+    tools/run cloud env     # what the openstack command needs, for eval
+    tools/run cloud down
 """
 
 import argparse
@@ -40,12 +39,12 @@ import time
 from typing import Any
 from typing import TYPE_CHECKING
 
-import cloud_config as config
-import cloud_venv as venv
-import daemons
+from tools import cloud_config as config
+from tools import cloud_venv as venv
+from tools import daemons
 
 if TYPE_CHECKING:
-    import lab as lab_module
+    from tools import lab as lab_module
 
 # What an operator writes into nova.conf to use this project.
 STREAMS: config.Options = {
@@ -538,7 +537,7 @@ class Cloud:
 
     def make_images(self) -> None:
         """Build the guest and upload it, raw and as qcow2, where missing."""
-        import guest
+        from tools import guest
         image = self.connection().image
         known = {each.name for each in image.images()}
         raw = self.directory / 'guest.raw'
@@ -586,7 +585,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     """The command line."""
     args = parse(arguments)
-    import lab as lab_module
+    from tools import lab as lab_module
     lab = lab_module.Lab()
     cloud = Cloud(lab, args.eventlet, {} if args.stock else STREAMS)
     if args.action == 'up':
@@ -607,5 +606,5 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == '__main__':
     venv.ensure()
-    venv.reexec()
+    venv.reexec('cloud')
     main(sys.argv[1:])

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import dataclasses
 from pathlib import Path
 
-from cloud_venv import ROOT
+from tools.cloud_venv import ROOT
 
 Options = Mapping[str, Mapping[str, object]]
 

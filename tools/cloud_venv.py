@@ -1,4 +1,3 @@
-#!/usr/bin/python3
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may
 # not use this file except in compliance with the License. You may obtain
@@ -87,10 +86,15 @@ def pip(*arguments: str, root: Path = ROOT) -> None:
         raise RuntimeError(f'{" ".join(argv)}: status {done.returncode}')
 
 
-def reexec() -> None:
-    """Go on in the environment's Python, where that is not the case yet."""
+def reexec(module: str) -> None:
+    """Go on in the environment's Python, where that is not the case yet.
+
+    :param module: the one of tools that runs
+    """
     if Path(sys.prefix) != ROOT:
-        os.execv(program('python'), [program('python'), *sys.argv])
+        os.environ['PYTHONPATH'] = str(REPOSITORY)
+        os.execv(program('python'), [program('python'), '-P', '-m',
+                                     f'tools.{module}', *sys.argv[1:]])
 
 
 if __name__ == '__main__':

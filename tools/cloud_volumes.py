@@ -22,10 +22,10 @@ from pathlib import Path
 import shutil
 from typing import Any
 
-import cloud as cloud_module
-import cloud_config as config
-import cloud_venv as venv
-import daemons
+from tools import cloud as cloud_module
+from tools import cloud_config as config
+from tools import cloud_venv as venv
+from tools import daemons
 
 ROOT = Path(os.environ.get('NOVA_LAB_CINDER_VENV', f'{venv.ROOT}-cinder'))
 REQUIREMENTS = venv.TOOLS / 'cinder-requirements.txt'

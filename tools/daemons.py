@@ -22,34 +22,19 @@ from pathlib import Path
 import signal
 import socket
 import subprocess
-import time
 from typing import TypeVar
+
+import psutil
+
+from tools import processes
+from tools.waiting import Failed
+from tools.waiting import wait_for
 
 T = TypeVar('T')
 
-# Between two looks at something that is waited for.
-POLL_SECONDS = 0.1
-
-
-class Failed(Exception):
-    """A daemon did not come up, or ended by itself."""
-
-
-def wait_for(what: str, probe: Callable[[], T], seconds: float = 60,
-             poll: float = POLL_SECONDS) -> T:
-    """Call until the answer is true, and return it.
-
-    :param poll: seconds from one call to the next
-    :raises Failed: after so many seconds.
-    """
-    deadline = time.monotonic() + seconds
-    while True:
-        answer = probe()
-        if answer:
-            return answer
-        if time.monotonic() > deadline:
-            raise Failed(f'waited {seconds:.0f} s for {what}')
-        time.sleep(poll)
+# How far what psutil tells of a process's start may be off, in seconds: it is
+# counted from the machine's own start, whose date moves with its clock.
+CLOCK_SECONDS = 2
 
 
 def listening(address: str, port: int) -> bool:
@@ -59,26 +44,6 @@ def listening(address: str, port: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def started_at(pid: int) -> str | None:
-    """The kernel's start time of a process, which tells a reused pid apart."""
-    try:
-        fields = stat_fields(pid)
-    except OSError:
-        return None
-    return None if fields[0] == 'Z' else fields[19]
-
-
-def stat_fields(pid: int) -> list[str]:
-    """What proc_pid_stat(5) tells of a process, from its state on.
-
-    The first two fields are left out: the name may have spaces in it.
-
-    :raises: OSError if there is no such process
-    """
-    stat = Path(f'/proc/{pid}/stat').read_text()
-    return stat.rpartition(')')[2].split()
 
 
 class Daemon:
@@ -96,11 +61,13 @@ class Daemon:
     @property
     def pid(self) -> int | None:
         """The running process's pid, None where there is none."""
-        try:
+        with contextlib.suppress(OSError, ValueError, psutil.Error):
             pid, start = self.record.read_text().split()
-        except (OSError, ValueError):
-            return None
-        return int(pid) if started_at(int(pid)) == start else None
+            process = psutil.Process(int(pid))
+            late = abs(process.create_time() - float(start))
+            if late < CLOCK_SECONDS and processes.runs(process):
+                return process.pid
+        return None
 
     def start(self, argv: Sequence[str], env: Mapping[str, str] | None = None,
               cwd: str = '/') -> None:
@@ -113,7 +80,8 @@ class Daemon:
                 argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 env={**base_environment(), **(env or {})}, cwd=cwd,
                 start_new_session=True)
-        self.record.write_text(f'{process.pid} {started_at(process.pid)}\n')
+        start = psutil.Process(process.pid).create_time()
+        self.record.write_text(f'{process.pid} {start}\n')
 
     def wait(self, what: str, probe: Callable[[], T],
              seconds: float = 60) -> T:
@@ -167,26 +135,21 @@ def stop(daemons: Iterable[Daemon], seconds: float) -> None:
 
 def gone(pgid: int) -> bool:
     """Whether no process of a group runs any more."""
-    try:
+    with contextlib.suppress(ChildProcessError):
         os.waitpid(pgid, os.WNOHANG)
-    except ChildProcessError:
-        pass
     try:
         os.killpg(pgid, 0)
     except ProcessLookupError:
         return True
     # A zombie whose parent is elsewhere still counts as a group to the kernel.
-    return not any(_group(int(entry)) == pgid
-                   for entry in os.listdir('/proc') if entry.isdigit())
+    return not any(_group(process.pid) == pgid
+                   for process in processes.every())
 
 
 def _group(pid: int) -> int | None:
-    if started_at(pid) is None:
-        return None
-    try:
+    with contextlib.suppress(ProcessLookupError):
         return os.getpgid(pid)
-    except ProcessLookupError:
-        return None
+    return None
 
 
 def base_environment() -> dict[str, str]:

@@ -30,7 +30,7 @@ import subprocess
 import sys
 import time
 
-import cloud_venv as venv
+from tools import cloud_venv as venv
 
 # The clock starts before any Python is there.
 STARTED = 'NOVA_LAB_STARTED'
@@ -92,15 +92,15 @@ class Demonstration:
     """The steps, in the order in which they are shown."""
 
     def __init__(self, eventlet: bool):
-        import cloud
-        import lab
+        from tools import cloud
+        from tools import lab
         self.lab = lab.Lab()
         self.cloud = cloud.Cloud(self.lab, eventlet, cloud.STREAMS, say)
         self.report = Report()
 
     def run(self) -> int:
         """Show everything; returns the exit status."""
-        import tripwire
+        from tools import tripwire
         say('lab: two hosts')
         self.lab.up()
         self.cloud.up()
@@ -113,7 +113,7 @@ class Demonstration:
             self.look_for_ssh(wires)
         self.report.show()
         print(f'\nThe cloud is up. Look around in it:\n'
-              f'  eval "$({venv.TOOLS}/cloud.py env)"\n'
+              f'  eval "$({venv.TOOLS}/run cloud env)"\n'
               f'  openstack server event list {SERVER}\n'
               f'nova-compute of host1 logs to {self.cloud.log("host1")}.\n'
               f'Remove all of it: {venv.TOOLS}/demo --down')
@@ -123,13 +123,13 @@ class Demonstration:
 
     def remove_server(self) -> None:
         """Delete what an earlier demonstration left."""
-        import servers
+        from tools import servers
         for old in self.cloud.connection().compute.servers(name=SERVER):
             servers.Server(self.cloud, old.id).delete()
 
     def create(self) -> None:
         """Boot the server on host1."""
-        import servers
+        from tools import servers
         self.openstack('server create --flavor small-ephemeral --image guest '
                        '--config-drive True --host host1 --nic none')
         found = self.cloud.connection().compute.find_server(SERVER)
@@ -204,7 +204,7 @@ class Demonstration:
 
     def look_for_ssh(self, wires: list) -> None:
         """Say what of ssh was there, and what was tried."""
-        import tripwire
+        from tools import tripwire
         self.report.note('\nssh')
         for wire in wires:
             name = wire.host.name
@@ -285,13 +285,13 @@ def prepare() -> None:
     if Path(sys.prefix) != venv.ROOT:
         say('Python environment (a few minutes, the first time)')
         venv.ensure()
-    venv.reexec()
+    venv.reexec('demonstration')
 
 
 def tear_down() -> int:
     """Remove everything but packages and the environment."""
-    import cloud
-    import lab
+    from tools import cloud
+    from tools import lab
     hosts = lab.Lab()
     cloud.Cloud(hosts).down()
     hosts.down()

@@ -13,6 +13,8 @@
 
 """Link the modules of this repository into the installed Nova.
 
+The package ``tools`` is linked beside it, for the tests, which import it.
+
 For development: Nova is a regular package, so that pip's editable mode can
 not add modules to it. Run it with the Python of the environment in which Nova
 is installed; ``--undo`` takes the links out again.
@@ -23,6 +25,7 @@ import importlib.util
 import pathlib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+TOOLS = 'tools'
 
 
 def main() -> None:
@@ -45,7 +48,7 @@ def installed_nova() -> pathlib.Path:
 
 def remove_links(site: pathlib.Path) -> None:
     """Remove links into this repository, also those of deleted modules."""
-    for path in (site / 'nova').rglob('*.py'):
+    for path in (site / TOOLS, *(site / 'nova').rglob('*.py')):
         if path.is_symlink() and ROOT in path.readlink().parents:
             path.unlink()
 
@@ -55,7 +58,7 @@ def add_links(site: pathlib.Path) -> None:
 
     :raises: SystemExit if Nova has a file there
     """
-    for source in sorted((ROOT / 'nova').rglob('*.py')):
+    for source in (ROOT / TOOLS, *sorted((ROOT / 'nova').rglob('*.py'))):
         link = site / source.relative_to(ROOT)
         if link.exists():
             raise SystemExit(f'{link} is in the way.')

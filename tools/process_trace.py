@@ -20,10 +20,11 @@ import signal
 import subprocess
 from typing import TYPE_CHECKING
 
-import daemons
+from tools import processes
+from tools import waiting
 
 if TYPE_CHECKING:
-    import lab as lab_module
+    from tools import lab as lab_module
 
 SECONDS = 30
 CANARY = '/usr/bin/true'
@@ -56,12 +57,12 @@ class Trace:
              *(f'--attach={pid}' for pid in pids)],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE, start_new_session=True)
-        daemons.wait_for(f'strace of {self.host.name}', lambda: (
+        waiting.wait_for(f'strace of {self.host.name}', lambda: (
             self._strace.poll() is not None or
-            all(map(_is_traced, pids))), SECONDS)
+            all(map(processes.is_traced, pids))), SECONDS)
         if self._strace.poll() is not None:
             assert self._strace.stderr is not None
-            raise daemons.Failed(
+            raise waiting.Failed(
                 f'strace: {self._strace.stderr.read().decode()}')
         return self
 
@@ -70,7 +71,7 @@ class Trace:
         self._strace.send_signal(signal.SIGINT)
         self._strace.communicate(timeout=SECONDS)
         if f'execve("{CANARY}"' not in self.record.read_text():
-            raise daemons.Failed(f'strace of {self.host.name} saw nothing')
+            raise waiting.Failed(f'strace of {self.host.name} saw nothing')
 
     def programs(self) -> set[str]:
         """The names, without directories, of all that was started."""
@@ -87,12 +88,3 @@ class Trace:
         return [arguments for path, arguments in found
                 if os.path.basename(path) in programs and
                 os.path.exists(path)]
-
-
-def _is_traced(pid: int) -> bool:
-    """Whether a process is traced, or is no more."""
-    try:
-        status = Path(f'/proc/{pid}/status').read_text()
-    except OSError:
-        return True
-    return 'TracerPid:\t0\n' not in status

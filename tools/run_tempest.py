@@ -1,4 +1,3 @@
-#!/usr/bin/python3
 #    Licensed under the Apache License, Version 2.0 (the "License"); you may
 #    not use this file except in compliance with the License. You may obtain
 #    a copy of the License at
@@ -29,14 +28,14 @@ import shutil
 import subprocess
 import sys
 
-import cloud as cloud_module
-import cloud_config as config
-import cloud_venv as venv
-import daemons
-from demonstration import COPIED
-import lab as lab_module
-import servers
-import tripwire
+from tools import cloud as cloud_module
+from tools import cloud_config as config
+from tools import cloud_venv as venv
+from tools import daemons
+from tools.demonstration import COPIED
+from tools import lab as lab_module
+from tools import servers
+from tools import tripwire
 
 SUITE = venv.REPOSITORY / 'suites/tempest'
 # A server that is deleted while it is built goes after its deletion is over.
@@ -217,5 +216,5 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == '__main__':
     venv.ensure()
-    venv.reexec()
+    venv.reexec('run_tempest')
     sys.exit(main(sys.argv[1:]))

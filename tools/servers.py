@@ -20,11 +20,11 @@ import re
 from typing import Any
 from typing import TYPE_CHECKING
 
-import cloud as cloud_module
-import daemons
+from tools import cloud as cloud_module
+from tools import daemons
 
 if TYPE_CHECKING:
-    import lab as lab_module
+    from tools import lab as lab_module
 
 # Where disks are on a host: Nova's own place, and the disks pool's.
 INSTANCES = '/var/lib/nova/instances'

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import lab as lab_module
+    from tools import lab as lab_module
 
 PROGRAMS = ('/usr/bin/ssh', '/usr/bin/scp', '/usr/bin/sftp', '/usr/bin/rsync',
             '/usr/sbin/sshd')

@@ -24,13 +24,12 @@ from testtools import content_type
 
 from nova.tests.live import base as live
 
-# Found by the path that live sets.
-import cloud
-import daemons
-import guest
-import process_trace
-import servers
-import tripwire
+from tools import cloud
+from tools import daemons
+from tools import guest
+from tools import process_trace
+from tools import servers
+from tools import tripwire
 
 EVENTLET = os.environ.get('NOVA_LAB_EVENTLET', '') == '1'
 SOURCE = 'host1'

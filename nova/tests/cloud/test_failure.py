@@ -19,10 +19,9 @@ from oslo_utils import units
 
 from nova.tests.cloud import base
 
-# Found by the path that base sets.
-import cloud
-import daemons
-import servers
+from tools import cloud
+from tools import daemons
+from tools import servers
 
 # Written beyond the guest's only partition: long enough to copy for a fault
 # to happen meanwhile.

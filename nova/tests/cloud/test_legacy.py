@@ -20,7 +20,7 @@ from typing import Any
 from nova.tests.cloud import base
 from nova.tests.cloud import test_migrate
 
-import servers
+from tools import servers
 
 GIB = 1024 ** 3
 MIB = 1024 ** 2

@@ -17,8 +17,9 @@ from typing import Any
 from nova.tests.cloud import base
 from nova.tests.live import base as live
 
-import daemons
-import servers
+from tools import certificates
+from tools import daemons
+from tools import servers
 
 GIB = 1024 ** 3
 POOL = 'nova-disks'
@@ -260,8 +261,8 @@ class TestRefused(RefusedTestCase):
         ours = self.source.path('/etc/pki/CA/cacert.pem')
         before = ours.read_bytes()
         self.addCleanup(ours.write_bytes, before)
-        other = live.nova_lab.make_ca(self.source.directory / 'other-ca')
-        ours.write_bytes((other / 'cacert.pem').read_bytes())
+        other = certificates.Authority(self.source.directory / 'other-ca')
+        ours.write_bytes(other.certificate.read_bytes())
         self.assert_refused('ertificate')
 
     def test_certificate_of_another_host(self):

@@ -26,8 +26,8 @@ import sqlalchemy
 from nova.tests.cloud import base
 from nova.tests.live import hostile
 
-import daemons
-import servers
+from tools import daemons
+from tools import servers
 
 # MiB per second.
 RATE = 6

@@ -21,9 +21,8 @@ from oslo_utils import units
 from nova.tests.cloud import base
 from nova.tests.cloud_full import test_life
 
-# Found by the path that base sets.
-import daemons
-import servers
+from tools import daemons
+from tools import servers
 
 # The last that shows how much room a hypervisor has on its disks.
 MICROVERSION = '2.87'

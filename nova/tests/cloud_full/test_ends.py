@@ -22,9 +22,8 @@ from oslo_utils import units
 from nova.tests.cloud import base
 from nova.tests.cloud import test_legacy
 
-# Found by the path that base sets.
-import daemons
-import servers
+from tools import daemons
+from tools import servers
 
 # Written into a disk, where its guest has nothing: long enough to copy for a
 # fault to happen meanwhile.

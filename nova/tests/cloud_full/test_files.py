@@ -19,8 +19,7 @@ from nova.tests.cloud import base
 from nova.tests.cloud import test_legacy
 from nova.tests.cloud_full import test_life
 
-# Found by the path that base sets.
-import servers
+from tools import servers
 
 OPTIONS = test_legacy.DirectoryTestCase.options
 

@@ -22,9 +22,8 @@ from nova.tests.cloud import base
 from nova.tests.cloud import test_failure
 from nova.tests.live import fault_table
 
-# Found by the path that base sets.
-import daemons
-import servers
+from tools import daemons
+from tools import servers
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,9 +18,8 @@ from openstack import exceptions
 
 from nova.tests.cloud import base
 
-# Found by the path that base sets.
-import daemons
-import servers
+from tools import daemons
+from tools import servers
 
 GIB = 1024 ** 3
 

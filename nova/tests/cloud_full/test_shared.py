@@ -21,8 +21,7 @@ from nova.tests.cloud import base
 from nova.tests.cloud_full import test_life
 from nova.tests.live import base as live
 
-# Found by the path that base sets.
-import servers
+from tools import servers
 
 # Outside of what a host of the lab has of its own.
 ROOT = pathlib.Path(live.DIRECTORY) / 'shared'

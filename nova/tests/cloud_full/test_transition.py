@@ -20,8 +20,7 @@ from nova.tests.cloud import base
 from nova.tests.cloud import test_legacy
 from nova.tests.cloud import test_migrate
 
-# Found by the path that base sets.
-import servers
+from tools import servers
 
 STREAMS = base.cloud.STREAMS
 LEGACY = test_legacy.DirectoryTestCase.options

@@ -21,10 +21,9 @@ from oslo_utils import units
 
 from nova.tests.cloud import base
 
-# Found by the path that base sets.
-import cloud_volumes
-import daemons
-import servers
+from tools import cloud_volumes
+from tools import daemons
+from tools import servers
 
 
 @functools.cache

@@ -32,10 +32,10 @@ import testtools
 
 from nova.virt.libvirt.storage import threads
 
-ROOT = pathlib.Path(__file__).resolve().parents[3]
-sys.path.insert(0, str(ROOT / 'tools'))
+from tools import certificates
+from tools import lab as nova_lab
 
-import lab as nova_lab  # noqa: E402
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 # Not the lab that an operator may have up, but one that a test may break.
 DIRECTORY = os.environ.get('NOVA_LAB_DIR', '/var/lib/nova-lab-test')
@@ -230,9 +230,9 @@ class CertificateMixin(LabMixin):
         self.destination.set_certificate('server')
         self.destination.restart_libvirtd()
 
-    def other_ca(self) -> pathlib.Path:
+    def other_ca(self) -> certificates.Authority:
         """A CA that no host knows."""
-        return nova_lab.make_ca(
+        return certificates.Authority(
             self.lab.directory / 'other-ca', 'another CA')
 
 

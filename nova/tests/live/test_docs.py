@@ -33,7 +33,7 @@ from nova.virt.libvirt.storage import daemon
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import pool
 
-import lab_auth
+from tools.lab import auth as lab_auth
 
 lab = base.nova_lab
 

@@ -46,6 +46,8 @@ from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt.storage import site
 from nova.virt.libvirt.storage import stream
 
+from tools import waiting
+
 SIZE = 48 * units.Mi
 
 CONNECTING, CREATING, COPYING, FINISHING, CHECKING = (
@@ -184,10 +186,7 @@ class FaultTestCase(test_transfer.TransferTestCase):
 
     def wait_for(self, condition: ty.Callable[[], bool],
                  seconds: float = 30) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            self.assertLess(time.monotonic(), deadline, 'not in time')
-            time.sleep(0.01)
+        waiting.wait_for('it', condition, seconds, poll=0.01)
 
     # ---- what comes of it
 

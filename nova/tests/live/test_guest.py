@@ -12,11 +12,11 @@
 """The guest image keeps what it promises to the tests that rely on it."""
 
 import os
-import time
 
 from nova.tests.live import base
 
-import guest  # noqa: I100  found by the path that base sets
+from tools import guest
+from tools import waiting
 
 DOMAIN = """\
 <domain type='qemu'>
@@ -73,11 +73,10 @@ class TestGuest(base.LiveTestCase):
         return self.log.read_text(errors='replace').splitlines()
 
     def wait_for(self, condition, timeout):
-        deadline = time.monotonic() + timeout
-        while not condition():
-            if time.monotonic() > deadline:
-                self.fail('not in %d s: %s' % (timeout, self.console()))
-            time.sleep(0.1)
+        try:
+            waiting.wait_for('the guest', condition, timeout)
+        except waiting.Failed as error:
+            self.fail('%s: %s' % (error, self.console()))
 
     def test_counts_its_boots_on_each_disk_and_sees_a_disk_grow(self):
         first = self.boot()

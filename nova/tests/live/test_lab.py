@@ -24,6 +24,10 @@ import libvirt
 
 from nova.tests.live import base
 
+from tools import certificates
+from tools.lab import network
+from tools import processes
+
 lab = base.nova_lab
 
 # An emulated machine with a disk and nothing on it.
@@ -72,7 +76,7 @@ class HostsTestCase(base.LiveTestCase):
 
     def qemu_pids(self, host):
         return [pid for pid in host.processes()
-                if lab._command_name(pid).startswith('qemu-system')]
+                if processes.name(pid).startswith('qemu-system')]
 
 
 class TestConnections(HostsTestCase):
@@ -98,23 +102,24 @@ class TestConnections(HostsTestCase):
 
     def test_client_of_another_ca_is_refused(self):
         def make(path):
-            ca = lab.make_ca(path / 'ca', 'another CA')
-            pki = lab.make_client(ca, path / 'pki')
+            ca = certificates.Authority(path / 'ca', 'another CA')
+            pki = ca.issue_client(path / 'pki', network.CLIENT)
             # It trusts the server; it is the server that does not trust it.
             pki.joinpath('cacert.pem').write_bytes(
-                self.lab.ca.joinpath('cacert.pem').read_bytes())
+                self.lab.authority.certificate.read_bytes())
             return pki
         self.refused(make)
 
     def test_server_of_another_ca_is_not_trusted(self):
         def make(path):
-            return lab.make_client(lab.make_ca(path / 'ca'), path / 'pki')
+            return certificates.Authority(path / 'ca').issue_client(
+                path / 'pki', network.CLIENT)
         self.assertIn('certificate', str(self.refused(make)))
 
     def test_client_without_a_certificate_is_refused(self):
         def make(path):
             path.joinpath('cacert.pem').write_bytes(
-                self.lab.ca.joinpath('cacert.pem').read_bytes())
+                self.lab.authority.certificate.read_bytes())
             return path
         self.refused(make)
 
@@ -248,7 +253,7 @@ class TestUpAndDown(base.LiveTestCase):
         self.assertFalse(os.path.exists(self.directory))
         self.assertEqual([], links(self.second.bridge))
         self.assertEqual([], [pid for pid in pids
-                              if lab._mount_namespace(pid)])
+                              if processes.mount_namespace(pid)])
         with open('/proc/self/mountinfo') as mounts:
             self.assertNotIn(self.directory, mounts.read())
 
@@ -328,8 +333,8 @@ class TestUpAndDown(base.LiveTestCase):
     def test_command_line(self):
         def run(*args):
             return subprocess.run(
-                [sys.executable, lab.__file__, '--directory', self.directory,
-                 *args], capture_output=True, text=True)
+                [sys.executable, '-m', 'tools.lab', '--directory',
+                 self.directory, *args], capture_output=True, text=True)
         self.assertEqual(0, run('status').returncode)
         done = run('exec', 'host2', '--user', 'nova', '--', 'id', '-un')
         self.assertEqual('nova\n', done.stdout)

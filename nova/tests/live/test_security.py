@@ -31,8 +31,8 @@ from nova.tests.live import fault_table
 from nova.tests.live import hostile
 from nova.tests.live import test_transfer
 
-import lab_auth
-import process_trace
+from tools.lab import auth as lab_auth
+from tools import process_trace
 
 lab = base.nova_lab
 
@@ -240,8 +240,8 @@ class KerberosTestCase(SecurityTestCase):
 
     def _expire_ticket(self):
         self.kerberos.get_ticket(self.source, lifetime='1s')
-        lab.wait_for(lambda: not self.kerberos.has_ticket(self.source),
-                     'the end of the ticket', 10)
+        lab.wait_for('the end of the ticket', lambda: (
+            not self.kerberos.has_ticket(self.source)), 10)
 
     def test_ticket_expired(self):
         self._expire_ticket()

@@ -33,8 +33,8 @@ from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt.storage import stream
 
-# Found by the path that base sets.
-import daemons
+from tools import daemons
+from tools import processes
 
 
 class TransferTestCase(base.LiveTestCase):
@@ -190,7 +190,7 @@ class CopyTestCase(TransferTestCase):
 
     def _page_faults(self):
         """How many pages the other daemon has got from the system so far."""
-        return int(daemons.stat_fields(self.destination.libvirtd_pid)[7])
+        return processes.page_faults(self.destination.libvirtd_pid)
 
     def test_files_belong_to_nova_of_the_destination(self):
         self.assertNotEqual(self.source.nova_uid, self.destination.nova_uid)

@@ -27,8 +27,7 @@ from nova.tests.live import moves
 from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt import utils as libvirt_utils
 
-# Found by the path that base sets.
-import daemons
+from tools import daemons
 
 INSTANCES = '/var/lib/nova/instances'
 VTPM = '/var/lib/libvirt/swtpm'

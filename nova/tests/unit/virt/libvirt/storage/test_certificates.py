@@ -12,75 +12,42 @@
 # under the License.
 
 import contextlib
-import datetime
-import ipaddress
 import os
 import pathlib
 import socket
 import ssl
 
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives import serialization
-from cryptography import x509
 import fixtures
 
 from nova import test
 from nova.tests.fixtures import libvirt_storage
 from nova.virt.libvirt.storage import certificates
 
-NOW = datetime.datetime.now(datetime.timezone.utc)
+from tools import certificates as tools_certificates
 
 
-class Authority:
-    """Makes certificates in a directory.
+class Authority(tools_certificates.Authority):
+    """Makes certificates in its directory.
 
     :ivar path: of its own certificate
     """
 
     def __init__(self, directory: str, name: str = 'our CA'):
-        self._directory = pathlib.Path(directory)
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        self._name = x509.Name.from_rfc4514_string(f'CN={name}')
-        certificate = self._sign(
-            self._name, self._key.public_key(), 100, x509.BasicConstraints(
-                ca=True, path_length=None))
-        self.path = self._write(f'{name}.pem', certificate)
+        super().__init__(directory, name)
+        self.path = str(self.certificate)
 
     def make(self, name: str, days: int = 100) -> tuple[str, str]:
-        """Make a certificate for 127.0.0.1 with a name, and its key."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        names: list[x509.GeneralName] = [x509.DNSName(name)]
-        if name != 'other':
-            names.append(x509.IPAddress(ipaddress.ip_address('127.0.0.1')))
-        certificate = self._sign(
-            x509.Name.from_rfc4514_string(f'CN={name}'), key.public_key(),
-            days, x509.SubjectAlternativeName(names))
-        path = self._directory / f'{name}-key.pem'
-        path.write_bytes(key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption()))
-        return self._write(f'{name}-cert.pem', certificate), str(path)
+        """Make a certificate for 127.0.0.1 with a name, and its key.
 
-    def _sign(self, subject, key, days, extension):
-        authority_key = self._key.public_key()
-        return x509.CertificateBuilder().subject_name(subject).issuer_name(
-            self._name).public_key(key).serial_number(
-            x509.random_serial_number()).not_valid_before(
-            NOW - datetime.timedelta(days=200)).not_valid_after(
-            NOW + datetime.timedelta(days=days)).add_extension(
-            extension, critical=False).add_extension(
-            x509.SubjectKeyIdentifier.from_public_key(key),
-            critical=False).add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(
-                authority_key), critical=False).sign(
-            self._key, hashes.SHA256())
-
-    def _write(self, name: str, certificate: x509.Certificate) -> str:
-        path = self._directory / name
-        path.write_bytes(certificate.public_bytes(
-            serialization.Encoding.PEM))
-        return str(path)
+        :param name: 'server', 'client', or 'other' for a server elsewhere
+        """
+        certificate, key = (self.directory / f'{name}-{kind}.pem'
+                            for kind in ('cert', 'key'))
+        self.issue(key, certificate, name,
+                   'client' if name == 'client' else 'server',
+                   [] if name == 'other' else ['127.0.0.1'],
+                   days * tools_certificates.DAY)
+        return str(certificate), str(key)
 
 
 class FilesTestCase(test.NoDBTestCase):
@@ -174,9 +141,9 @@ class PeerTestCase(test.NoDBTestCase):
         self.assertIn(certificates.days_left(certificate), (99, 100))
 
     def test_certificate_of_a_ca_that_is_not_trusted(self):
+        ca = self._other_ca()
         self._assert_unusable('issued by CN=our CA, is not trusted',
-                              'other CA.pem on this host',
-                              ca=self._other_ca().path)
+                              f'{ca.path} on this host', ca=ca.path)
 
     def test_certificate_that_expired(self):
         self.server = self.ca.make('server', days=-3)

@@ -21,7 +21,7 @@ import os
 import pathlib
 import secrets
 
-import lab as nova_lab
+from tools import lab as nova_lab
 
 REALM = 'NOVA.LAB'
 KDC_PORT = 88
@@ -189,8 +189,8 @@ class Kerberos:
             self.server.run(['kdb5_util', 'create', '-s', '-r', REALM, '-P',
                              secrets.token_hex()])
         self.server.daemon(['krb5kdc', '-n'], 'krb5kdc.log')
-        nova_lab.wait_for(lambda: self.server.listens(KDC_PORT),
-                          'the KDC', nova_lab.START_TIMEOUT)
+        nova_lab.wait_for('the KDC', lambda: self.server.listens(KDC_PORT),
+                          nova_lab.START_TIMEOUT)
 
     def _make_keytab(self, principal: str, keytab: str) -> None:
         self.server.path(keytab).unlink(missing_ok=True)

@@ -1,0 +1,45 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Waiting for something, with a bound."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import tenacity
+
+T = TypeVar('T')
+
+# Between two looks at something that is waited for.
+POLL_SECONDS = 0.1
+
+
+class Failed(Exception):
+    """A command failed, or something did not come in time."""
+
+
+def wait_for(what: str, probe: Callable[[], T], seconds: float = 60,
+             poll: float = POLL_SECONDS) -> T:
+    """Call until the answer is true, and return it.
+
+    :param what: is waited for, for the error
+    :param poll: seconds from one call to the next
+    :raises Failed: after so many seconds.
+    """
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_result(lambda answer: not answer),
+        stop=tenacity.stop_after_delay(seconds),
+        wait=tenacity.wait_fixed(poll))
+    try:
+        return retrying(probe)
+    except tenacity.RetryError:
+        raise Failed(f'waited {seconds:.0f} s for {what}') from None
