@@ -43,6 +43,7 @@ SHORT_BYTES = 1024 * 1024
 _ALIVE_REMEDY = ('The daemon is alive and may wait for storage. Check the '
                  'kernel log on that host.')
 _LOG_REMEDY = "Check libvirt's log on both hosts."
+_FILE_REMEDY = 'Check the file, and the kernel log on this host.'
 
 
 class Watch(ty.Protocol):
@@ -231,8 +232,10 @@ class Transfer:
             reason: ty.Any = getattr(error, 'reason', error)
             if isinstance(error, TimeoutError):
                 remedy = _ALIVE_REMEDY
-            elif isinstance(error, libvirt.libvirtError):
+            elif isinstance(error, (libvirt.libvirtError, errors.CopyError)):
                 remedy = _LOG_REMEDY
+            elif isinstance(error, OSError):
+                remedy = _FILE_REMEDY
             # libvirt often says no more of a connection that its keepalive
             # has closed than that a socket is closed.
             if name and not daemon.is_connected():
