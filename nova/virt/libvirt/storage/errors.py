@@ -23,6 +23,11 @@ import typing as ty
 # ("Migration pre-check error: ...") takes up to 35 of them.
 MESSAGE_LENGTH = 220
 
+# What is left at least of a long reason, and of the name of a file, when a
+# message has to be shortened.
+_SHORT_REASON = 60
+_SHORT_NAME = 16
+
 
 class StorageError(Exception):
     """The base of all errors of this package.
@@ -34,15 +39,15 @@ class StorageError(Exception):
 
     def __init__(self, reason: ty.Any, remedy: str = ''):
         super().__init__(reason, remedy)
-        self.reason = str(reason)
+        self.reason = ' '.join(str(reason).split()).rstrip('.')
         self.remedy = remedy
 
     def __str__(self) -> str:
-        return _join('', self.reason, self.remedy)
+        return f'{self.reason}. {self.remedy}' if self.remedy else self.reason
 
     def shown(self) -> str:
-        """The message as Nova shows it to users, no longer than fits."""
-        return _join('', self.reason, self.remedy, MESSAGE_LENGTH)
+        """The message as Nova shows it to users, cut where it is too long."""
+        return _fit([''], self.reason, self.remedy)
 
 
 class Refused(StorageError):
@@ -106,14 +111,21 @@ class HostError(StorageError):
         self.file = file
 
     def __str__(self) -> str:
-        place = f'host {self.host} ({self.uri}): '
-        if self.file:
-            place = f'{self.file} to {place}'
-        return _join(place, self.reason, self.remedy, MESSAGE_LENGTH)
+        return self.shown()
 
     def shown(self) -> str:
-        """The same, which fits."""
-        return str(self)
+        """The message, cut where it is too long for Nova."""
+        # The host's name is in its URI, in most.
+        short = (self.uri if self.host in self.uri else
+                 f'host {self.host} ({self.uri})')
+        places = [self._place(self.file, f'host {self.host} ({self.uri})'),
+                  self._place(self.file, short),
+                  self._place(_cut_start(self.file, _SHORT_NAME), short)]
+        return _fit(places, self.reason, self.remedy)
+
+    @staticmethod
+    def _place(file: str, host: str) -> str:
+        return f'{file} to {host}: ' if file else f'{host}: '
 
 
 def add_note(error: BaseException, note: str) -> None:
@@ -124,16 +136,32 @@ def add_note(error: BaseException, note: str) -> None:
         error.__notes__ = [*getattr(error, '__notes__', []), note]
 
 
-def _join(place: str, reason: str, remedy: str, limit: int = 0) -> str:
-    """Put a message together.
+def _fit(places: list[str], reason: str, remedy: str) -> str:
+    """Put a message together that Nova shows as a whole.
 
-    :param limit: length at which a long reason, as libvirt's may be, is cut in
-        the middle rather than the remedy at the end; 0 for none
+    A long reason, as libvirt's may be, is cut in the middle rather than the
+    remedy at the end.
+
+    :param places: where it happened, in shorter and shorter words
     """
     reason = ' '.join(reason.split()).rstrip('.')
     end = f'. {remedy}' if remedy else ''
-    room = limit - len(place) - len(end)
-    if limit and len(reason) > room >= 20:
-        half = (room - 3) // 2
-        reason = f'{reason[:room - 3 - half]}...{reason[-half:]}'
-    return place + reason + end
+    needed = len(end) + min(len(reason), _SHORT_REASON)
+    place = next((place for place in places
+                  if len(place) + needed <= MESSAGE_LENGTH), places[-1])
+    room = MESSAGE_LENGTH - len(place) - len(end)
+    return (place + _cut(reason, max(room, _SHORT_NAME)) + end)[
+        :MESSAGE_LENGTH]
+
+
+def _cut(text: str, length: int) -> str:
+    """Take out of the middle of a text what is too much."""
+    if len(text) <= length:
+        return text
+    half = (length - 3) // 2
+    return f'{text[:length - 3 - half]}...{text[-half:]}'
+
+
+def _cut_start(text: str, length: int) -> str:
+    """The same at the start: names of files differ in their ends."""
+    return text if len(text) <= length else f'...{text[-length:]}'

@@ -20,6 +20,7 @@ from oslo_serialization import jsonutils
 from oslo_utils.fixture import uuidsentinel as uuids
 from oslo_utils import units
 
+from nova import exception
 from nova import test
 from nova.tests.fixtures import libvirt_storage
 from nova.virt.libvirt.storage import daemon
@@ -32,6 +33,9 @@ from nova.virt.libvirt.storage import transfer
 
 HERE = 'qemu:///system'
 THERE = 'qemu+tls://dest/system'
+
+# What Nova shows of the message of a fault.
+FAULT_LENGTH = 255
 
 
 class Watch:
@@ -431,3 +435,77 @@ class FailureTestCase(TransferTestCase):
 
         error = self._assert_fails('host source', 'Write it anew')
         self.assertIn('is empty or broken', error.reason)
+
+
+@ddt.ddt
+class MessageTestCase(TransferTestCase):
+    """What Nova shows as a whole, in the worst cases that are real."""
+
+    # Linux has hosts' names of up to 64 characters.
+    HOST = 'compute-0123.rack-17.az-frankfurt-2.cloud.customer.example.com'
+    REMEDIES = (transfer._ALIVE_REMEDY, transfer._LOG_REMEDY,
+                transfer._FILE_REMEDY)
+
+    def _files(self):
+        return [
+            self.places.volume_name('disk.eph10'),
+            os.path.join('swtpm', uuids.server, 'tpm2', 'tpm2-00.permall'),
+            'disk.config', '']
+
+    def _assert_complete(self, message, error, *texts):
+        self.assertLessEqual(len(message), FAULT_LENGTH, message)
+        for text in (error.uri, error.host, error.remedy, *texts):
+            self.assertIn(text, message)
+
+    @ddt.data('dest', '2001:db8:1234:5678:9abc:def0:1234:5678', HOST)
+    def test_errors_of_a_copy(self, host):
+        uri = f'qemu+tls://{host}/system'
+        if ':' in host:
+            uri = f'qemu+tls://[{host}]/system'
+        reason = str(errors.CopyError(
+            'destination', '/srv/disks/' + uuids.server, 17_592_186_044_416,
+            'internal error: received hangup event on socket while waiting '
+            'for the reply to a request of the stream ' + 'x' * 300))
+        for file in self._files():
+            for remedy in self.REMEDIES:
+                error = errors.HostError(host, uri, reason, remedy, file)
+                for wrapper in (exception.MigrationError,
+                                exception.MigrationPreCheckError):
+                    message = wrapper(reason=str(error)).format_message()
+                    self._assert_complete(
+                        message, error, file[-10:], 'dest')
+
+    def test_refusals(self):
+        cases = [
+            f'volume /var/lib/libvirt/images/nova-disks/{uuids.server}'
+            f'-resize_disk.eph0 is in the way',
+            f'another domain there, {uuids.server}, has the name '
+            f'instance-0000ffff',
+            f'both hosts share instance directory '
+            f'/var/lib/nova/instances/{uuids.server} and not storage pool '
+            f'nova-disks']
+        for reason in cases:
+            error = errors.HostError(
+                self.HOST, f'qemu+tls://{self.HOST}/system', reason,
+                'Find out whose it is, and delete it if it is not needed.')
+            message = exception.MigrationPreCheckError(
+                reason=str(error)).format_message()
+            self._assert_complete(message, error)
+
+    def test_short_messages_are_whole(self):
+        error = errors.HostError('dest', THERE, 'it burns', 'Put it out.',
+                                 'disk')
+        self.assertEqual(f'disk to host dest ({THERE}): it burns. '
+                         f'Put it out.', str(error))
+
+    def test_uri_without_the_host(self):
+        error = errors.HostError(
+            'dest', 'qemu+ext://relay/system?command=' + 'c' * 100, 'x' * 300,
+            'Put it out.', 'disk')
+        self.assertLessEqual(len(str(error)), errors.MESSAGE_LENGTH)
+        self.assertIn('host dest (qemu+ext://relay', str(error))
+
+    def test_nothing_makes_a_message_too_long(self):
+        error = errors.HostError('h' * 250, f'qemu+tls://{"h" * 250}/system',
+                                 'r' * 400, 'Do it. ' * 60, 'f' * 200)
+        self.assertLessEqual(len(str(error)), errors.MESSAGE_LENGTH)
