@@ -37,11 +37,16 @@ class _Host:
 
     :ivar wait: seconds between this time and the next
     :ivar due: time.monotonic() of the next time
+    :ivar is_busy: whether it is being asked
     """
 
     def __init__(self) -> None:
         self.wait = FIRST_WAIT
         self.due = 0.0
+        self.is_busy = False
+
+    def is_due(self) -> bool:
+        return not self.is_busy and time.monotonic() >= self.due
 
     def failed(self) -> None:
         self.due = time.monotonic() + self.wait
@@ -52,7 +57,7 @@ class Leftovers:
     """What failed migrations had to leave on other hosts.
 
     A host that does not answer is asked less and less often, and for one
-    server at a time. After a day it is not asked any more.
+    server at a time, each in its turn. After a day it is not asked any more.
     """
 
     def __init__(self) -> None:
@@ -75,22 +80,34 @@ class Leftovers:
 
     def retry(self) -> None:
         """Delete what can be deleted; called about once a minute."""
-        for (uuid, host), (since, discard) in list(self._discards.items()):
-            state = self._hosts.setdefault(host, _Host())
-            if time.monotonic() < state.due:
-                continue
-            if self._delete(uuid, host, discard):
-                self._forget(uuid, host)
-                self._hosts.pop(host)
-                continue
-            state.failed()
-            if time.monotonic() - since > GIVE_UP_AFTER:
-                LOG.warning(
-                    'Giving up on the unfinished copy of server %(uuid)s on '
-                    '%(host)s. The next migration of the server to there '
-                    'deletes it',
-                    {'uuid': uuid, 'host': host})
-                self._forget(uuid, host)
+        for key, entry in list(self._discards.items()):
+            state = self._hosts.setdefault(key[1], _Host())
+            if state.is_due():
+                self._retry(state, key, entry)
+
+    def _retry(self, state: _Host, key: tuple[str, str],
+               entry: tuple[float, ty.Callable[[], None]]) -> None:
+        (uuid, host), (since, discard) = key, entry
+        state.is_busy = True
+        is_deleted = self._delete(uuid, host, discard)
+        state.is_busy = False
+        # A later failure may have replaced the entry meanwhile.
+        if self._discards.get(key) is entry:
+            del self._discards[key]
+        else:
+            is_deleted = True
+        if is_deleted:
+            self._hosts.pop(host, None)
+            return
+        state.failed()
+        if time.monotonic() - since <= GIVE_UP_AFTER:
+            # At the end: the host's other servers have their turn first.
+            self._discards[key] = entry
+            return
+        LOG.warning(
+            'Giving up on the unfinished copy of server %(uuid)s on %(host)s. '
+            'The next migration of the server to there deletes it',
+            {'uuid': uuid, 'host': host})
 
     def _delete(self, uuid: str, host: str,
                 discard: ty.Callable[[], None]) -> bool:
@@ -103,6 +120,3 @@ class Leftovers:
                      {'uuid': uuid, 'host': host, 'error': error})
             return isinstance(error.__cause__, errors.Superseded)
         return True
-
-    def _forget(self, uuid: str, host: str) -> None:
-        self._discards.pop((uuid, host), None)
