@@ -19,10 +19,9 @@ eventlet's tpool: that has 20, which Nova's own libvirt calls go through.
 """
 
 import functools
+import sys
 import threading
 import typing as ty
-
-from nova import utils
 
 try:
     import libvirt
@@ -41,9 +40,22 @@ class NoAnswer(TimeoutError):
         self.thread = thread
 
 
+def get_eventlet() -> ty.Any:
+    """The module eventlet if this process runs under it, else None.
+
+    nova.utils tells the concurrency mode from Nova 32 on, and differently in
+    each release. Look at the process instead, and import nothing: with native
+    threads Nova 34 forbids the import of eventlet.
+    """
+    eventlet = sys.modules.get('eventlet')
+    if eventlet is None or not eventlet.patcher.is_monkey_patched('thread'):
+        return None
+    return eventlet
+
+
 def native_threading() -> ty.Any:
     """The threading module whose threads and locks are the system's own."""
-    eventlet = utils.get_eventlet()
+    eventlet = get_eventlet()
     return eventlet.patcher.original('threading') if eventlet else threading
 
 
@@ -59,7 +71,7 @@ def off_hub(
     :returns: what the function returns
     :raises: what the function raises
     """
-    eventlet = utils.get_eventlet()
+    eventlet = get_eventlet()
     if eventlet is None:
         return function(*args, **kwargs)
     # The end of file on the pipe wakes up the hub as soon as the thread ends.
@@ -80,6 +92,16 @@ def off_hub(
     finally:
         native_os.close(reader)
     return _result(outcome)
+
+
+def spawn(function: ty.Callable[..., None], *args: ty.Any) -> None:
+    """Call a function beside, and do not wait for it.
+
+    The function runs in a thread as nova-compute has them: a green thread
+    under eventlet, a native one otherwise. It takes none of Nova's executors,
+    whose few threads Nova's own work needs, and has to handle its errors.
+    """
+    threading.Thread(target=function, args=args, daemon=True).start()
 
 
 def within(seconds: float, function: ty.Callable[[], ty.Any]) -> ty.Any:

@@ -11,8 +11,11 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
+import os
+import sys
 import threading
 import time
+from unittest import mock
 
 from nova import test
 from nova.virt.libvirt.storage import threads
@@ -55,3 +58,43 @@ class OffHubTestCase(test.NoDBTestCase):
         for thread in blocked:
             thread.join(10)
             self.assertFalse(thread.is_alive())
+
+
+class EventletTestCase(test.NoDBTestCase):
+
+    def test_eventlet_where_it_has_patched_this_process(self):
+        # As Nova's tests tell their own mode, in every release.
+        threading_mode = os.environ.get(
+            'OS_NOVA_DISABLE_EVENTLET_PATCHING', '').lower() in (
+                '1', 'true', 'yes')
+        self.assertEqual(threading_mode, threads.get_eventlet() is None)
+
+    def test_eventlet_that_patched_nothing_is_not_used(self):
+        eventlet = mock.Mock()
+        eventlet.patcher.is_monkey_patched.return_value = False
+        with mock.patch.dict('sys.modules', eventlet=eventlet):
+            self.assertIsNone(threads.get_eventlet())
+
+    def test_eventlet_is_not_imported(self):
+        with mock.patch.dict('sys.modules'):
+            sys.modules.pop('eventlet', None)
+            self.assertIsNone(threads.get_eventlet())
+            self.assertNotIn('eventlet', sys.modules)
+
+
+class SpawnTestCase(test.NoDBTestCase):
+
+    def test_the_caller_does_not_wait(self):
+        release, done = threading.Event(), threading.Event()
+        self.addCleanup(release.set)
+
+        def work(*args):
+            release.wait(30)
+            self.args = args
+            done.set()
+
+        threads.spawn(work, 1, 2)
+        self.assertFalse(done.is_set())
+        release.set()
+        self.assertTrue(done.wait(30))
+        self.assertEqual((1, 2), self.args)
