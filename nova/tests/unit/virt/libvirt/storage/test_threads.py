@@ -90,11 +90,11 @@ class SpawnTestCase(test.NoDBTestCase):
 
         def work(*args):
             release.wait(30)
-            self.args = args
+            self.arguments = args
             done.set()
 
         threads.spawn(work, 1, 2)
         self.assertFalse(done.is_set())
         release.set()
         self.assertTrue(done.wait(30))
-        self.assertEqual((1, 2), self.args)
+        self.assertEqual((1, 2), self.arguments)
