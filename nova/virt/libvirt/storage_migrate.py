@@ -27,7 +27,6 @@ Methods to Migrate Libvirt Volumes".
 
 import contextlib
 import functools
-import inspect
 import os
 import re
 import threading
@@ -46,6 +45,7 @@ from nova.compute import power_state
 from nova.compute import task_states
 from nova.compute import vm_states
 import nova.conf
+from nova import context as nova_context
 from nova import exception
 from nova.i18n import _
 from nova import objects
@@ -61,6 +61,7 @@ from nova.virt.libvirt.storage import access
 from nova.virt.libvirt.storage import daemon
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import fetch
+from nova.virt.libvirt.storage import hooks
 from nova.virt.libvirt.storage import image
 from nova.virt.libvirt.storage import imagecache
 from nova.virt.libvirt.storage import layout
@@ -74,17 +75,8 @@ from nova.virt.libvirt.storage import transfer
 from nova.virt.libvirt.storage import undo
 from nova.virt.libvirt import utils as libvirt_utils
 
-try:
-    from nova import thread_pool_factory
-except ImportError:
-    # Of a Nova before 34, which check_hooks() refuses.
-    pass
-
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
-
-# The release of Nova that this module was written for.
-NOVA_RELEASE = '34'
 
 # Image types whose disks are not plain files in the instance directory.
 NOT_STREAMED = ('lvm', 'ploop')
@@ -95,65 +87,6 @@ KEEPS_VTPM = (8, 9, 0)
 
 # The pool of this host's base images, if there is none of their directory.
 IMAGE_CACHE_POOL = 'nova-image-cache'
-
-# What this module overrides or calls in Nova's driver, and the parameters
-# that it counts on. None of it is an interface that Nova promises to keep.
-HOOKS = {
-    'init_host': ('host',),
-    'migrate_disk_and_power_off': (
-        'context', 'instance', 'dest', 'flavor', 'network_info',
-        'block_device_info', 'timeout', 'retry_interval'),
-    'finish_migration': (
-        'context', 'migration', 'instance', 'disk_info', 'network_info',
-        'image_meta', 'resize_instance', 'allocations', 'block_device_info',
-        'power_on', 'share_info'),
-    'confirm_migration': (
-        'context', 'migration', 'instance', 'network_info'),
-    'finish_revert_migration': (
-        'context', 'instance', 'network_info', 'migration',
-        'block_device_info', 'power_on', 'share_info'),
-    'check_can_live_migrate_source': (
-        'context', 'instance', 'dest_check_data', 'block_device_info'),
-    'instance_on_disk': ('instance',),
-    'check_instance_shared_storage_local': ('context', 'instance'),
-    'check_instance_shared_storage_remote': ('context', 'data'),
-    'check_instance_shared_storage_cleanup': ('context', 'data'),
-    'delete_instance_files': ('instance',),
-    'spawn': ('context', 'instance', 'image_meta'),
-    '_hard_reboot': ('context', 'instance', 'network_info'),
-    '_create_image': (
-        'context', 'instance', 'disk_mapping', 'injection_info', 'suffix',
-        'disk_images', 'block_device_info', 'fallback_from_host',
-        'ignore_bdi_for_swap'),
-    '_create_images_and_backing': (
-        'context', 'instance', 'instance_dir', 'disk_info',
-        'fallback_from_host'),
-    'power_on': (
-        'context', 'instance', 'network_info', 'block_device_info',
-        'share_info'),
-    'power_off': ('instance', 'timeout', 'retry_interval'),
-    'unplug_vifs': ('instance', 'network_info'),
-    'disk_cachemode': (),
-    '_get_local_gb_info': (),
-    '_disconnect_volume': ('context', 'connection_info', 'instance'),
-    '_try_fetch_image_cache': (
-        'image', 'fetch_func', 'context', 'filename', 'image_id', 'instance',
-        'size', 'fallback_from_host'),
-    '_try_fetch_image': (
-        'context', 'path', 'image_id', 'instance', 'fallback_from_host'),
-    '_get_instance_disk_info': ('instance', 'block_device_info'),
-    '_cleanup_failed_instance_base': ('inst_base',),
-    '_is_path_shared_with': ('dest', 'path'),
-    '_is_booted_from_volume': ('block_device_info',),
-    'get_host_ip_addr': (),
-    'process_instances_at_startup': ('context', 'instances'),
-    'cleanup_host': ('host',),
-    'get_available_resource': ('nodename',),
-    '_finish_revert_migration_vtpm': ('context', 'instance'),
-    '_live_migration_uri': ('dest',),
-    '_uri': (),
-}
-
 
 # How long nova-compute waits when it stops until all servers whose copies it
 # stopped are running again, in seconds. Nova keeps 20 for that and the rest.
@@ -224,15 +157,21 @@ class LibvirtDriver(driver.LibvirtDriver):
             fileutils.ensure_tree(cache_dir)
             _native(local.ensure_cache_pool, self._uri(), IMAGE_CACHE_POOL,
                     cache_dir)
+            self._mend_migrations(host)
 
-    def process_instances_at_startup(self, context, instances):
-        """Also put right what Nova leaves of migrations that it ended in."""
-        instances = super().process_instances_at_startup(context, instances)
+    def _mend_migrations(self, host) -> None:
+        """Put right what Nova leaves of migrations that it ended in.
+
+        Nova loads the servers of this host after that.
+        """
+        context = nova_context.get_admin_context()
+        instances = objects.InstanceList.get_by_host(
+            context, host, expected_attrs=[
+                'flavor', 'migration_context', 'system_metadata'])
         mend = {task_states.RESIZE_MIGRATING: self._end_migration,
                 task_states.RESIZE_FINISH: self._offer_revert}
         for instance in instances:
-            if (CONF.libvirt.vol_upload_migration and
-                    instance.task_state in mend):
+            if instance.task_state in mend:
                 try:
                     mend[instance.task_state](
                         context, instance,
@@ -244,7 +183,6 @@ class LibvirtDriver(driver.LibvirtDriver):
                     LOG.exception('The migration of the server, in which '
                                   'nova-compute ended, cannot be put right',
                                   instance=instance)
-        return instances
 
     def _end_migration(self, context, instance, migration) -> None:
         """Let a migration fail, and this host be the server's again.
@@ -299,6 +237,7 @@ class LibvirtDriver(driver.LibvirtDriver):
             copy.over.wait(max(0, deadline - time.monotonic()))
         super().cleanup_host(host)
 
+    @hooks.as_nova_declares
     def spawn(self, context, instance, *args, **kwargs):
         """Start a new server, or an old one anew on this host.
 
@@ -328,6 +267,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         elif claims:
             _native(local.drop_claims, places)
 
+    @hooks.as_nova_declares
     def _hard_reboot(self, context, instance, *args, **kwargs):
         """Start a server that is this host's, whatever ended before."""
         if instance.host == CONF.host:
@@ -427,10 +367,11 @@ class LibvirtDriver(driver.LibvirtDriver):
                     self._copy_here(copy, places.kept_path(path), path)
         return jsonutils.dumps(disk_info)
 
+    @hooks.as_nova_declares
     def finish_migration(
         self, context, migration, instance, disk_info, network_info,
         image_meta, resize_instance, allocations, block_device_info=None,
-        power_on=True, share_info=None,
+        power_on=True, **later,
     ):
         """Start a server on the destination, whichever way its disks came."""
         # Saved by Nova with the state that it gives to the server next.
@@ -445,7 +386,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         super().finish_migration(
             context, migration, instance, jsonutils.dumps(others),
             network_info, image_meta, resize_instance, allocations,
-            block_device_info, power_on, share_info)
+            block_device_info, power_on, **later)
 
     def _is_novas(self, places, info) -> bool:
         """Whether Nova's code may convert a disk that arrived.
@@ -465,9 +406,10 @@ class LibvirtDriver(driver.LibvirtDriver):
             _native(local.delete_volumes, places)
         super().confirm_migration(context, migration, instance, network_info)
 
+    @hooks.as_nova_declares
     def finish_revert_migration(
         self, context, instance, network_info, migration,
-        block_device_info=None, power_on=True, share_info=None,
+        block_device_info=None, power_on=True, **later,
     ):
         """Start a server on the source as it was before its migration.
 
@@ -479,7 +421,7 @@ class LibvirtDriver(driver.LibvirtDriver):
             _native(local.restore, places)
         super().finish_revert_migration(
             context, instance, network_info, migration, block_device_info,
-            power_on, share_info)
+            power_on, **later)
 
     def _finish_revert_migration_vtpm(self, context, instance):
         # Nova calls this also as it starts after it ended in the middle of a
@@ -965,7 +907,7 @@ class LibvirtDriver(driver.LibvirtDriver):
     def get_available_resource(self, nodename):
         """What Nova asks for every minute, and a time to clear up."""
         if self._leftovers:
-            thread_pool_factory.spawn(self._leftovers.retry)
+            threads.spawn(self._leftovers.retry)
         return super().get_available_resource(nodename)
 
     @staticmethod
@@ -1028,16 +970,23 @@ def check_hooks(nova_driver: type) -> None:
 
     :raises: InternalError if it has not
     """
-    for name, parameters in HOOKS.items():
-        hook = getattr(nova_driver, name, None)
-        found = inspect.signature(hook).parameters if callable(hook) else {}
-        if hook is None or not set(parameters) <= set(found):
-            raise exception.InternalError(_(
-                'nova.virt.libvirt.storage_migrate needs Nova %(wanted)s. '
-                'This is Nova %(found)s, whose LibvirtDriver.%(name)s is '
-                'missing or takes other parameters.') % {
-                    'wanted': NOVA_RELEASE, 'name': name,
-                    'found': version.version_string()})
+    found = version.version_string()
+    problems = hooks.find_problems(nova_driver)
+    if problems:
+        raise exception.InternalError(_(
+            'nova.virt.libvirt.storage_migrate needs Nova %(wanted)s. This '
+            'is Nova %(found)s, in whose LibvirtDriver %(problems)s.') % {
+                'wanted': hooks.supported(), 'found': found,
+                'problems': '; '.join(problems)})
+    if hooks.release() in hooks.RELEASES:
+        LOG.info('Nova %(found)s has all %(count)d hooks of the driver',
+                 {'found': found, 'count': len(hooks.HOOKS)})
+    else:
+        LOG.warning(
+            'Nova %(found)s has all %(count)d hooks of the driver, but the '
+            'driver is tested with Nova %(wanted)s only',
+            {'found': found, 'count': len(hooks.HOOKS),
+             'wanted': hooks.supported()})
 
 
 # What may block runs off the eventlet hub, if there is one.

@@ -84,6 +84,8 @@ class DriverTestCase(test.NoDBTestCase):
             objects.Migration, 'get_by_id', return_value=self.migration))
         self.shares = self.useFixture(fixtures.MockPatchObject(
             objects.ShareMappingList, 'get_by_instance_uuid')).mock
+        self.servers = self.useFixture(fixtures.MockPatchObject(
+            objects.InstanceList, 'get_by_host', return_value=[])).mock
 
     def _patch_driver(self):
         self.calls = mock.Mock()
@@ -609,23 +611,23 @@ class CrashTestCase(DriverTestCase):
         nova.assert_called_once_with(self.context, self.instance)
 
     @mock.patch.object(report, 'report_client_singleton', autospec=True)
-    @mock.patch.object(driver.LibvirtDriver, 'process_instances_at_startup')
+    @mock.patch.object(storage_migrate, 'check_hooks', mock.Mock())
+    @mock.patch.object(driver.LibvirtDriver, 'init_host', mock.Mock())
     @mock.patch.object(objects.Migration, 'get_by_id_and_instance',
                        autospec=True)
-    def _start(self, task_state, find, nova, placement):
+    def _start(self, task_state, find, placement):
         """Start with a server in a migration, as nova-compute ended in it."""
         self.instance.vm_state = vm_states.ACTIVE
         self.instance.task_state = task_state
         self.migration.configure_mock(uuid=uuids.migration, status='before')
         if self.instance.migration_context:
             find.return_value = self.migration
-        nova.side_effect = lambda context, instances: instances
-        self.assertEqual(
-            [self.instance], self.driver.process_instances_at_startup(
-                self.context, [self.instance]))
+        self.servers.return_value = [self.instance]
+        self.driver.init_host('source')
+        for call in self.servers.call_args_list:
+            self.assertEqual('source', call.args[1])
         for call in find.call_args_list:
-            self.assertEqual(
-                mock.call(self.context, 42, uuids.instance), call)
+            self.assertEqual((42, uuids.instance), call.args[1:])
         return placement.return_value.move_allocations
 
     def _assert_state(self, vm_state, task_state, migration):
@@ -640,7 +642,7 @@ class CrashTestCase(DriverTestCase):
             vm_states.ACTIVE, task_states.RESIZE_MIGRATING, 'error')
         self.migration.save.assert_called_once_with()
         move_allocations.assert_called_once_with(
-            self.context, uuids.migration, uuids.instance)
+            mock.ANY, uuids.migration, uuids.instance)
 
     def test_migration_that_was_not_finished_can_be_reverted(self):
         move_allocations = self._start(task_states.RESIZE_FINISH)
@@ -830,7 +832,7 @@ class SameHostTestCase(DriverTestCase):
                 self.migration, None, False)
         nova.assert_called_once_with(
             self.context, self.instance, mock.sentinel.network_info,
-            self.migration, None, False, None)
+            self.migration, None, False)
 
     def _fail_to_copy(self, name, error=None):
         """Make the copy of one file fail half way."""
@@ -1342,7 +1344,7 @@ class StartTestCase(DriverTestCase):
 
         error = self.assertRaises(
             exception.InternalError, storage_migrate.check_hooks, Another)
-        self.assertIn('needs Nova 34', str(error))
+        self.assertIn('needs Nova 31 to 34', str(error))
         self.assertIn('migrate_disk_and_power_off', str(error))
 
 

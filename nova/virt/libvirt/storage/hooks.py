@@ -1,0 +1,197 @@
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""What the driver counts on in Nova's own, in every release it supports.
+
+None of it is an interface that Nova promises to keep. nova-compute checks it
+as it starts, and the documentation lists it.
+"""
+
+import dataclasses
+import inspect
+import typing as ty
+
+from nova import version
+from nova.virt.libvirt import driver
+
+# The releases of Nova that the tests run with, the oldest first.
+RELEASES = (31, 32, 33, 34)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hook:
+    """A method of Nova's driver that this project overrides or calls.
+
+    :ivar parameters: names that it has to take, in every release
+    :ivar reason: what the driver relies on it for
+    :ivar overridden: False if the driver only calls it
+    """
+
+    parameters: tuple[str, ...]
+    reason: str
+    overridden: bool = True
+
+
+HOOKS = {
+    'init_host': Hook(
+        ('host',),
+        'Makes the pools, and puts right the migrations that an end of '
+        'nova-compute interrupted, before Nova loads its servers.'),
+    'cleanup_host': Hook(
+        ('host',),
+        'Stops copies as nova-compute ends. Before 34 Nova waits for them '
+        'first, so that there is none to stop.'),
+    'migrate_disk_and_power_off': Hook(
+        ('context', 'instance', 'dest', 'flavor', 'network_info',
+         'block_device_info', 'timeout', 'retry_interval'),
+        'Copies the disks. InstanceFaultRollback leaves the server as it '
+        'was.'),
+    'finish_migration': Hook(
+        ('context', 'migration', 'instance', 'disk_info', 'network_info',
+         'image_meta', 'resize_instance', 'allocations', 'block_device_info',
+         'power_on'),
+        'Takes over the disks that came, then starts the server as Nova '
+        'does.'),
+    'confirm_migration': Hook(
+        ('context', 'migration', 'instance', 'network_info'),
+        'Deletes what the source kept for a revert.'),
+    'finish_revert_migration': Hook(
+        ('context', 'instance', 'network_info', 'migration',
+         'block_device_info', 'power_on'),
+        'Restores what the source kept, then starts the server as Nova '
+        'does.'),
+    '_finish_revert_migration_vtpm': Hook(
+        ('context', 'instance'),
+        'Puts the state of a vTPM back. Nova calls it as it starts, too, '
+        'when the server has no old flavor yet.'),
+    'check_can_live_migrate_source': Hook(
+        ('context', 'instance', 'dest_check_data', 'block_device_info'),
+        'Refuses the live migration of disks in a pool.'),
+    'instance_on_disk': Hook(
+        ('instance',),
+        'Tells an evacuation whether the disks are here.'),
+    'check_instance_shared_storage_local': Hook(
+        ('context', 'instance'),
+        'Makes a marker, by which another host finds out whether the pool is '
+        'shared.'),
+    'check_instance_shared_storage_remote': Hook(
+        ('context', 'data'), 'Looks for that marker.'),
+    'check_instance_shared_storage_cleanup': Hook(
+        ('context', 'data'), 'Deletes that marker.'),
+    'delete_instance_files': Hook(
+        ('instance',),
+        'Deletes the volumes of a server, and stops their copy.'),
+    'spawn': Hook(
+        ('context', 'instance', 'image_meta'),
+        'Deletes what a migration left here of a server that starts anew.'),
+    '_hard_reboot': Hook(
+        ('context', 'instance', 'network_info'),
+        'Recovers the instance directory of a server that starts again.'),
+    '_create_image': Hook(
+        ('context', 'instance', 'disk_mapping', 'injection_info', 'suffix',
+         'disk_images', 'block_device_info', 'fallback_from_host',
+         'ignore_bdi_for_swap'),
+        'Grows an ephemeral disk in a resize.'),
+    '_create_images_and_backing': Hook(
+        ('context', 'instance', 'instance_dir', 'disk_info',
+         'fallback_from_host'),
+        'Looks for disks where they are: in the pool.'),
+    '_try_fetch_image_cache': Hook(
+        ('image', 'fetch_func', 'context', 'filename', 'image_id',
+         'instance', 'size', 'fallback_from_host'),
+        'Fetches a base image that Glance lacks without ssh.'),
+    '_try_fetch_image': Hook(
+        ('context', 'path', 'image_id', 'instance', 'fallback_from_host'),
+        'Fetches a kernel or ramdisk that Glance lacks without ssh.'),
+    '_is_path_shared_with': Hook(
+        ('dest', 'path'),
+        'Finds out without ssh whether two hosts share a directory.'),
+    'get_available_resource': Hook(
+        ('nodename',),
+        'Comes every minute: a time to delete what failed migrations left.'),
+    'disk_cachemode': Hook(
+        (), 'Looks whether the pool supports O_DIRECT.'),
+    '_get_local_gb_info': Hook(
+        (), 'Reports the size of the file system of the pool.'),
+    'power_on': Hook(
+        ('context', 'instance', 'network_info', 'block_device_info',
+         'share_info'),
+        'Starts the server again after a copy that failed.', False),
+    'power_off': Hook(
+        ('instance', 'timeout', 'retry_interval'),
+        'Powers the server off before its disks are copied.', False),
+    'get_info': Hook(
+        ('instance',), 'Tells whether the server runs.', False),
+    'unplug_vifs': Hook(
+        ('instance', 'network_info'),
+        'Unplugs the ports of a server that leaves.', False),
+    '_disconnect_volume': Hook(
+        ('context', 'connection_info', 'instance'),
+        'Disconnects the Cinder volumes of a server that leaves.', False),
+    '_get_instance_disk_info': Hook(
+        ('instance', 'block_device_info'),
+        'Lists the disks of a server, from its domain.', False),
+    '_cleanup_failed_instance_base': Hook(
+        ('inst_base',),
+        'Deletes the directory that an earlier resize left.', False),
+    '_is_booted_from_volume': Hook(
+        ('block_device_info',),
+        'Tells whether the root disk is a Cinder volume.', False),
+    'get_host_ip_addr': Hook(
+        (), 'Tells whether the destination is this host.', False),
+    '_live_migration_uri': Hook(
+        ('dest',),
+        'Names the destination where the options of live migration do.',
+        False),
+    '_uri': Hook((), 'Names the libvirt daemon of this host.', False),
+}
+
+
+def as_nova_declares(method: ty.Callable) -> ty.Callable:
+    """Give an override the signature that Nova's method has.
+
+    For an override that takes what only some releases pass as **later. Nova's
+    own tests compare the signatures.
+    """
+    method.__signature__ = inspect.signature(  # type: ignore[attr-defined]
+        getattr(driver.LibvirtDriver, method.__name__))
+    return method
+
+
+def find_problems(nova_driver: type) -> list[str]:
+    """Compare Nova's driver with what this project counts on.
+
+    :returns: a sentence for each hook that is missing or takes other
+        parameters
+    """
+    problems = []
+    for name, hook in HOOKS.items():
+        found = getattr(nova_driver, name, None)
+        if found is None:
+            problems.append(f'{name} is missing')
+            continue
+        taken = inspect.signature(found).parameters if callable(found) else ()
+        lacking = [each for each in hook.parameters if each not in taken]
+        if lacking:
+            problems.append(f'{name} does not take {", ".join(lacking)}')
+    return problems
+
+
+def release() -> int:
+    """The release of the Nova beside this module, 34 for example."""
+    return int(version.version_string().partition('.')[0])
+
+
+def supported() -> str:
+    """The releases that the tests run with, to be shown."""
+    return f'{RELEASES[0]} to {RELEASES[-1]}'
