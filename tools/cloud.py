@@ -365,7 +365,10 @@ class Cloud:
                 self.uwsgi(name, module), cwd=str(self.directory / name),
                 env={f'OS_{name.upper()}_CONFIG_DIR':
                      str(self.directory / name),
-                     'OS_NEUTRON_CONFIG_FILES': 'neutron.conf'})
+                     'OS_NEUTRON_CONFIG_FILES': 'neutron.conf',
+                     # As is the rule from Nova 33 on. An eventlet loses
+                     # replies to the threads of uwsgi.
+                     'OS_NOVA_DISABLE_EVENTLET_PATCHING': 'true'})
         self.wait_port('rabbitmq')
         for name in API_MODULES:
             self.wait_port(name)

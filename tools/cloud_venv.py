@@ -14,7 +14,8 @@
 """The virtual environment of the small cloud: made once, then reused.
 
 It lies outside any home directory, and is made with Debian's own Python,
-because nova-compute runs in it as the unprivileged user nova.
+because nova-compute runs in it as the unprivileged user nova. NOVA_LAB_RELEASE
+chooses the release of Nova; the other services are the same for all.
 """
 
 import hashlib
@@ -26,10 +27,18 @@ import sys
 import tempfile
 
 PYTHON = '/usr/bin/python3'
-ROOT = Path(os.environ.get('NOVA_LAB_VENV', '/var/lib/nova-lab-venv'))
 TOOLS = Path(__file__).resolve().parent
 REPOSITORY = TOOLS.parent
 REQUIREMENTS = TOOLS / 'cloud-requirements.txt'
+# Nova's versions by release, the newest last.
+VERSIONS = dict(
+    line.split()
+    for line in (TOOLS / 'nova-versions.txt').read_text().splitlines()
+    if not line.startswith('#'))
+NEWEST = list(VERSIONS)[-1]
+RELEASE = os.environ.get('NOVA_LAB_RELEASE', NEWEST)
+BASE = os.environ.get('NOVA_LAB_VENV', '/var/lib/nova-lab-venv')
+ROOT = Path(BASE if RELEASE == NEWEST else f'{BASE}-{RELEASE}')
 
 
 def program(name: str, root: Path = ROOT) -> str:
@@ -39,7 +48,14 @@ def program(name: str, root: Path = ROOT) -> str:
 
 def fingerprint(requirements: Path = REQUIREMENTS) -> str:
     """What the environment has to be made anew for when it changes."""
-    return hashlib.sha256(requirements.read_bytes()).hexdigest()
+    wanted = [requirements.read_text(), *nova(requirements)]
+    return hashlib.sha256('\n'.join(wanted).encode()).hexdigest()
+
+
+def nova(requirements: Path = REQUIREMENTS) -> list[str]:
+    """The requirement of Nova, in an environment that holds Nova."""
+    return ([f'nova=={VERSIONS[RELEASE]}'] if requirements == REQUIREMENTS
+            else [])
 
 
 def ensure(root: Path = ROOT, requirements: Path = REQUIREMENTS) -> bool:
@@ -54,7 +70,8 @@ def ensure(root: Path = ROOT, requirements: Path = REQUIREMENTS) -> bool:
         subprocess.run([PYTHON, '-m', 'venv', str(root)], check=True)
     shutil.rmtree(root / 'databases', ignore_errors=True)
     pip('install', '--upgrade', 'pip', 'setuptools', 'wheel', root=root)
-    pip('install', '--requirement', str(requirements), root=root)
+    pip('install', '--requirement', str(requirements), *nova(requirements),
+        root=root)
     stamp.write_text(fingerprint(requirements))
     return True
 
