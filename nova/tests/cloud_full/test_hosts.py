@@ -84,6 +84,20 @@ class ComputeTestCase(test_failure.FaultTestCase):
         self.start_compute(base.SOURCE)
         self.assert_as_before()
 
+    def test_source_ends_after_the_copy_before_34(self):
+        # Nova 31 to 33 wait for the copy before they tell the driver.
+        daemon = self.compute(base.SOURCE)
+        pid = daemon.pid
+        self.addCleanup(self.start_compute, base.SOURCE)
+        self.break_when_copying(lambda: os.killpg(pid, signal.SIGTERM))
+        self.wait_moved()
+        daemons.wait_for('the end of nova-compute',
+                         lambda: daemons.gone(pid), 60, poll=0.2)
+        self.start_compute(base.SOURCE)
+        self.cloud.wait_computes()
+        self.server.confirm()
+        self.assert_no_disks(self.server, base.SOURCE)
+
     def test_destination_is_killed_before_the_end_of_the_copy(self):
         self.break_when_copying(lambda: self.kill_compute(base.DESTINATION))
         daemons.wait_for('the source to be done', lambda: (

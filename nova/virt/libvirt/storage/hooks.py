@@ -195,3 +195,10 @@ def release() -> int:
 def supported() -> str:
     """The releases that the tests run with, to be shown."""
     return f'{RELEASES[0]} to {RELEASES[-1]}'
+
+
+def table() -> list[tuple[str, str, str]]:
+    """The hooks as a table, for the documentation."""
+    return [('Method', 'Use', 'Relied on for'), *(
+        (f'``{name}``', 'overrides' if hook.overridden else 'calls',
+         hook.reason) for name, hook in HOOKS.items())]

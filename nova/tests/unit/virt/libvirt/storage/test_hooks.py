@@ -12,7 +12,9 @@
 # under the License.
 
 import ast
+import csv
 import inspect
+import pathlib
 from unittest import mock
 
 from nova import exception
@@ -21,6 +23,10 @@ from nova.tests.unit.virt.libvirt import test_storage_migrate
 from nova.virt.libvirt import driver
 from nova.virt.libvirt.storage import hooks
 from nova.virt.libvirt import storage_migrate
+
+ROOT = pathlib.Path(__file__).resolve().parents[6]
+TABLE = ROOT / 'doc/source/contributor/hooks.csv'
+VERSIONS = ROOT / 'tools/nova-versions.txt'
 
 
 def names(overridden):
@@ -75,6 +81,18 @@ class HooksTestCase(test.NoDBTestCase):
                     list(inspect.signature(hook).parameters),
                     list(inspect.signature(getattr(
                         storage_migrate.LibvirtDriver, name)).parameters))
+
+    def test_the_documentation_lists_them(self):
+        with TABLE.open(newline='') as table:
+            rows = [tuple(row) for row in csv.reader(table)]
+        self.assertEqual(
+            hooks.table(), rows, 'run tools/hooks_table.py')
+
+    def test_releases_are_those_of_the_tests(self):
+        self.assertEqual(list(hooks.RELEASES), [
+            int(line.split()[0])
+            for line in VERSIONS.read_text().splitlines()
+            if not line.startswith('#')])
 
 
 class CheckTestCase(test.NoDBTestCase):
