@@ -238,6 +238,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         super().cleanup_host(host)
 
     @hooks.as_nova_declares
+    @hooks.as_nova_declares
     def spawn(self, context, instance, *args, **kwargs):
         """Start a new server, or an old one anew on this host.
 
