@@ -354,8 +354,8 @@ class Layout:
                 'Add it, as Nova made the disk.')
         if recorded != info['type']:
             raise errors.Refused(
-                f'disk {path} is {info["type"]} in its domain and {recorded} '
-                f'in {self.record_path}',
+                f'the domain says {info["type"]} and disk.info {recorded} of '
+                f'disk {path}',
                 'Find out which is true, and correct the other.')
         return recorded
 
@@ -394,7 +394,7 @@ def read_record(path: str) -> dict[str, str]:
         return {}
     except (OSError, ValueError) as error:
         raise errors.StorageError(
-            f'{path} is empty or broken ({error})',
+            f'empty or broken record {path}: {error}',
             'Write it anew: the format of each disk by its path.') from error
     return formats
 

@@ -1,0 +1,470 @@
+#!/usr/bin/python3
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""No disk of a server is forgotten, or deleted by mistake."""
+
+import os
+import shutil
+import threading
+import time
+from unittest import mock
+
+import ddt
+import fixtures
+from oslo_concurrency import processutils
+from oslo_serialization import jsonutils
+from oslo_utils.fixture import uuidsentinel as uuids
+from oslo_utils import units
+
+from nova.compute import power_state
+from nova.compute import task_states
+from nova.compute import vm_states
+from nova import exception
+from nova.tests.fixtures import libvirt_storage
+from nova.tests.unit.virt.libvirt import test_storage_migrate as base
+from nova.virt.libvirt import driver
+from nova.virt.libvirt.storage import site
+
+BOOTS_FROM_VOLUME = {
+    'root_device_name': '/dev/vda', 'ephemerals': [],
+    'block_device_mapping': [{'mount_device': '/dev/vda', 'boot_index': 0,
+                              'connection_info': {}}]}
+
+
+@ddt.ddt
+class PlanTestCase(base.DriverTestCase):
+    """Every disk of the domain goes along, or the migration is refused."""
+
+    @ddt.data(power_state.RUNNING, power_state.SHUTDOWN)
+    def test_overlay_of_an_external_snapshot(self, state):
+        self.info.return_value.state = state
+        self._add_disk()
+        overlay = self.places.volume_path('disk') + '.snap'
+        self.disk_info.return_value = [{'path': overlay, 'type': 'qcow2'}]
+        self._assert_refused(overlay, 'virsh blockcommit')
+
+    def test_overlay_that_has_the_name_of_the_disk(self):
+        self._add_disk(disk_format='qcow2')
+        path = self.places.volume_path('disk')
+        os.unlink(path)
+        below = os.path.join(self.pool_path, 'below')
+        for arguments in ([below], ['-F', 'qcow2', '-b', below, path]):
+            processutils.execute(
+                'qemu-img', 'create', '-f', 'qcow2', *arguments[:-1],
+                arguments[-1], *(['1M'] if arguments == [below] else []))
+        self.disk_info.return_value[0]['backing_file'] = 'below'
+        self._assert_refused(below, 'virsh blockcommit')
+
+    def test_disk_in_the_directory_of_a_server_with_a_swap_disk_in_the_pool(
+            self):
+        # It boots from a volume, and has got its swap disk after pools were
+        # switched on.
+        self._add_disk('disk.swap')
+        path = self._add_file('disk.eph0', b'precious')
+        self._add_record({path: 'qcow2'})
+        self.disk_info.return_value.append({'path': path, 'type': 'qcow2'})
+        result = jsonutils.loads(self._migrate(
+            block_device_info=BOOTS_FROM_VOLUME))
+        self.assertEqual([path], [info['path'] for info in result])
+        self.assertEqual(
+            b'precious', self.dest.files[path].content.read(0, units.Ki))
+
+    def test_new_disk_goes_where_the_others_are(self):
+        open(os.path.join(self.directory, 'disk.eph0'), 'w').close()
+        disk = self.driver.image_backend.by_name(self.instance, 'disk.swap')
+        self.assertEqual(self.directory, os.path.dirname(disk.path))
+
+    def test_pool_by_another_name(self):
+        volume = self._add_disk()
+        link = os.path.join(self.instances, 'link')
+        os.symlink(self.pool_path, link)
+        self.disk_info.return_value[0]['path'] = os.path.join(link, volume)
+        result = jsonutils.loads(self._migrate())
+        self.assertEqual(['/srv/disks/' + volume],
+                         [info['path'] for info in result])
+        self.assertIn(volume, self.dest.volume_names('nova-disks'))
+
+    def test_pool_that_was_elsewhere_when_the_server_started(self):
+        volume = self._add_disk()
+        path = os.path.join('/srv/before', volume)
+        self.disk_info.return_value[0]['path'] = path
+        self._assert_refused(path, 'hard reboot')
+
+    def test_disk_without_a_record(self):
+        self._add_disk()
+        os.unlink(self.places.record_path)
+        self._assert_refused(self.places.volume_path('disk'),
+                             self.places.record_path)
+
+    def test_record_that_differs_from_the_domain(self):
+        self._add_disk()
+        self._add_record({self.places.volume_path('disk'): 'qcow2'})
+        self._assert_refused('the domain says raw and disk.info qcow2')
+
+    @ddt.data('', '{', '[]')
+    def test_record_that_is_broken(self, content):
+        self._add_disk()
+        with open(self.places.record_path, 'w') as record:
+            record.write(content)
+        self._assert_refused(self.places.record_path, 'empty or broken')
+
+    def test_instances_of_the_destination_are_elsewhere(self):
+        self._add_disk()
+        del self.dest.directories[self.instances]
+        self._assert_refused(self.instances, 'instances_path')
+
+
+class FinishTestCase(base.FinishMixin, base.DriverTestCase):
+    """The destination takes over what is there, or nothing."""
+
+    def _assert_fails(self, path, *texts, disk_format='qcow2'):
+        error = self.assertRaises(
+            exception.MigrationError, self._finish,
+            [{'path': path, 'type': disk_format}])
+        for text in texts:
+            self.assertIn(text, str(error))
+
+    def test_pool_was_elsewhere_when_the_disk_came(self):
+        self.flags(use_storage_pools=False, group='libvirt')
+        path = f'/srv/disks/{uuids.instance}_disk'
+        self._assert_fails(path, path, 'disks_pool_path')
+
+    def test_file_that_did_not_come(self):
+        self._claim(directory=self.directory)
+        path = os.path.join(self.directory, 'disk')
+        self._assert_fails(path, path)
+
+    def test_format_is_not_that_of_the_source(self):
+        volume = self._add_disk()
+        path = self.places.volume_path('disk')
+        self._assert_fails(path, volume, 'was qcow2 on its source and is raw')
+
+    def test_format_did_not_come(self):
+        self._add_disk()
+        os.unlink(self.places.record_path)
+        self._assert_fails(
+            self.places.volume_path('disk'), 'not recorded',
+            disk_format='raw')
+
+    def test_raw_disk_without_a_record_is_never_taken_for_an_image(self):
+        self._add_disk()
+        path = self.places.volume_path('disk')
+        with open(path, 'wb') as disk:
+            disk.write(libvirt_storage.qcow2_header(1 << 20, '/etc/shadow'))
+        os.unlink(self.places.record_path)
+        self.assertRaises(
+            exception.InvalidDiskInfo, self.driver.image_backend.by_name,
+            self.instance, 'disk')
+        self.assertFalse(os.path.exists(self.places.record_path))
+
+    def test_guest_does_not_decide_whether_its_raw_disk_grows(self):
+        self._add_disk()
+        path = self.places.volume_path('disk')
+        os.unlink(path)
+        processutils.execute('qemu-img', 'create', '-f', 'qcow2', path, '1T')
+        disk = self.driver.image_backend.by_name(self.instance, 'disk')
+        disk.resize_image(units.Gi)
+        self.assertEqual(units.Gi, os.path.getsize(path))
+
+
+class LeftoverTestCase(base.FinishMixin, base.DriverTestCase):
+    """What an unfinished migration left never becomes a server's disk."""
+
+    def setUp(self):
+        super().setUp()
+        self.spawned = self.useFixture(fixtures.MockPatchObject(
+            driver.LibvirtDriver, 'spawn')).mock
+
+    def _leave(self, source='gone'):
+        self._add_disk()
+        self._add_file('disk.config', b'stale')
+        self._claim(source)
+
+    def _spawn(self, host='source', vm_state=vm_states.BUILDING,
+               task_state=task_states.SPAWNING):
+        self.instance.update({'host': host, 'vm_state': vm_state,
+                              'task_state': task_state})
+        self.driver.spawn(self.context, self.instance, 'image', [], None, {})
+        self.spawned.assert_called_once_with(
+            self.context, self.instance, 'image', [], None, {})
+
+    def test_unshelved_onto_an_unfinished_copy(self):
+        self._leave()
+        self._spawn(vm_state=vm_states.SHELVED_OFFLOADED)
+        self.assertEqual([], self._volumes())
+        self.assertFalse(os.path.exists(self.directory))
+
+    def test_unshelved_onto_disks_that_a_failed_confirm_left(self):
+        self._add_disk()
+        self._spawn(vm_state=vm_states.SHELVED_OFFLOADED)
+        self.assertEqual([], self._volumes())
+
+    def test_resized_between_cells_onto_an_unfinished_copy(self):
+        self._leave()
+        self._spawn(task_state=task_states.RESIZE_FINISH)
+        self.assertEqual([], self._volumes())
+
+    def test_resized_between_cells_that_share_storage(self):
+        # These are the disks of the source, kept for a revert.
+        volume = self._add_disk()
+        self._spawn(task_state=task_states.RESIZE_FINISH)
+        self.assertEqual([volume], self._volumes())
+
+    def test_evacuated_onto_a_copy_that_its_host_did_not_finish(self):
+        self._leave(source='gone')
+        self.instance.host = 'gone'
+        self.assertFalse(self.driver.instance_on_disk(self.instance))
+        self._spawn('gone', vm_states.ACTIVE,
+                    task_states.REBUILD_SPAWNING)
+        self.assertEqual([], self._volumes())
+        self.assertFalse(os.path.exists(self.directory))
+
+    def test_evacuated_with_a_claim_that_outlived_the_hand_over(self):
+        # It was migrated from 'older' to 'gone', which shares its storage
+        # with this host, and died.
+        self._leave(source='older')
+        self.instance.host = 'gone'
+        volume = self.places.volume_name('disk')
+        self.assertTrue(self.driver.instance_on_disk(self.instance))
+        self.assertIn(volume, self._volumes())
+        self._spawn('gone', vm_states.ACTIVE,
+                    task_states.REBUILD_SPAWNING)
+        self.assertEqual([volume], self._volumes())
+        self.assertTrue(os.path.exists(self.directory))
+
+    def test_hard_reboot_makes_the_files_the_servers_own(self):
+        self._leave()
+        os.rename(self.directory, self.places.kept_directory)
+        with mock.patch.object(driver.LibvirtDriver, '_hard_reboot') as nova:
+            self.driver._hard_reboot(self.context, self.instance, [], None)
+        nova.assert_called_once_with(self.context, self.instance, [], None)
+        self.assertEqual([self.places.volume_name('disk')], self._volumes())
+        self.assertTrue(os.path.exists(self.places.record_path))
+
+    def test_cleaning_leaves_a_server_that_runs_there_alone(self):
+        volume = self._add_disk()
+        self.dest.fail('stream.send')
+        self.dest.fail('vol.delete')
+        self.assertRaises(exception.InstanceFaultRollback, self._migrate)
+        self.assertTrue(self.driver._leftovers)
+        # It is shelved, and unshelved there beside the claim.
+        live = libvirt_storage.Content.draw('LIVE')
+        self.dest.volume('nova-disks', volume).content = live
+        self.dest.add_domain(uuids.instance)
+
+        self.driver._leftovers.retry()
+
+        self.assertEqual(
+            live, self.dest.volume('nova-disks', volume).content)
+        self.assertFalse(self.driver._leftovers)
+
+    def test_cleaning_leaves_a_server_that_was_unshelved_there_alone(self):
+        volume = self._add_disk()
+        self.dest.fail('stream.send')
+        self.dest.fail('vol.delete')
+        self.assertRaises(exception.InstanceFaultRollback, self._migrate)
+        # That host's spawn() cleared the copy and made a new disk.
+        for name in self.dest.volume_names('nova-disks'):
+            self.dest.remove_file(f'/srv/disks/{name}')
+        live = libvirt_storage.Content.draw('LIVE')
+        self.dest.add_volume('nova-disks', volume, live)
+
+        self.driver._leftovers.retry()
+
+        self.assertEqual(
+            live, self.dest.volume('nova-disks', volume).content)
+        self.assertFalse(self.driver._leftovers)
+
+
+class SharedConfirmTestCase(base.SameHostTestCase):
+    """A kept directory that an earlier failure left behind."""
+
+    def test_confirm_on_shared_storage_deletes_nothing(self):
+        self.flags(vol_upload_migration=True, group='libvirt')
+        # Resized on its own host; that failed later, and the server was hard
+        # rebooted. The operator deleted the kept disks, as the message says.
+        self._resize()
+        for kept in self.places.kept():
+            os.unlink(kept)
+        self.assertTrue(os.path.isdir(self.places.kept_directory))
+        with open(self.places.volume_path('disk.swap'), 'w'):
+            pass
+        before = self._volumes()
+        self.disk_info.return_value = [
+            {'path': self.places.volume_path('disk'), 'type': 'raw'}]
+
+        with mock.patch.object(site.Site, '_find_shared', return_value=True):
+            self._migrate(dest='dest')
+        self.instance.host = 'dest'
+        with mock.patch.object(driver.LibvirtDriver, 'confirm_migration'):
+            self.driver.confirm_migration(
+                self.context, mock.sentinel.migration, self.instance, [])
+
+        self.assertEqual(before, self._volumes())
+        self.assertTrue(os.path.isdir(self.directory))
+
+    def test_revert_between_cells_restores_nothing_kept_here(self):
+        self._resize()
+        path = self.places.volume_path('disk')
+        self._write(path, 'live data')
+        self.migration.configure_mock(dest_compute='another')
+        self._revert()
+        with open(path) as disk:
+            self.assertEqual('live data', disk.read())
+
+    for _name in list(vars(base.SameHostTestCase)):
+        if _name.startswith('test_'):
+            vars()[_name] = None
+    del _name
+
+
+class RetryTestCase(base.DriverTestCase):
+
+    def test_second_attempt_after_nova_failed_behind_the_driver(self):
+        volume = self._add_disk()
+        self._add_file('kernel', b'the kernel that Glance has lost')
+        self._migrate()
+        # Cinder, Neutron or the database fail after that: the server is in
+        # status ERROR on this host, and its state is reset.
+        self.assertFalse(os.path.exists(self.directory))
+        self.info.return_value.state = power_state.SHUTDOWN
+
+        self._migrate()
+
+        self.assertIn(volume, self.dest.volume_names('nova-disks'))
+        kept = self.places.kept_directory
+        self.assertEqual({'kernel', 'disk.info'}, set(os.listdir(kept)))
+
+    def test_second_attempt_while_the_first_checks(self):
+        self._add_disk()
+        blocked = self.dest.block('conn.getLibVersion')
+        first = threading.Thread(target=self._migrate)
+        first.start()
+        self.assertTrue(blocked.wait_reached())
+        error = self.assertRaises(
+            exception.InstanceFaultRollback, self._migrate)
+        self.assertIn('being copied already', str(error.inner_exception))
+        blocked.release()
+        first.join(20)
+        self.assertFalse(os.path.exists(self.directory))
+
+    def test_server_that_is_deleted_while_the_destination_is_checked(self):
+        self._add_disk()
+        self.dest.call('conn.getLibVersion', lambda: (
+            self.driver.delete_instance_files(self.instance)))
+        self.assertRaises(exception.MigrationError, self._migrate)
+        self.calls.power_off.assert_not_called()
+        self.calls.power_on.assert_not_called()
+        self._assert_nothing_on_destination()
+
+
+class InterruptedTestCase(base.CrashTestCase):
+
+    def test_nova_does_not_confirm_what_was_not_finished(self):
+        self.flags(resize_confirm_window=1)
+        self._start(task_states.RESIZE_FINISH)
+        self._assert_state(vm_states.ERROR, None, 'error')
+
+    for _name in list(vars(base.CrashTestCase)):
+        if _name.startswith('test_'):
+            vars()[_name] = None
+    del _name
+
+
+class BoundTestCase(base.DriverTestCase):
+
+    def test_own_daemon_that_hangs_holds_up_no_delete(self):
+        self._add_disk()
+        blocked = self.source.block('*')
+        self.addCleanup(blocked.release)
+        self.assertTrue(self.driver.delete_instance_files(self.instance))
+        self.assertEqual([], self.source.calls)
+
+    def test_own_daemon_that_hangs_refuses_a_migration(self):
+        self.flags(vol_upload_migration_stall_timeout=1, group='libvirt')
+        self._add_disk()
+        blocked = self.source.block('conn.storagePoolLookupByName')
+        self.addCleanup(blocked.release)
+        self._assert_refused('host source', 'no answer within 1 seconds')
+
+    def test_destination_that_hangs_is_not_asked_again(self):
+        self.flags(vol_upload_migration_stall_timeout=1, group='libvirt')
+        self._add_disk()
+        self.dest.fail('stream.send')
+        self.dest.fail('vol.delete')
+        self.assertRaises(exception.InstanceFaultRollback, self._migrate)
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.leftovers.FIRST_WAIT', 0))
+        blocked = self.dest.block('conn.storagePoolLookupByName', times=None)
+        self.addCleanup(blocked.release)
+        self.driver._leftovers.retry()
+        before = threading.active_count(), len(self.dest.connections)
+        for _attempt in range(4):
+            self.driver._leftovers.retry()
+        self.assertEqual(before, (
+            threading.active_count(), len(self.dest.connections)))
+
+    def test_one_bound_for_all_copies_at_shutdown(self):
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage_migrate.PUT_BACK_SECONDS', 0.5))
+        self.useFixture(fixtures.MockPatchObject(
+            driver.LibvirtDriver, 'cleanup_host'))
+        for name in 'abc':
+            instance = mock.Mock(uuid=name)
+            copying = self.driver._copying(instance)
+            copying.__enter__()
+            self.addCleanup(copying.__exit__, None, None, None)
+        started = time.monotonic()
+        self.driver.cleanup_host('source')
+        self.assertLess(time.monotonic() - started, 1)
+
+
+@ddt.ddt
+class AddressTestCase(base.DriverTestCase):
+    """The address of the destination comes from its own record."""
+
+    @ddt.data('dest?no_verify=1', 'dest/system?command=x', 'a b', '-x', '',
+              'dest#', 'x@dest')
+    def test_address_that_is_none(self, dest):
+        self._add_disk()
+        self._assert_refused('is no address of a host', dest=dest)
+        self.assertEqual([], self.hosts.opened)
+
+    @ddt.data('fd00::1', '192.0.2.1', 'host-1.example.org', 'h')
+    def test_address(self, dest):
+        self.assertIn(
+            dest, base.storage_migrate.destination_uri(dest))
+
+
+class PoolIsInstancesPathTestCase(base.DriverTestCase):
+
+    def test_refused_at_start(self):
+        self.flags(disks_pool_path=self.instances + '/', group='libvirt')
+        error = self.assertRaises(
+            exception.InvalidConfiguration, self.driver._init_disks_pool)
+        self.assertIn('instances_path', str(error))
+
+
+class RawVolumeTestCase(base.DriverTestCase):
+
+    def test_pool_with_raw_volumes_does_not_start_by_itself(self):
+        self._add_disk()
+        with mock.patch.object(base.storage_migrate.LOG, 'warning') as warning:
+            self.driver._init_disks_pool()
+        self.assertIn('raw disks of an earlier release',
+                      warning.call_args.args[0])
+        self.assertFalse(self.source.pools['nova-disks'].autostart)
+        shutil.rmtree(self.directory)
+        self.driver._init_disks_pool()
+        self.assertTrue(self.source.pools['nova-disks'].autostart)
