@@ -394,7 +394,7 @@ def read_record(path: str) -> dict[str, str]:
         return {}
     except (OSError, ValueError) as error:
         raise errors.StorageError(
-            f'empty or broken record {path}: {error}',
+            f'empty or broken record of formats {path}',
             'Write it anew: the format of each disk by its path.') from error
     return formats
 

@@ -117,7 +117,7 @@ class PlanTestCase(base.DriverTestCase):
         self._add_disk()
         with open(self.places.record_path, 'w') as record:
             record.write(content)
-        self._assert_refused(self.places.record_path, 'empty or broken')
+        self._assert_refused('empty or broken', self.places.record_path)
 
     def test_instances_of_the_destination_are_elsewhere(self):
         self._add_disk()

@@ -257,7 +257,7 @@ class RecordTestCase(LayoutTestCase):
                      lambda: self.places.record([], self.places)):
             error = self.assertRaises(errors.StorageError, read)
             self.assertIn(
-                f'{self.places.record_path} is empty or broken',
+                f'empty or broken record of formats {self.places.record_path}',
                 error.reason)
             self.assertTrue(error.remedy)
 

@@ -217,7 +217,7 @@ class AdoptTestCase(LocalTestCase):
     def test_record_that_is_cut_off(self):
         self._volume()
         self._write(self.places.record_path, '')
-        self._assert_refused(self._info(), 'is empty or broken')
+        self._assert_refused(self._info(), 'empty or broken record of formats')
 
     def test_adopt_again_after_a_crash_anywhere(self):
         for name in 'fsync', 'unlink':

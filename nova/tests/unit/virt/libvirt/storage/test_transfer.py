@@ -434,7 +434,7 @@ class FailureTestCase(TransferTestCase):
         self._write(self.places.record_path, b'{')
 
         error = self._assert_fails('host source', 'Write it anew')
-        self.assertIn('is empty or broken', error.reason)
+        self.assertIn('empty or broken record of formats', error.reason)
 
 
 @ddt.ddt
