@@ -88,7 +88,7 @@ class StorageContract:
         """Have the daemon do something with the pool in the background."""
         raise NotImplementedError
 
-    # What the tests have in common.
+    # Helpers.
 
     def create(self, name: str, size: int = 8 * UNIT, format: str = 'raw',
                mode: str = '0640', owner: int = 0, group: int = 0) -> ty.Any:

@@ -20,7 +20,7 @@ import time
 from nova.tests.live import base
 from nova.tests import storage_contract
 
-# What the pool's file system holds.
+# Size of the pool's file system, in bytes.
 SIZE = 96 * 1024 ** 2
 
 

@@ -599,7 +599,7 @@ class _Queue:
     is full, the reader waits until half of it is gone: waking the reader for
     each chunk costs more than reading the chunk does.
 
-    :ivar full: whether the reader has to wait for the writer
+    :ivar full: whether the reader must wait for the writer
     :ivar held: whether the writer waits for a turn of the bandwidth
     :ivar put_in: bytes that came in so far, holes included
     :ivar taken: bytes that went out so far, holes included
