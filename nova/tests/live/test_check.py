@@ -40,7 +40,7 @@ disks_pool = {pool}
 disks_pool_path = /var/lib/nova/{pool}
 """
 GOOD = {
-    'user', 'options', 'libvirt', 'pool', 'uri', 'name', 'port',
+    'user', 'options', 'libvirt', 'pool', 'directory', 'uri', 'name', 'port',
     'our certificate', 'its certificate', 'encryption', 'owner', 'space',
     'shared storage', 'probe copy'}
 

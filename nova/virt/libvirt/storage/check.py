@@ -58,6 +58,10 @@ PROBE_BYTES = 16 * units.Mi
 STEP_SECONDS = 60
 PROBE_SECONDS = 300
 
+DIRECTORY_REMEDY = (
+    'Run it as the user of nova-compute. If nova-compute or libvirt runs in a '
+    'container, mount the directory in both under this path')
+
 # Days before its end from which on a certificate is warned of.
 EXPIRY_DAYS = 30
 
@@ -186,7 +190,8 @@ class Source(Checks):
         yield from self._run([('user', self._user),
                               ('options', self._options)])
         yield from self._run_until_failure([('libvirt', self._libvirt),
-                                            ('pool', self._pool)])
+                                            ('pool', self._pool),
+                                            ('directory', self._directory)])
 
     def close(self) -> None:
         """Close the connection to this host's libvirt."""
@@ -238,6 +243,22 @@ class Source(Checks):
                 f'{name} has the directory {self.pool.path}',
                 'Set [libvirt]disks_pool_path to that')
         return _describe(self.pool)
+
+    def _directory(self) -> str:
+        """Whether this user and libvirt mean the same by the pool's path."""
+        assert self.pool is not None
+        path = self.pool.path
+        with _marker(path) as marker:
+            if marker is None:
+                raise Problem(f'this user cannot make a file in {path}',
+                              DIRECTORY_REMEDY)
+            self.pool.refresh()
+            is_seen = bool(self.pool.volumes(marker))
+        if not is_seen:
+            raise Problem(
+                f'libvirt does not see what this user writes to {path}',
+                DIRECTORY_REMEDY)
+        return f'libvirt sees what this user writes to {path}'
 
 
 class Destination(Checks):

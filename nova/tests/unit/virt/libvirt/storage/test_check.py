@@ -38,13 +38,29 @@ class _CheckTestCase(test.NoDBTestCase):
         self.hosts = self.useFixture(libvirt_storage.LibvirtStorageFixture())
         self.source, self.dest = self.hosts['source'], self.hosts['dest']
         self.instances = self.useFixture(fixtures.TempDir()).path
-        self.source.add_pool('nova-disks', '/disks', os.getuid(), 0, 0o755)
+        self.disks = self.useFixture(fixtures.TempDir()).path
+        self.source.add_pool('nova-disks', self.disks, os.getuid(), 0, 0o755)
+        self._show_disks()
         self.dest.add_pool('nova-disks', '/srv/disks', 64060, 64061, 0o755)
         self.dest.directories[self.instances] = (
             libvirt_storage.FakeDirectory(64060, 64061, 0o755))
         self.settings = dict(
-            uri='qemu:///system', pool='nova-disks', pool_path='/disks',
+            uri='qemu:///system', pool='nova-disks', pool_path=self.disks,
             instances_path=self.instances, enabled=True, bandwidth=0)
+
+    def _show_disks(self):
+        """Let the faked libvirt see files that are made in the directory."""
+        self.seen = True
+        make = check.tempfile.NamedTemporaryFile
+
+        def make_seen(**kwargs):
+            file = make(**kwargs)
+            if self.seen and kwargs['dir'] == self.disks:
+                self.source.add_file(file.name)
+            return file
+
+        self.useFixture(fixtures.MockPatchObject(
+            check.tempfile, 'NamedTemporaryFile', make_seen))
 
     def _source(self):
         source = check.Source('source', check.Settings(**self.settings))
@@ -74,8 +90,8 @@ class SourceTestCase(_CheckTestCase):
     def test_good_host(self):
         findings = self._run()
         self.assertEqual(
-            dict.fromkeys(['user', 'options', 'libvirt', 'pool'], check.OK),
-            self._statuses(findings))
+            dict.fromkeys(['user', 'options', 'libvirt', 'pool', 'directory'],
+                          check.OK), self._statuses(findings))
         self.assertEqual('nova-disks', self.checked.pool.name)
 
     def test_another_user(self):
@@ -104,7 +120,21 @@ class SourceTestCase(_CheckTestCase):
 
     def test_pool_of_another_path(self):
         self.settings['pool_path'] = '/other'
-        self._only_failure(self._run(), '/disks', 'disks_pool_path')
+        self._only_failure(self._run(), self.disks, 'disks_pool_path')
+
+    def test_directory_that_this_user_does_not_see(self):
+        os.rmdir(self.disks)
+        self.addCleanup(os.mkdir, self.disks)
+        self._only_failure(
+            self._run(), f'directory: this user cannot make a file in '
+            f'{self.disks}', 'mount the directory in both')
+
+    def test_directory_that_is_another_one_for_libvirt(self):
+        self.seen = False
+        self._only_failure(
+            self._run(), f'directory: libvirt does not see what this user '
+            f'writes to {self.disks}', 'mount the directory in both')
+        self.assertEqual([], os.listdir(self.disks))
 
 
 @ddt.ddt
@@ -260,14 +290,14 @@ class DestinationTestCase(_CheckTestCase):
     def test_only_the_pool_is_shared(self):
         self._share_pool()
         self._only_failure(
-            self._run(), f'/disks is on storage that both hosts share, and '
-            f'{self.instances} is not', 'Share both')
+            self._run(), f'{self.disks} is on storage that both hosts share, '
+            f'and {self.instances} is not', 'Share both')
 
     def test_only_the_instance_directories_are_shared(self):
         self._share_directory()
         self._only_failure(
             self._run(), f'{self.instances} is on storage that both hosts '
-            f'share, and /disks is not')
+            f'share, and {self.disks} is not')
 
     def test_probe_that_fails_is_deleted(self):
         self.dest.fail('stream.send', after=units.Mi)
