@@ -267,7 +267,8 @@ class ListTestCase(BackendTestCase):
             self._write(self.places.record_path, data)
             self.assertCountEqual(paths, image.list_overlays())
             self.assertEqual([], image.list_raw())
-        self.assertIn('empty or broken record of formats', self.stdlog.logger.output)
+        self.assertIn(
+            'empty or broken record of formats', self.stdlog.logger.output)
 
 
 class QemuTestCase(BackendTestCase):

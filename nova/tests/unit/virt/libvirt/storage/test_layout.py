@@ -381,8 +381,8 @@ class PlanTestCase(LayoutTestCase):
 
     def test_disk_whose_domain_has_another_format_is_refused(self):
         info = self._add('disk', 'raw')
-        self._assert_refused(dict(info, type='qcow2'), 'is qcow2 in its '
-                             'domain and raw in')
+        self._assert_refused(dict(info, type='qcow2'),
+                             'the domain says qcow2 and disk.info raw of')
 
     def test_broken_record_is_an_error(self):
         info = self._add()
