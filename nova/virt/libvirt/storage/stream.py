@@ -502,6 +502,12 @@ class VolumeSink:
             raise self._error(error) from error
         self._stream = stream
 
+    def move(self, offset: int, length: int) -> None:
+        """End the upload, and write another range of the volume next."""
+        self.finish()
+        self._stream = None
+        self._offset, self._length = offset, length
+
     def data(self, data: bytes) -> None:
         """Send the next bytes."""
         self.open()
@@ -543,6 +549,71 @@ class VolumeSink:
 
     def _error(self, reason: 'libvirt.libvirtError') -> errors.CopyError:
         return errors.CopyError('destination', self.path, self._done, reason)
+
+
+class RangesSink:
+    """Ranges of a volume that are written through libvirt, one by one.
+
+    The bytes of all ranges come one after the other. What is outside of the
+    ranges stays, and so does the length of the volume, unless a range ends
+    beyond it. libvirtd takes 1 ms for each range.
+    """
+    sparse = False
+
+    def __init__(
+        self, volume: 'libvirt.virStorageVol',
+        ranges: ty.Iterable[tuple[int, int]],
+    ):
+        """Name what to write; blocks while libvirt looks up the volume.
+
+        :param volume: the volume
+        :param ranges: (start, end) of each; none is empty
+        """
+        self._sink = VolumeSink(volume, sparse=False)
+        self.path = self._sink.path
+        self._ranges = iter(ranges)
+        self._left = 0
+
+    def data(self, data: bytes) -> None:
+        """Send the next bytes, possibly to several ranges."""
+        while data:
+            if not self._left:
+                start, end = next(self._ranges)
+                self._left = end - start
+                self._sink.move(start, self._left)
+            part, data = data[:self._left], data[self._left:]
+            self._sink.data(part)
+            self._left -= len(part)
+
+    def hole(self, length: int) -> None:
+        raise NotImplementedError()
+
+    def finish(self) -> None:
+        """End the last upload."""
+        self._sink.finish()
+
+    def abort(self) -> None:
+        """End the upload of a range after an error."""
+        self._sink.abort()
+
+
+def set_length(
+    volume: 'libvirt.virStorageVol',
+    length: int,
+    cancel: CancelEvent | None = None,
+    stall_seconds: float = STALL_SECONDS,
+) -> None:
+    """Truncate a volume, or extend it by a hole.
+
+    virStorageVolResize() is of no use: of a volume that holds a qcow2 image
+    it resizes the disk within.
+
+    :param length: bytes that the volume will have, at least 1
+    :raises: CopyError, Cancelled
+    """
+    # A sparse upload truncates the volume where it ends in a hole.
+    sink = VolumeSink(volume, length - 1, 1)
+    copy(MemorySource(b'\0'), sink, 1, None, cancel, stall_seconds)
 
 
 def length_of(chunk: Chunk) -> int:

@@ -1720,3 +1720,104 @@ class VolumeSinkTestCase(VolumeMixin, _CopyTestCase):
             errors.CopyError, threads.off_hub, self.open_sink().open)
 
         self.assertEqual(('destination', 0), (error.end, error.done))
+
+
+class RangesSinkTestCase(_CopyTestCase):
+
+    RANGES = [(1, 3), (5, 6), (7, 9)]
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.before = Content.of(patterned(8 * UNIT))
+        self.dest.add_volume('disks', 'disk', self.before.copy())
+        self.ranges = [
+            (start * UNIT, end * UNIT) for start, end in self.RANGES]
+
+    def write(self, data: bytes, **kwargs: ty.Any) -> stream.Result:
+        sink = stream.RangesSink(self.lookup(self.dest, 'disk'), self.ranges)
+        return threads.off_hub(
+            stream.copy, stream.MemorySource(data), sink, len(data), **kwargs)
+
+    def test_ranges_are_written_and_nothing_else(self):
+        data = b'A' * 2 * UNIT + b'\0' * UNIT + b'C' * 2 * UNIT
+
+        result = self.write(data)
+
+        for offset, length, byte in ((1, 2, b'A'), (5, 1, b'\0'),
+                                     (7, 2, b'C')):
+            self.before.write(offset * UNIT, byte * length * UNIT)
+        self.assertEqual(self.before, self.copied())
+        self.assertEqual(5 * UNIT, result.wire)
+        self.assertEqual(
+            [(start, end - start, False) for start, end in self.ranges],
+            [(upload.offset, upload.length, upload.sparse)
+             for upload in self.uploads()])
+        self.assertEqual(
+            ['finished'] * 3, [upload.outcome for upload in self.uploads()])
+
+    def test_no_ranges(self):
+        self.ranges = []
+
+        self.assertEqual(0, self.write(b'').wire)
+
+        self.assertEqual([], self.uploads())
+        self.assertEqual(self.before, self.copied())
+
+    def test_a_message_that_is_longer_than_the_ranges(self):
+        self.set_size('LONG_MESSAGE_BYTES', 1 << 30)
+        self.ranges = [(number * 100, number * 100 + 1)
+                       for number in range(50)]
+
+        self.write(b'x' * 50)
+
+        for start, _end in self.ranges:
+            self.before.write(start, b'x')
+        self.assertEqual(self.before, self.copied())
+
+    def test_error_tells_the_bytes_of_all_ranges(self):
+        for function, fault in (
+                ('vol.upload', {'nth': 3}), ('stream.send', {'nth': 3}),
+                ('stream.finish', {'nth': 3})):
+            with self.subTest(function=function):
+                self.dest.fail(function, error=DEST_ERROR, **fault)
+                error = self.assertRaises(
+                    errors.CopyError, self.write, b'x' * 5 * UNIT)
+                self.assertEqual('destination', error.end)
+                self.assertIn(error.done, (3 * UNIT, 5 * UNIT))
+
+    def test_cancel(self):
+        cancel = threading.Event()
+        self.dest.call('stream.send', cancel.set, nth=2)
+        self.dest.slow('stream.send', 0.5)
+
+        self.assertRaises(
+            errors.Cancelled, self.write, b'x' * 5 * UNIT, cancel=cancel)
+
+        libvirt_storage.wait_for(
+            lambda: self.uploads()[-1].outcome is not None, 5)
+        self.assertEqual('aborted', self.uploads()[-1].outcome)
+
+
+@ddt.ddt
+class SetLengthTestCase(_CopyTestCase):
+
+    @ddt.data(1, UNIT, 3 * UNIT + 5, 8 * UNIT - 1, 8 * UNIT, 20 * UNIT)
+    def test_length(self, length):
+        before = Content.of(patterned(8 * UNIT))
+        self.dest.add_volume('disks', 'disk', before.copy())
+
+        threads.off_hub(
+            stream.set_length, self.lookup(self.dest, 'disk'), length)
+
+        before.truncate(length)
+        self.assertEqual(before, self.copied())
+
+    def test_failure(self):
+        self.dest.add_volume('disks', 'disk', Content(UNIT))
+        self.dest.fail('stream.sendHole', error=DEST_ERROR)
+
+        error = self.assertRaises(
+            errors.CopyError, threads.off_hub, stream.set_length,
+            self.lookup(self.dest, 'disk'), 5)
+
+        self.assertEqual('destination', error.end)
