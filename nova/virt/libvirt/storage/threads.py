@@ -19,6 +19,7 @@ eventlet's tpool: that has 20, which Nova's own libvirt calls go through.
 """
 
 import functools
+import os
 import sys
 import threading
 import typing as ty
@@ -59,6 +60,12 @@ def native_threading() -> ty.Any:
     return eventlet.patcher.original('threading') if eventlet else threading
 
 
+def native_os() -> ty.Any:
+    """The os module whose functions make no hub in a native thread."""
+    eventlet = utils.get_eventlet()
+    return eventlet.patcher.original('os') if eventlet else os
+
+
 def off_hub(
     function: ty.Callable[..., ty.Any], *args: ty.Any, **kwargs: ty.Any,
 ) -> ty.Any:
@@ -75,14 +82,13 @@ def off_hub(
     if eventlet is None:
         return function(*args, **kwargs)
     # The end of file on the pipe wakes up the hub as soon as the thread ends.
-    native_os = eventlet.patcher.original('os')
-    reader, writer = native_os.pipe()
+    reader, writer = native_os().pipe()
 
     def run(outcome: dict[str, ty.Any]) -> None:
         try:
             _record(outcome, functools.partial(function, *args, **kwargs))
         finally:
-            native_os.close(writer)
+            native_os().close(writer)
 
     outcome: dict[str, ty.Any] = {}
     native_threading().Thread(
@@ -90,7 +96,7 @@ def off_hub(
     try:
         eventlet.hubs.trampoline(reader, read=True)
     finally:
-        native_os.close(reader)
+        native_os().close(reader)
     return _result(outcome)
 
 

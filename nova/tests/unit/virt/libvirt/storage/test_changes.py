@@ -1,0 +1,339 @@
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+import errno
+import os
+import tracemalloc
+from unittest import mock
+
+import ddt
+import fixtures
+from oslo_utils import units
+
+from nova import test
+from nova.tests import changing_disk
+from nova.virt.libvirt.storage import changes
+from nova.virt.libvirt.storage import errors
+
+BLOCK = changing_disk.BLOCK
+
+
+@ddt.ddt
+class HashesTestCase(changing_disk.EngineTests, test.NoDBTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.directory = self.useFixture(fixtures.TempDir()).path
+
+    def follow(self, path, skip=0):
+        tracked = changes.Hashes(path, skip)
+        self.addCleanup(tracked.close)
+        return tracked
+
+    def draw(self, picture):
+        """Write a disk: a character for a block, '-' for a hole."""
+        path = os.path.join(self.directory, 'disk')
+        with open(path, 'r+b' if os.path.exists(path) else 'wb') as disk:
+            disk.truncate(len(picture) * BLOCK)
+            for number, letter in enumerate(picture):
+                disk.seek(number * BLOCK)
+                if letter == '-':
+                    changing_disk.punch(disk, number * BLOCK, BLOCK)
+                elif letter == '0':
+                    disk.write(bytes(BLOCK))
+                else:
+                    disk.write(letter.encode() * BLOCK)
+        return path
+
+    def _changes(self, before, after):
+        path = self.draw(before)
+        copy = changing_disk.Copy(self.follow(path))
+        self.draw(after)
+        ranges = copy.send(last=True)
+        self._assert_same(path, copy)
+        return ''.join(
+            'x' if any(start <= at < end for start, end in ranges) else '.'
+            for at in range(0, len(copy.data), BLOCK))
+
+    @ddt.data(
+        ('ABC', 'ABC', '...'),
+        ('ABC', 'AXC', '.x.'),
+        ('ABC', 'XBX', 'xxx'),  # merged
+        ('A------B', 'X------Y', 'x......x'),
+        ('ABC', 'A-C', '.x.'),
+        ('ABC', 'A0C', '.x.'),
+        ('A-C', 'AXC', '.x.'),
+        ('A-C', 'A0C', '...'),
+        ('A0C', 'A-C', '...'),
+        ('ABC', 'ABCD', '...x'),
+        ('ABC', 'ABC-', '....'),
+        ('ABC', 'ABC------D', '.........x'),
+        ('ABC', 'AB', '..'),
+        ('ABC', 'X', 'x'),
+        ('---', '---', '...'),
+        ('---', '', ''),
+        ('', 'A', 'x'),
+    )
+    @ddt.unpack
+    def test_changed_blocks(self, before, after, changed):
+        self.assertEqual(changed, self._changes(before, after))
+
+    def test_a_file_that_was_cut_off_and_grew_again_has_zeros(self):
+        path = self.draw('ABCD')
+        copy = changing_disk.Copy(self.follow(path))
+        self.draw('A')
+        copy.send()
+        self.draw('A---')
+        copy.send(last=True)
+        self._assert_same(path, copy)
+
+    def test_a_file_that_is_cut_off_while_it_is_read(self):
+        path = self.open_disk(os.urandom(4 * BLOCK))
+        tracked = self.follow(path)
+        os.truncate(path, BLOCK + 1)
+        copy = changing_disk.Copy(tracked)
+        copy.send(last=True)
+        self._assert_same(path, copy)
+
+    def test_only_what_changed_is_read_for_a_pass(self):
+        path = self.open_disk(os.urandom(32 * BLOCK))
+        copy = changing_disk.Copy(self.follow(path))
+        copy.read = 0
+        with open(path, 'r+b') as disk:
+            disk.seek(20 * BLOCK + 17)
+            disk.write(b'changed')
+        ranges = copy.send()
+        self.assertEqual([(20 * BLOCK, 21 * BLOCK)], list(ranges))
+        self.assertEqual(BLOCK, ranges.total)
+        self.assertEqual(BLOCK, copy.read)
+
+    def test_what_a_pass_sent_is_not_sent_again(self):
+        path = self.draw('ABC')
+        copy = changing_disk.Copy(self.follow(path))
+        self.draw('XBC')
+        self.assertEqual(1, len(copy.send()))
+        self.assertEqual(0, len(copy.send()))
+
+    def test_without_blake3(self):
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.changes.blake3', None))
+        self.assertEqual('.x.', self._changes('ABC', 'AXC'))
+
+    def test_hashes_are_keyed(self):
+        first, second = changes._new_hash(), changes._new_hash()
+        self.assertNotEqual(first(b'a' * BLOCK), second(b'a' * BLOCK))
+        self.assertEqual(changes.DIGEST_BYTES, len(first(b'a')))
+
+    def test_a_file_that_grew_beyond_the_table(self):
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.changes.TABLE_BYTES',
+            2 * changes.DIGEST_BYTES))
+        path = self.draw('AB')
+        copy = changing_disk.Copy(self.follow(path))
+        self.draw('ABCD')
+        self.assertEqual([(2 * BLOCK, 4 * BLOCK)], list(copy.send()))
+        # These are not recorded, and so are sent in each pass.
+        self.assertEqual([(2 * BLOCK, 4 * BLOCK)], list(copy.send()))
+        self.draw('AB--')
+        copy.send(last=True)
+        self._assert_same(path, copy)
+
+    def _sparse(self, size, extents=()):
+        path = self.open_disk()
+        with open(path, 'r+b') as disk:
+            disk.truncate(size)
+            for start, data in extents:
+                disk.seek(start)
+                disk.write(data)
+        return path
+
+    def test_a_sparse_disk_of_a_tebibyte_takes_next_to_nothing(self):
+        path = self._sparse(units.Ti, [
+            (number * 16 * units.Gi + 4096, os.urandom(4096))
+            for number in range(64)])
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        tracked = self.follow(path)
+        read = sum(
+            len(chunk) for chunk in tracked.source().chunks(units.Ti)
+            if not isinstance(chunk, int))
+        with open(path, 'r+b') as disk:
+            disk.seek(units.Ti // 2 + 1)
+            disk.write(b'changed')
+        ranges = tracked.look(last=True)
+        self.assertEqual(tracked._table.block, ranges.total)
+        self.assertEqual(64 * 4096, read)
+        self.assertLess(tracemalloc.get_traced_memory()[1], 6 * units.Mi)
+
+    def test_a_full_disk_of_a_tebibyte_takes_less_than_64_mib(self):
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        table = changes._Table(units.Ti)
+        data = os.urandom(table.block)
+        for block in range(0, units.Ti // table.block, table.SEGMENT):
+            table.record(block, 1, data)
+        self.assertLess(tracemalloc.get_traced_memory()[1], 64 * units.Mi)
+
+    @ddt.data(
+        (1, 64), (32 * units.Gi, 64), (80 * units.Gi, 64),
+        (128 * units.Gi, 128), (units.Ti, 256), (16 * units.Ti, 256))
+    @ddt.unpack
+    def test_larger_disks_have_larger_blocks(self, size, block):
+        table = changes._Table(size)
+        self.assertEqual(block * units.Ki, table.block)
+        room = -(-size // table.block) * changes.DIGEST_BYTES
+        self.assertLessEqual(
+            room, max(16 * units.Mi, 48 * units.Mi * size // units.Ti))
+
+
+class TrackTestCase(test.NoDBTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.directory = self.useFixture(fixtures.TempDir()).path
+        self.path = os.path.join(self.directory, 'disk')
+        with open(self.path, 'wb') as disk:
+            disk.write(b'data')
+
+    def test_hashes_where_no_clone_can_be_made(self):
+        for number in (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL,
+                       errno.ENOTTY, errno.EACCES, errno.ENOSPC):
+            with self.subTest(errno=number), mock.patch(
+                    'fcntl.ioctl', side_effect=OSError(number, 'no')):
+                tracked = changes.track(self.path, self.directory)
+                self.assertEqual('hashes', tracked.kind)
+                tracked.close()
+
+    def test_hashes_without_room_for_a_clone(self):
+        descriptors = os.listdir('/proc/self/fd')
+        with mock.patch.object(changes, 'RESERVED_BYTES', 2 ** 60):
+            tracked = changes.track(self.path, self.directory)
+        self.assertEqual('hashes', tracked.kind)
+        tracked.close()
+        self.assertEqual(descriptors, os.listdir('/proc/self/fd'))
+
+    def test_a_file_that_cannot_be_read(self):
+        error = self.assertRaises(
+            errors.CopyError, changes.track, self.path + '-lost',
+            self.directory)
+        self.assertEqual(
+            'source failed after 0 bytes: [Errno 2] No such file or '
+            "directory: 'the volume'", str(error))
+
+
+class RangesTestCase(test.NoDBTestCase):
+
+    def test_near_ranges_are_merged(self):
+        ranges = changes.Ranges()
+        far = changes.MERGE_BYTES
+        for start, end in [(0, 1), (1, 2), (far, far + 1),
+                           (2 * far + 1, 2 * far + 3)]:
+            ranges.add(start, end)
+        self.assertEqual(
+            [(0, far + 1), (2 * far + 1, 2 * far + 3)], list(ranges))
+        self.assertEqual(far + 3, ranges.total)
+        self.assertEqual(2, len(ranges))
+
+    def test_there_are_never_many(self):
+        ranges = changes.Ranges(most=8)
+        step = 2 * changes.MERGE_BYTES
+        for number in range(1000):
+            ranges.add(number * step, number * step + 1)
+            self.assertLessEqual(len(ranges), 8)
+        self.assertEqual(
+            ranges.total, sum(end - start for start, end in ranges))
+        for number in range(1000):
+            self.assertTrue(any(
+                start <= number * step < end for start, end in ranges))
+
+
+@ddt.ddt
+class PassesTestCase(test.NoDBTestCase):
+
+    @ddt.data(
+        # Rewritten faster than it is sent: once before the power off.
+        ([1000, 1000], 1), ([1000, 501], 1),
+        # Each pass takes a tenth of the time of the one before.
+        ([10000, 1000, 100, 10], 3),
+        ([1000, 500, 251], 2),
+        ([1000, 0], 1), ([0, 0], 1), ([20, 9], 1),
+        ([64000 >> n for n in range(20)], 11),
+    )
+    @ddt.unpack
+    def test_passes(self, mebibytes, expected):
+        """The first figure is what the first pass sent."""
+        first, *more = [count * units.Mi for count in mebibytes]
+        passes, done = changes.Passes(first), 1
+        for changed in more:
+            if not passes.another(changed):
+                break
+            done += 1
+        self.assertEqual(expected, done)
+
+    def test_their_number_is_bounded(self):
+        passes = changes.Passes(2 ** 60)
+        changed = 2 ** 59
+        done = 1
+        while passes.another(changed):
+            changed //= 2
+            done += 1
+        self.assertEqual(changes.MOST_PASSES, done)
+
+
+@ddt.ddt
+class ExtentsTestCase(test.NoDBTestCase):
+
+    @staticmethod
+    def _draw(picture):
+        """Extents of one character each: '-' is a hole, '?' is vague.
+
+        A letter is the place on the disk: that of its upper case is shared.
+        """
+        for number, letter in enumerate(picture):
+            if letter != '-':
+                yield changes.Extent(
+                    number, number + 1,
+                    object() if letter == '?' else letter)
+
+    @ddt.data(
+        ('', '', ''), ('abc', 'abc', '...'), ('abc', 'axc', '.x.'),
+        ('a-c', 'abc', '.x.'), ('abc', 'a-c', '.x.'), ('a?c', 'a?c', '.x.'),
+        ('---', '---', '...'), ('abc', 'abcd', '...x'), ('abc', 'a', '.'),
+        ('', 'a-b', 'x.x'), ('abc', '---', 'xxx'))
+    @ddt.unpack
+    def test_differing(self, old, new, expected):
+        changed = ['.'] * len(new)
+        for start, end in changes.differing(
+                self._draw(old), self._draw(new), len(new)):
+            changed[start:end] = 'x' * (end - start)
+        self.assertEqual(expected, ''.join(changed))
+
+    def test_extents_that_overlap_in_part(self):
+        old = [changes.Extent(0, 100, 7), changes.Extent(150, 300, 9)]
+        new = [changes.Extent(0, 50, 7), changes.Extent(50, 60, 8),
+               changes.Extent(60, 100, 7), changes.Extent(120, 200, 9),
+               changes.Extent(200, 400, 9)]
+        self.assertEqual(
+            [(50, 60), (120, 150), (300, 350)],
+            list(changes.differing(old, new, 350)))
+
+    def test_places(self):
+        place = changes._place
+        self.assertEqual(place(0, 4096, 10, 0), place(4096, 8192, 99, 0x2000))
+        self.assertNotEqual(place(0, 4096, 10, 0), place(0, 8192, 10, 0))
+        for vague in (0x2, 0x4, 0x100, 0x200, 0x400):
+            self.assertNotEqual(
+                place(0, 4096, 10, vague), place(0, 4096, 10, vague))
+        self.assertNotEqual(place(0, 0, 10, 0), place(0, 0, 10, 0))
+        self.assertEqual(place(0, 4096, 10, 8), place(0, 4096, 10, 8))
+        self.assertNotEqual(place(0, 4096, 10, 8), place(0, 4096, 9, 8))
