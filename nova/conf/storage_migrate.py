@@ -159,6 +159,31 @@ Related options:
 
 * ``vol_upload_migration``
 """),
+    cfg.BoolOpt(
+        'vol_upload_migration_precopy',
+        default=True,
+        help="""
+Copy the disks of a server while it runs, before it is powered off.
+
+Only what the server has changed since is copied while it is off. The disks are
+copied again, as often as that helps, before the server is powered off: as long
+as each pass has at most half as much to send as the one before.
+
+On a file system with reflinks, such as XFS or btrfs, an unnamed clone of each
+disk keeps what the server overwrites, and needs as much room for as long as
+the migration takes. Where the file system has no reflinks, or too little room,
+the disk is read a second time after the server has been powered off. That
+takes memory, 48 MiB for each TiB of the disk.
+
+If this option is switched off, all disks are copied after the server has been
+powered off.
+
+Related options:
+
+* ``vol_upload_migration``
+* ``vol_upload_migration_direct_read``: without it disks are copied only after
+  the server has been powered off.
+"""),
     cfg.IntOpt(
         'vol_upload_migration_bandwidth',
         default=0,

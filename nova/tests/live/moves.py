@@ -28,10 +28,12 @@ class Watch:
     """Keeps what a transfer says of its files.
 
     :ivar results: what became of each file, by name
+    :ivar passes: what became of each pass that sent changes, with the name
     """
 
     def __init__(self) -> None:
         self.results: dict[str, stream.Result] = {}
+        self.passes: list[tuple[str, stream.Result]] = []
 
     def begin(self, total: int) -> None:
         pass
@@ -41,6 +43,9 @@ class Watch:
 
     def end(self, name: str, result: stream.Result) -> None:
         self.results[name] = result
+
+    def end_pass(self, name: str, result: stream.Result) -> None:
+        self.passes.append((name, result))
 
 
 def new_transfer(

@@ -110,6 +110,7 @@ class _Copy:
     :ivar cancel: stops the copy when it is set
     :ivar reason: why it was stopped
     :ivar deleted: whether the server was deleted, and must not start again
+    :ivar off_since: time.monotonic() of its power off
     :ivar over: set when nothing is left to do
     """
 
@@ -118,7 +119,13 @@ class _Copy:
         self.cancel = threading.Event()
         self.reason = ''
         self.deleted = False
+        self.off_since = 0.0
         self.over = threading.Event()
+
+    @property
+    def off_seconds(self) -> float:
+        """How long the server has been off."""
+        return time.monotonic() - self.off_since
 
     def check(self) -> None:
         """Go on only if the copy was not stopped.
@@ -310,7 +317,6 @@ class LibvirtDriver(driver.LibvirtDriver):
                 self._check_request(server, places, flavor)
                 disk_info = self._disk_info(server)
                 files = places.plan(disk_info)
-                is_running = self._is_running(instance)
                 self._check_vtpm(instance, places)
                 move = self._new_transfer(places, dest, files, instance.name)
                 stack.callback(_native, move.close)
@@ -321,8 +327,16 @@ class LibvirtDriver(driver.LibvirtDriver):
                 _native(move.claim)
             with self._put_back_on_error(server, copy, dest) as steps:
                 steps.push(self._discard_copy, instance, dest, move.discard)
-                steps.push(self._start_again, server, copy, is_running, steps)
                 copy.check()
+                watch = progress.Progress(context, instance, dest)
+                if self._can_precopy(instance, move):
+                    watch.watch(functools.partial(
+                        _native, move.precopy, copy.cancel, watch))
+                copy.check()
+                # The guest may have been shut down meanwhile.
+                steps.push(self._start_again, server, copy,
+                           self._is_running(instance), steps)
+                copy.off_since = time.monotonic()
                 self.power_off(instance, timeout, retry_interval)
                 self._detach_from_host(server)
                 if move.there.is_shared:
@@ -330,10 +344,13 @@ class LibvirtDriver(driver.LibvirtDriver):
                     layout.write_record(
                         places.record_path, places.formats() | move.formats())
                 else:
-                    watch = progress.Progress(context, instance, dest)
                     watch.watch(functools.partial(
                         _native, move.run, copy.cancel, watch))
                     local.keep_directory(places)
+        LOG.info('All files of the server are on %(host)s. It has been off '
+                 'for %(seconds).1f s',
+                 {'host': dest, 'seconds': copy.off_seconds},
+                 instance=instance)
         paths = {file.path: move.there.layout.path(file) for file in files}
         return jsonutils.dumps(
             [dict(info, path=paths[info['path']]) for info in disk_info])
@@ -357,8 +374,9 @@ class LibvirtDriver(driver.LibvirtDriver):
                 is_running = self._is_running(instance)
                 local.remove_stale_directory(places)
             with self._put_back_on_error(server, copy, CONF.host) as steps:
-                steps.push(self._start_again, server, copy, is_running, steps)
                 copy.check()
+                steps.push(self._start_again, server, copy, is_running, steps)
+                copy.off_since = time.monotonic()
                 self.power_off(instance, timeout, retry_interval)
                 self._detach_from_host(server)
                 steps.push(self._restore, copy, places)
@@ -881,6 +899,11 @@ class LibvirtDriver(driver.LibvirtDriver):
         copy.cancel.set()
         self.job_tracker.terminate_jobs(copy.instance)
 
+    def _can_precopy(self, instance, move) -> bool:
+        """Whether to copy the disks of a server while it runs."""
+        return (CONF.libvirt.vol_upload_migration_precopy and
+                not move.there.is_shared and self._is_running(instance))
+
     def _start_again(self, server, copy, was_running, steps) -> None:
         """Start a server as it ran before, unless its disks are not back."""
         if copy.deleted or steps.failures or not was_running:
@@ -895,6 +918,8 @@ class LibvirtDriver(driver.LibvirtDriver):
             LOG.exception('The server could not be started again',
                           instance=server.instance)
             raise
+        LOG.info('The server runs again. It was off for %.1f s',
+                 copy.off_seconds, instance=server.instance)
 
     def _discard_copy(self, instance, host, discard) -> None:
         try:

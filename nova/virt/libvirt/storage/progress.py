@@ -79,6 +79,10 @@ class Progress:
         self.note(name, result.length, result.wire)
         self._ended.append((name, result))
 
+    def end_pass(self, name: str, result: stream.Result) -> None:
+        """Note that what had changed in a file has arrived."""
+        self._ended.append((f'what changed in {name}', result))
+
     def watch(self, run: ty.Callable[[], None]) -> None:
         """Copy, and report every few seconds how far it is.
 
@@ -92,7 +96,8 @@ class Progress:
             self._save()
         self._tell_ended()
         copying.result()
-        self._save()
+        if self._figures:
+            self._save()
 
     @property
     def _done(self) -> int:

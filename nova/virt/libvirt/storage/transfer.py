@@ -19,13 +19,17 @@ Every call here blocks. Under eventlet call it through
 """
 
 import contextlib
+import dataclasses
+import os
 import typing as ty
 
 import nova.conf
 from nova.conf import storage_migrate  # noqa: F401 (registers the options)
+from nova.virt.libvirt.storage import changes
 from nova.virt.libvirt.storage import daemon as libvirt_daemon
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import layout
+from nova.virt.libvirt.storage import pool as storage_pool
 from nova.virt.libvirt.storage import site as server_site
 from nova.virt.libvirt.storage import stream
 
@@ -64,6 +68,24 @@ class Watch(ty.Protocol):
     def end(self, name: str, result: stream.Result) -> None:
         """Called when a file has arrived."""
 
+    def end_pass(self, name: str, result: stream.Result) -> None:
+        """Called when what had changed in a file has arrived."""
+
+
+@dataclasses.dataclass
+class _Early:
+    """The copy of a disk that was made while the server ran.
+
+    :ivar tracked: finds what has changed since
+    :ivar volume: the copy
+    :ivar length: bytes of the copy
+    :ivar passes: how often changes were sent
+    """
+    tracked: changes.Changes
+    volume: storage_pool.Volume
+    length: int
+    passes: int = 0
+
 
 class Transfer:
     """The files of one server on their way from one site to another.
@@ -91,6 +113,7 @@ class Transfer:
         self._files = files
         self._name = name
         self._bandwidth = bandwidth
+        self._early: dict[str, _Early] = {}
 
     def check(self) -> None:
         """Connect to both hosts; check that the other can take the server.
@@ -126,6 +149,25 @@ class Transfer:
             with self._located(self.there.daemon):
                 self.there.claim()
 
+    def precopy(self, cancel: stream.CancelEvent | None = None,
+                watch: Watch | None = None) -> None:
+        """Copy the disks while the server runs, and again what it changes.
+
+        run() then copies only what has changed since. On this host nothing
+        is made but unnamed files: see changes.Clone.
+
+        :param cancel: stops the copy when set
+        :raises: HostError, Cancelled
+        """
+        with self._located(self._here.daemon):
+            total = sum(map(self._here.length, self._files))
+        if watch:
+            watch.begin(total)
+        for file in self._files:
+            if _can_go_early(file):
+                with self._located(self.there.daemon, file.name):
+                    self._copy_early(file, cancel, watch)
+
     def run(self, cancel: stream.CancelEvent | None = None,
             watch: Watch | None = None) -> None:
         """Copy every file of the plan; the server is off.
@@ -158,6 +200,9 @@ class Transfer:
 
     def close(self) -> None:
         """Close the connections to both hosts."""
+        for early in self._early.values():
+            early.tracked.close()
+        self._early.clear()
         self.there.close()
         self._here.close()
 
@@ -178,17 +223,33 @@ class Transfer:
         if file.is_directory:
             self.there.make_directory(file)
             return
+        early = self._early.get(file.name)
+        if early:
+            ranges = early.tracked.look(True, cancel, _stall_seconds())
+            # Zeros that came in the place of data have to be sent, too.
+            if ranges.total <= file.allocation():
+                self._send_changes(file, early, ranges, cancel, watch)
+                self._verify(file, early.volume, early.length, cancel)
+                return
+            early.volume.delete()
         source, length = self._here.open(file)
         volume = self.there.create(file, length)
         if length:
-            result = self._copy(file, source, length, volume.path, cancel,
-                                watch)
-            if CONF.libvirt.vol_upload_migration_verify == 'checksum':
-                stream.compare(
-                    source, volume.libvirt_volume, length, cancel,
-                    CONF.libvirt.vol_upload_migration_stall_timeout)
+            result = self._copy(
+                file, source, length, volume.path, cancel, watch)
             if watch:
                 watch.end(file.name, result)
+        self._verify(file, volume, length, cancel)
+
+    def _verify(
+        self, file: layout.File, volume: storage_pool.Volume, length: int,
+        cancel: stream.CancelEvent | None,
+    ) -> None:
+        if length and (
+                CONF.libvirt.vol_upload_migration_verify == 'checksum'):
+            stream.compare(
+                self._here.open(file)[0], volume.libvirt_volume, length,
+                cancel, _stall_seconds())
         self.there.verify(file, length)
 
     def _copy(
@@ -203,7 +264,55 @@ class Transfer:
             return stream.copy(
                 source, stream.VolumeSink(target, length=length), length,
                 progress, cancel, bandwidth=self._bandwidth, paused=paused,
-                stall_seconds=CONF.libvirt.vol_upload_migration_stall_timeout)
+                stall_seconds=_stall_seconds())
+
+    def _copy_early(
+        self, file: layout.File, cancel: stream.CancelEvent | None,
+        watch: Watch | None,
+    ) -> None:
+        """Copy a disk in use, in as many passes as are worth it."""
+        tracked = changes.track(
+            file.path, os.path.dirname(file.path),
+            stall_seconds=_stall_seconds())
+        with contextlib.ExitStack() as stack:
+            stack.callback(tracked.close)
+            length = tracked.length
+            early = _Early(tracked, self.there.create(file, length), length)
+            self._early[file.name] = early
+            stack.pop_all()
+        result = self._copy(file, tracked.source(), length, early.volume.path,
+                            cancel, watch)
+        if watch:
+            watch.end(file.name, result)
+        passes = changes.Passes(result.wire)
+        while True:
+            ranges = tracked.look(False, cancel, _stall_seconds())
+            if not passes.another(ranges.total):
+                return
+            self._send_changes(file, early, ranges, cancel, watch)
+
+    def _send_changes(
+        self, file: layout.File, early: _Early, ranges: changes.Ranges,
+        cancel: stream.CancelEvent | None, watch: Watch | None,
+    ) -> None:
+        """Copy what the last look has found over an earlier copy."""
+        early.passes += 1
+        name = f'{file.name}, pass {early.passes}'
+
+        def progress(_done: int, wire: int) -> None:
+            # All bytes of the file are counted already.
+            if watch:
+                watch.note(name, 0, wire)
+
+        with self._writing(early.volume.path, ranges.total) as (
+                target, paused):
+            result = changes.send(
+                early.tracked, ranges, target, early.length, cancel,
+                _stall_seconds(), progress=progress,
+                bandwidth=self._bandwidth, paused=paused)
+        early.length = early.tracked.length
+        if watch:
+            watch.end_pass(file.name, result)
 
     @contextlib.contextmanager
     def _writing(self, path: str, length: int) -> ty.Iterator[ty.Any]:
@@ -242,3 +351,19 @@ class Transfer:
                 reason = f'the connection was lost: {reason}'
             raise errors.HostError(
                 daemon.host, daemon.uri, reason, remedy, name) from error
+
+
+def _can_go_early(file: layout.File) -> bool:
+    """Whether to copy a file while the server runs.
+
+    It has to be a disk that this process may read. A short file is copied in
+    no time.
+    """
+    return (file.format is not None and
+            CONF.libvirt.vol_upload_migration_direct_read and
+            os.access(file.path, os.R_OK) and
+            os.path.getsize(file.path) > SHORT_BYTES)
+
+
+def _stall_seconds() -> int:
+    return CONF.libvirt.vol_upload_migration_stall_timeout

@@ -319,6 +319,120 @@ class MigrateTestCase(DriverTestCase):
         self.assertIn(self.directory + '/disk.info', self.dest.files)
 
 
+class PrecopyTestCase(DriverTestCase):
+    """Disks are copied while the server runs."""
+
+    def setUp(self):
+        super().setUp()
+        self.volume = self._add_disk()
+        self.path = os.path.join(self.pool_path, self.volume)
+        data = os.urandom(3 * units.Mi)
+        with open(self.path, 'wb') as disk:
+            disk.write(data)
+        content = libvirt_storage.Content.of(data)
+        self.source.add_volume('nova-disks', self.volume, content)
+        self.calls.power_off.side_effect = self._power_off
+        self.copied = None
+
+    def _power_off(self, *_args):
+        """Take note of what there is at the destination; write a bit more."""
+        self.copied = self.volume in self.dest.volume_names('nova-disks')
+        with open(self.path, 'r+b') as disk:
+            disk.write(b'the last words')
+
+    def _assert_arrived(self):
+        with open(self.path, 'rb') as disk:
+            self.assertEqual(
+                libvirt_storage.Content.of(disk.read()),
+                self.dest.volume('nova-disks', self.volume).content)
+
+    def _interrupt(self, function):
+        """Have something done in the middle of the first copy."""
+        self.dest.call('stream.send', function, nth=1)
+
+    def test_disk_is_copied_before_the_power_off(self):
+        self._migrate()
+        self.assertTrue(self.copied)
+        self._assert_arrived()
+        # Only a block of the second upload.
+        first, second, _record = [
+            stream for stream in self.dest.streams if stream.way == 'upload']
+        self.assertEqual((0, 3 * units.Mi), (first.offset, first.length))
+        self.assertEqual((0, 64 * units.Ki), (second.offset, second.length))
+
+    def test_progress_is_that_of_all_files(self):
+        self._migrate()
+        self.assertEqual(100, self.instance.progress)
+        self.assertEqual(0, self.migration.disk_remaining)
+
+    def test_time_off_is_logged(self):
+        self._migrate()
+        self.assertIn('It has been off for 0.', self.stdlog.logger.output)
+
+    def test_stopped_server_is_copied_once(self):
+        self.info.return_value.state = power_state.SHUTDOWN
+        self._migrate()
+        self.assertFalse(self.copied)
+        self._assert_arrived()
+
+    def test_option_switches_it_off(self):
+        self.flags(vol_upload_migration_precopy=False, group='libvirt')
+        self._migrate()
+        self.assertFalse(self.copied)
+        self._assert_arrived()
+
+    def test_disks_are_read_through_libvirt_only_if_off(self):
+        self.flags(vol_upload_migration_direct_read=False, group='libvirt')
+        self._migrate()
+        self.assertFalse(self.copied)
+
+    def test_failure_leaves_the_server_running(self):
+        self.dest.fail('stream.send')
+        self._assert_refused('injected failure')
+
+    def test_failure_after_the_power_off_starts_it_again(self):
+        self._interrupt(lambda: None)
+        self.calls.power_off.side_effect = lambda *args: (
+            self._power_off(), self.dest.fail('stream.send'))
+        self.assertRaises(exception.InstanceFaultRollback, self._migrate)
+        self.calls.power_on.assert_called_once()
+        self._assert_nothing_on_destination()
+        self.assertIn('It was off for 0.', self.stdlog.logger.output)
+
+    def test_server_that_shut_itself_down_is_not_started_again(self):
+        def shut_down():
+            self.info.return_value.state = power_state.SHUTDOWN
+
+        self._interrupt(shut_down)
+        self.calls.power_off.side_effect = lambda *args: (
+            self._power_off(), self.dest.fail('stream.send'))
+        self.assertRaises(exception.InstanceFaultRollback, self._migrate)
+        self.calls.power_on.assert_not_called()
+
+    def test_end_of_nova_compute_leaves_the_server_running(self):
+        copy = self.driver._copies
+
+        def end():
+            self.driver._stop_copy(copy[self.instance.uuid], 'it ended')
+
+        self._interrupt(end)
+        self.dest.slow('stream.send', 0.5)
+        self._assert_refused('it ended')
+
+    def test_deletion_ends_the_copy(self):
+        def delete():
+            copy = self.driver._copies[self.instance.uuid]
+            copy.deleted = True
+            self.driver._stop_copy(copy, 'the server was deleted')
+
+        self._interrupt(delete)
+        self.dest.slow('stream.send', 0.5)
+        error = self.assertRaises(exception.MigrationError, self._migrate)
+        self.assertIn('the server was deleted', str(error))
+        self.assertEqual([], self.calls.mock_calls)
+        self._assert_nothing_on_destination()
+
+
 class RefusalTestCase(DriverTestCase):
 
     def setUp(self):

@@ -1722,7 +1722,7 @@ class VolumeSinkTestCase(VolumeMixin, _CopyTestCase):
         self.assertEqual(('destination', 0), (error.end, error.done))
 
 
-class RangesSinkTestCase(_CopyTestCase):
+class RangesSinkTestCase(VolumeMixin, _CopyTestCase):
 
     RANGES = [(1, 3), (5, 6), (7, 9)]
 
@@ -1799,7 +1799,7 @@ class RangesSinkTestCase(_CopyTestCase):
 
 
 @ddt.ddt
-class SetLengthTestCase(_CopyTestCase):
+class SetLengthTestCase(VolumeMixin, _CopyTestCase):
 
     @ddt.data(1, UNIT, 3 * UNIT + 5, 8 * UNIT - 1, 8 * UNIT, 20 * UNIT)
     def test_length(self, length):
