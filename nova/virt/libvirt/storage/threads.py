@@ -62,7 +62,7 @@ def native_threading() -> ty.Any:
 
 def native_os() -> ty.Any:
     """The os module whose functions make no hub in a native thread."""
-    eventlet = utils.get_eventlet()
+    eventlet = get_eventlet()
     return eventlet.patcher.original('os') if eventlet else os
 
 
