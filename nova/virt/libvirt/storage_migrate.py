@@ -60,7 +60,6 @@ from nova.virt.libvirt import imagebackend
 from nova.virt.libvirt.storage import access
 from nova.virt.libvirt.storage import daemon
 from nova.virt.libvirt.storage import errors
-from nova.virt.libvirt.storage import fetch
 from nova.virt.libvirt.storage import hooks
 from nova.virt.libvirt.storage import image
 from nova.virt.libvirt.storage import imagecache
@@ -85,8 +84,12 @@ NOT_STREAMED = ('lvm', 'ploop')
 # Nova undefines a domain whenever it starts a server.
 KEEPS_VTPM = (8, 9, 0)
 
-# The pool of this host's base images, if there is none of their directory.
+# The pool that earlier releases made of the image cache. libvirt would probe
+# the base images, whose first bytes a user may have chosen.
 IMAGE_CACHE_POOL = 'nova-image-cache'
+
+# Prefixes of the base images that Nova makes by itself where they are missing.
+MADE_BASES = ('ephemeral_', 'swap_')
 
 # How long nova-compute waits when it stops until all servers whose copies it
 # stopped are running again, in seconds. Nova keeps 20 for that and the rest.
@@ -160,10 +163,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         if CONF.libvirt.use_storage_pools:
             self._init_disks_pool()
         if CONF.libvirt.vol_upload_migration:
-            cache_dir = self.image_cache_manager.cache_dir
-            fileutils.ensure_tree(cache_dir)
-            _native(local.ensure_cache_pool, self._uri(), IMAGE_CACHE_POOL,
-                    cache_dir)
+            _native(local.end_pool, self._uri(), IMAGE_CACHE_POOL)
             self._mend_migrations(host)
 
     def _mend_migrations(self, host) -> None:
@@ -269,11 +269,24 @@ class LibvirtDriver(driver.LibvirtDriver):
         else:
             is_leftover = _is_unfinished(instance, places)
         if is_leftover:
-            LOG.info('Deleting what a migration left here of the server',
-                     instance=instance)
-            _native(local.delete_all, places)
+            self._delete_leftovers(instance, places)
         elif claims:
+            self._end_transient_pool(places)
             _native(local.drop_claims, places)
+
+    def _delete_leftovers(self, instance, places) -> None:
+        LOG.info('Deleting what a migration left here of the server',
+                 instance=instance)
+        self._end_transient_pool(places)
+        _native(local.delete_all, places)
+
+    def _end_transient_pool(self, places) -> None:
+        """Let libvirt forget an instance directory.
+
+        A source host that died may have left a pool of it. When libvirtd
+        starts, it would probe what guests wrote there.
+        """
+        _native(local.end_pool, self._uri(), places.transient_pool)
 
     @hooks.as_nova_declares
     def _hard_reboot(self, context, instance, *args, **kwargs):
@@ -281,7 +294,9 @@ class LibvirtDriver(driver.LibvirtDriver):
         if instance.host == CONF.host:
             places = layout.Layout.of(instance)
             local.recover_directory(places)
-            local.drop_claims(places)
+            if places.claims():
+                self._end_transient_pool(places)
+                local.drop_claims(places)
         super()._hard_reboot(context, instance, *args, **kwargs)
 
     def migrate_disk_and_power_off(
@@ -316,7 +331,8 @@ class LibvirtDriver(driver.LibvirtDriver):
                 self._check_enabled()
                 self._check_request(server, places, flavor)
                 disk_info = self._disk_info(server)
-                files = places.plan(disk_info)
+                files = places.plan(
+                    disk_info, self._lost_bases(server, disk_info))
                 self._check_vtpm(instance, places)
                 move = self._new_transfer(places, dest, files, instance.name)
                 stack.callback(_native, move.close)
@@ -352,8 +368,9 @@ class LibvirtDriver(driver.LibvirtDriver):
                  {'host': dest, 'seconds': copy.off_seconds},
                  instance=instance)
         paths = {file.path: move.there.layout.path(file) for file in files}
-        return jsonutils.dumps(
-            [dict(info, path=paths[info['path']]) for info in disk_info])
+        moved = [dict(info, path=paths[info['path']]) for info in disk_info]
+        local.add_heads(moved, move.heads)
+        return jsonutils.dumps(moved)
 
     def _copy_here_and_power_off(
         self, server, places, flavor, timeout, retry_interval,
@@ -611,41 +628,49 @@ class LibvirtDriver(driver.LibvirtDriver):
         self, image, fetch_func, context, filename, image_id, instance, size,
         fallback_from_host=None,
     ):
-        """Fetch a base image from Glance, or from a host if it is lost there.
+        """Fetch a base image from Glance.
 
-        Nova gets it from the host by ssh.
-
-        :raises: MigrationError if the host does not have it either
+        Nova gets what Glance has lost from a host, by ssh. Here it came along
+        with the disks.
         """
-        if not self._needs_no_ssh(instance):
-            return super()._try_fetch_image_cache(
-                image, fetch_func, context, filename, image_id, instance,
-                size, fallback_from_host)
-        try:
-            super()._try_fetch_image_cache(
-                image, fetch_func, context, filename, image_id, instance,
-                size)
-        except exception.ImageNotFound:
-            if not fallback_from_host:
-                raise
-            image.cache(
-                fetch_func=functools.partial(
-                    self._fetch_file, instance, fallback_from_host),
-                filename=filename, size=size)
+        if self._needs_no_ssh(instance):
+            fallback_from_host = None
+        super()._try_fetch_image_cache(
+            image, fetch_func, context, filename, image_id, instance, size,
+            fallback_from_host)
 
     def _try_fetch_image(
         self, context, path, image_id, instance, fallback_from_host=None,
     ):
         """Do the same with a kernel or ramdisk."""
-        if not self._needs_no_ssh(instance):
-            return super()._try_fetch_image(
-                context, path, image_id, instance, fallback_from_host)
+        if self._needs_no_ssh(instance):
+            fallback_from_host = None
+        super()._try_fetch_image(
+            context, path, image_id, instance, fallback_from_host)
+
+    def _lost_bases(self, server, disk_info) -> list[str]:
+        """Paths of base images that the destination cannot have of Glance."""
+        found = {layout.backing_file(info['path']) for info in disk_info
+                 if info['type'] == 'qcow2' and info.get('backing_file')}
+        bases = [base for base in found if base and not os.path.basename(
+            base).startswith(MADE_BASES)]
+        image_id = server.instance.image_ref
+        name = imagecache.cache_name(image_id) if image_id else ''
+        if any(os.path.basename(base) == name for base in bases) and (
+                self._glance_gives(server.context, image_id)):
+            return [base for base in bases if os.path.basename(base) != name]
+        return bases
+
+    def _glance_gives(self, context, image_id) -> bool:
+        """Whether the user of a request can have an image."""
         try:
-            super()._try_fetch_image(context, path, image_id, instance)
-        except exception.ImageNotFound:
-            if not fallback_from_host:
-                raise
-            self._fetch_file(instance, fallback_from_host, path)
+            image_meta = self._image_api.get(context, image_id)
+        except Exception as error:
+            LOG.info('Glance does not give image %(id)s, which goes along '
+                     'with the disks: %(error)s',
+                     {'id': image_id, 'error': error})
+            return False
+        return image_meta['status'] == 'active'
 
     @staticmethod
     def _needs_no_ssh(instance) -> bool:
@@ -653,16 +678,6 @@ class LibvirtDriver(driver.LibvirtDriver):
         return CONF.libvirt.vol_upload_migration and (
             CONF.libvirt.vol_upload_migration_legacy or
             bool(layout.Layout.of(instance).volumes()))
-
-    def _fetch_file(self, instance, host, target) -> None:
-        LOG.info('Fetching %(path)s, which Glance does not have, from '
-                 '%(host)s', {'path': target, 'host': host},
-                 instance=instance)
-        try:
-            _native(fetch.fetch, self._uri(), host, destination_uri(host),
-                    target, f'nova-{instance.uuid}-fetch', self._bandwidth)
-        except fetch.FetchError as error:
-            raise exception.MigrationError(reason=str(error)) from error
 
     def _grow_ephemeral(self, instance, block_device_info) -> None:
         """Let a server's only ephemeral disk be as big as its flavor says.
@@ -812,6 +827,8 @@ class LibvirtDriver(driver.LibvirtDriver):
                     'kept': path,
                     'disk': places.volume_path(places.disk_name(path))})
         local.recover_directory(places)
+        # That of its way here, if Nova's own driver finished that.
+        local.drop_claims(places)
         root_shrinks = (
             flavor.root_gb < instance.flavor.root_gb and
             not self._is_booted_from_volume(block_device_info))
@@ -934,7 +951,34 @@ class LibvirtDriver(driver.LibvirtDriver):
         """What Nova asks for every minute, and a time to clear up."""
         if self._leftovers:
             threads.spawn(self._leftovers.retry)
+        if local.list_arrived():
+            threads.spawn(self._delete_abandoned)
         return super().get_available_resource(nodename)
+
+    def _delete_abandoned(self) -> None:
+        """Delete complete copies here whose migrations failed afterwards.
+
+        Their source hosts cannot: libvirt would probe what guests wrote.
+        """
+        admin = nova_context.get_admin_context()
+        for uuid in local.list_arrived():
+            try:
+                instance = objects.Instance.get_by_uuid(admin, uuid)
+                self._delete_if_abandoned(instance)
+            except exception.InstanceNotFound:
+                # Nothing says that it was a copy. Its directory may be one
+                # that Nova deletes later.
+                continue
+            except Exception:
+                LOG.exception('The copy of server %s here, whose migration '
+                              'failed, cannot be deleted', uuid)
+
+    def _delete_if_abandoned(self, instance) -> None:
+        places = layout.Layout.of(instance)
+        if (instance.host != CONF.host and instance.task_state is None and
+                instance.vm_state != vm_states.RESIZED and
+                local.is_abandoned(places, instance.host)):
+            self._delete_leftovers(instance, places)
 
     @staticmethod
     def _restore(copy, places) -> None:

@@ -228,7 +228,7 @@ class StorageMigrateTestCase(base.ServersTestBase):
     def _assert_empty(self, host):
         self.assertEqual({}, self._files(host))
         self.assertEqual(
-            {POOL, storage_migrate.IMAGE_CACHE_POOL}, set(host.pools))
+            {POOL}, set(host.pools))
         self.assertEqual([], host.open_streams)
 
     def _assert_domain(self, server, name, state=libvirt.VIR_DOMAIN_RUNNING,

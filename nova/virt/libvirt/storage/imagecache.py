@@ -25,6 +25,11 @@ from nova.virt.libvirt import utils as libvirt_utils
 CONF = nova.conf.CONF
 
 
+def cache_name(image_id: str) -> str:
+    """Name of the base image of an image in the cache."""
+    return imagecache.get_cache_fname(image_id)
+
+
 class ImageCacheManager(imagecache.ImageCacheManager):
     """Nova's, which looks for disks in the instance directories only."""
 

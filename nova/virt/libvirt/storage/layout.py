@@ -26,6 +26,7 @@ This module knows files and nothing of libvirt.
 
 import dataclasses
 import glob
+import hashlib
 import os
 import re
 import tempfile
@@ -50,15 +51,24 @@ DIRECTORY = 'directory'
 # on the host belong to an incomplete copy, running or abandoned.
 CLAIM = 'incoming'
 
-# Prefix of the claim's name once an instance directory is complete. Nova's own
-# driver may finish the migration there, and leaves it.
+# Prefix of the claim's name once an instance directory is complete. From then
+# on no pool may be made of the directory: libvirt would probe the first bytes
+# of its files, which a guest may have written. Nova's own driver may finish
+# the migration there, and leaves the claim.
 ARRIVED = 'arrived'
+
+# Bytes at the start of a file in which an image format is recognized. libvirt
+# reads 33 KiB of them.
+HEAD_BYTES = 64 * 1024
 
 RECORD = 'disk.info'
 
 # Kernel and ramdisk of a server that was made from a kernel image. Glance may
 # have lost them.
 BOOT_FILES = ('kernel', 'ramdisk')
+
+# Prefix of the name of a base image that goes along in the instance directory.
+BASE = 'base_'
 
 # Files in the instance directory that go along as they are.
 COMPANIONS = ('disk.config', *BOOT_FILES)
@@ -87,6 +97,7 @@ class File:
     :ivar data: the bytes of a file that is made, None for one that is read
     :ivar mode: permission bits on the destination
     :ivar is_directory: whether it is a directory
+    :ivar has_hostile_head: whether a guest may have chosen its first bytes
     """
     name: str
     place: str
@@ -95,6 +106,12 @@ class File:
     data: bytes | None = None
     mode: int = FILE_MODE
     is_directory: bool = False
+    has_hostile_head: bool = False
+
+    @property
+    def head_bytes(self) -> int:
+        """Length of the start of the file that has to arrive last."""
+        return HEAD_BYTES if self.has_hostile_head else 0
 
     def allocation(self) -> int:
         """Bytes that the file takes up on the source host."""
@@ -130,6 +147,11 @@ class Claim:
                     name[len(prefix):].removeprefix('-').partition('@'))
                 return cls(uuid, attempt, parse.unquote(source))
         return None
+
+    @staticmethod
+    def has_arrived(uuid: str, name: str) -> bool:
+        """Whether a name is that of the claim on a complete directory."""
+        return name.startswith(f'{uuid}_{ARRIVED}')
 
     @property
     def name(self) -> str:
@@ -175,6 +197,11 @@ class Layout:
     def kept_prefix(self) -> str:
         """Prefix of what a resize on the same host keeps for a revert."""
         return f'{self.uuid}-resize_'
+
+    @property
+    def parent(self) -> str:
+        """The directory of the instance directories."""
+        return os.path.dirname(self.directory)
 
     @property
     def kept_directory(self) -> str:
@@ -236,6 +263,12 @@ class Layout:
         """Paths of the server's volumes, claims included."""
         return _list(self.pool_path, self.prefix)
 
+    def bases(self) -> dict[str, str]:
+        """Base images that came along, by the path that each is to get."""
+        return {os.path.join(cache_dir(),
+                             os.path.basename(path).removeprefix(BASE)): path
+                for path in _list(self.directory, BASE)}
+
     def kept(self) -> list[str]:
         """Paths of what a resize on this host keeps for a revert."""
         return _list(self.pool_path, self.kept_prefix)
@@ -253,7 +286,9 @@ class Layout:
     def claims(self) -> dict[str, Claim]:
         """The claims on the server's files here, by path."""
         found = {}
-        for path in self.volumes() + _list(self.directory, self.prefix):
+        # Earlier releases put the claim into the instance directory.
+        for path in [*self.volumes(), *_list(self.parent, self.prefix),
+                     *_list(self.directory, self.prefix)]:
             claim = Claim.parse(self.uuid, os.path.basename(path))
             if claim:
                 found[path] = claim
@@ -307,21 +342,26 @@ class Layout:
 
     # The plan.
 
-    def plan(self, disk_info: list[dict[str, ty.Any]]) -> list[File]:
+    def plan(self, disk_info: list[dict[str, ty.Any]],
+             bases: ty.Collection[str] = ()) -> list[File]:
         """List the files that go along when the server moves.
 
         Swap disks do not, Nova makes them anew.
 
         :param disk_info: what Nova's driver says of the disks of the domain
+        :param bases: paths of base images that have to go along
         :raises: Refused for a disk that would be left behind
         :raises: StorageError if the record of formats cannot be read
         """
         disks = [self._disk(info) for info in without_swap(disk_info)]
         names = {file.name for file in disks}
-        companions = [File(name, DIRECTORY, os.path.join(self.directory, name))
+        companions = [File(name, DIRECTORY, os.path.join(self.directory, name),
+                           has_hostile_head=True)
                       for name in COMPANIONS if name not in names]
-        return disks + [file for file in companions
-                        if os.path.exists(file.path)]
+        return [*disks, *(file for file in companions
+                          if os.path.exists(file.path)),
+                *(File(BASE + os.path.basename(path), DIRECTORY, path,
+                       has_hostile_head=True) for path in sorted(bases))]
 
     def _disk(self, info: dict[str, ty.Any]) -> File:
         path = info['path']
@@ -340,7 +380,10 @@ class Layout:
                 f'disk {path} is not one that Nova made',
                 'Merge external snapshots: virsh blockcommit.')
         _check_base(info)
-        return File(name, place, path, self._checked_format(info, disk))
+        disk_format = self._checked_format(info, disk)
+        return File(name, place, path, disk_format,
+                    has_hostile_head=place == DIRECTORY and
+                    disk_format != 'qcow2')
 
     def _checked_format(self, info: dict[str, ty.Any], disk: str) -> str:
         path = info['path']
@@ -418,6 +461,11 @@ def write_record(path: str, formats: dict[str, str]) -> None:
 def record_bytes(formats: dict[str, str]) -> bytes:
     """A record of formats as Nova reads it."""
     return (jsonutils.dumps(formats) + '\n').encode()
+
+
+def digest(head: bytes) -> str:
+    """What stands for the first bytes of a file."""
+    return hashlib.sha256(head).hexdigest()
 
 
 def flush(path: str) -> None:

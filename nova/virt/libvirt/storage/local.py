@@ -22,17 +22,26 @@ What blocks here blocks on a disk. Under eventlet call it through
 """
 
 import contextlib
+import errno
+import glob
 import os
 import shutil
 import tempfile
 import typing as ty
 
 from oslo_utils import fileutils
+from oslo_utils import uuidutils
 
+import nova.conf
 from nova.virt.libvirt.storage import daemon
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt.storage import pool as storage_pool
+
+CONF = nova.conf.CONF
+
+# Key in what a source says of its first disk: the digests of files' heads.
+_HEADS = 'nova_storage_migrate_heads'
 
 # Formats that are recorded, those of disks that are files.
 _FILE_FORMATS = ('qcow2', 'raw')
@@ -49,13 +58,71 @@ def adopt(places: layout.Layout, disks: list[dict[str, ty.Any]]) -> None:
     :raises: StorageError, OSError
     """
     claims = places.claims()
+    for path, digest in heads(disks).items():
+        _check_head(path, digest)
     for info in layout.without_swap(disks):
         if info['type'] in _FILE_FORMATS and (
                 claims or is_volume(places, info)):
             _check_arrived(places, info)
     if claims or any(is_volume(places, info) for info in disks):
         _flush(places)
+        for path, image in places.bases().items():
+            _move_into_cache(image, path)
         drop_claims(places)
+
+
+def heads(disks: list[dict[str, ty.Any]]) -> dict[str, str]:
+    """Digests of the first bytes of files that arrived, by path here."""
+    return disks[0].get(_HEADS, {}) if disks else {}
+
+
+def add_heads(disks: list[dict[str, ty.Any]], digests: dict[str, str]) -> None:
+    """Have the destination check the first bytes of the files.
+
+    Nova's own driver ignores this.
+    """
+    if disks and digests:
+        disks[0] = disks[0] | {_HEADS: digests}
+
+
+def _check_head(path: str, digest: str) -> None:
+    """Check the first bytes of a file: libvirt must not read them back."""
+    with open(path, 'rb') as file:
+        head = file.read(layout.HEAD_BYTES)
+    if layout.digest(head) != digest:
+        raise errors.StorageError(
+            f'the first bytes of {path} are not those that were sent',
+            'Revert the migration.')
+
+
+def _move_into_cache(image: str, path: str) -> None:
+    """Give a base image that came along its place in the image cache.
+
+    The base image may be there already, and in use: then that stays. Nobody
+    sees a part of one.
+
+    :raises: OSError
+    """
+    fileutils.ensure_tree(os.path.dirname(path))
+    try:
+        _link(image, path)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        # The cache is on a file system of its own.
+        part = f'{path}.{uuidutils.generate_uuid()}.part'
+        with fileutils.remove_path_on_error(part):
+            shutil.copyfile(image, part)
+            layout.flush(part)
+            _link(part, path)
+        os.unlink(part)
+    layout.flush(os.path.dirname(path))
+    os.unlink(image)
+
+
+def _link(image: str, path: str) -> None:
+    with contextlib.suppress(FileExistsError):
+        os.link(image, path)
 
 
 def is_volume(places: layout.Layout, info: dict[str, ty.Any]) -> bool:
@@ -95,6 +162,24 @@ def _flush(places: layout.Layout) -> None:
     paths.append(os.path.dirname(places.directory))
     for path in filter(os.path.exists, paths):
         layout.flush(path)
+
+
+def list_arrived() -> list[str]:
+    """The uuids of servers of which a complete copy is, or was, here."""
+    paths = glob.glob(os.path.join(
+        glob.escape(CONF.instances_path), f'*_{layout.ARRIVED}*'))
+    return sorted({os.path.basename(path).partition('_')[0]
+                   for path in paths})
+
+
+def is_abandoned(places: layout.Layout, host: str) -> bool:
+    """Whether files here are a copy that its source does not need any more.
+
+    :param host: the server's; no migration of it is under way
+    """
+    claims = places.claims().values()
+    return (bool(claims) and all(claim.source == host for claim in claims) and
+            not places.kept() and not os.path.exists(places.kept_directory))
 
 
 def drop_claims(places: layout.Layout) -> None:
@@ -255,17 +340,11 @@ def ensure_pool(uri: str, name: str, path: str, autostart: bool) -> str:
                 os.getuid(), os.getgid(), layout.DIRECTORY_MODE)).path
 
 
-def ensure_cache_pool(uri: str, name: str, path: str) -> None:
-    """See to it that this host has an active pool of its base images.
-
-    Other hosts read those from it that Glance has lost.
+def end_pool(uri: str, name: str) -> None:
+    """End a pool of this host; what is in it stays.
 
     :param uri: libvirt URI of this host
-    :param name: of the pool, if there is none of the directory
-    :param path: the directory
     :raises: libvirtError, TimeoutError
     """
     with contextlib.closing(daemon.open_connection(uri)) as connection:
-        if storage_pool.is_target(connection, path):
-            return
-    ensure_pool(uri, name, path, autostart=False)
+        storage_pool.end(connection, name)

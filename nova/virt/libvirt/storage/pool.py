@@ -19,7 +19,6 @@ Under eventlet call it through :func:`threads.off_hub`.
 
 import contextlib
 import dataclasses
-import errno
 import os
 import typing as ty
 
@@ -36,6 +35,8 @@ except ImportError:
     libvirt = None
 
 E = builder.ElementMaker()
+
+_T = ty.TypeVar('_T')
 
 # The end of an upload makes libvirt refresh the pool in the background, and
 # other calls on the pool can be refused while that starts. Seconds.
@@ -96,6 +97,11 @@ class Directory:
     path: str
     permissions: Permissions
     available: int
+
+    @classmethod
+    def of(cls, pool: 'Pool') -> 'Directory':
+        """The directory of a pool."""
+        return cls(pool.path, pool.permissions, pool.available)
 
 
 class Volume:
@@ -212,13 +218,10 @@ class Pool:
         *,
         name: str,
         path: str,
-        permissions: Permissions | None = None,
     ) -> 'Pool':
         """Make a transient pool of a directory, or find it made already.
 
-        :param path: the directory
-        :param permissions: of the directory, which is then made where it
-            does not exist; without them it has to exist
+        :param path: the directory, which has to exist
         """
         pool = _lookup(connection, name)
         if pool is not None and not pool.isActive():
@@ -226,11 +229,8 @@ class Pool:
             pool.undefine()
             pool = None
         if pool is None:
-            flags = 0
-            if permissions:
-                flags = libvirt.VIR_STORAGE_POOL_CREATE_WITH_BUILD
             pool = connection.storagePoolCreateXML(
-                _pool_xml(name, path, permissions), flags)
+                _pool_xml(name, path, None), 0)
         return cls(pool)
 
     @property
@@ -246,8 +246,9 @@ class Pool:
     @_retry_busy
     def volumes(self, prefix: str = '') -> list[Volume]:
         """The volumes whose names begin with ``prefix``."""
-        return [Volume(volume)
-                for volume in self.libvirt_pool.listAllVolumes(0)
+        volumes = [volume for volume in self.libvirt_pool.listAllVolumes(0)
+                   if _has_name(volume)]
+        return [Volume(volume) for volume in volumes
                 if volume.name().startswith(prefix)]
 
     @_retry_busy
@@ -299,17 +300,13 @@ class Pool:
         with contextlib.suppress(libvirt.libvirtError, TimeoutError):
             self.detach()
 
-    def remove(self) -> None:
-        """End a transient pool and remove its directory, which is empty."""
-        connection = self.libvirt_pool.connect()
-        self.detach()
-        # Only a pool that is defined and not active can be deleted.
-        pool = connection.storagePoolDefineXML(
-            _pool_xml(self.name, self.path, None), 0)
-        try:
-            pool.delete(0)
-        finally:
-            pool.undefine()
+
+def _has_name(volume: 'libvirt.virStorageVol') -> bool:
+    """Whether a volume's name is UTF-8; that of a stranger's may not be."""
+    try:
+        return bool(volume.name())
+    except UnicodeDecodeError:
+        return False
 
 
 def _is_shared_pool(error: BaseException) -> bool:
@@ -324,19 +321,22 @@ def _is_shared_pool(error: BaseException) -> bool:
     wait=tenacity.wait_fixed(BUSY_WAIT),
     stop=tenacity.stop_after_delay(BUSY_TIMEOUT),
     sleep=threads.sleep, reraise=True)
-def inspect(
+def within(
     connection: 'libvirt.virConnect', *, path: str, name: str,
-) -> Directory:
-    """Look at a directory, which has to exist.
+    function: ty.Callable[[Pool], _T],
+) -> _T:
+    """Do something in a directory, which has to exist.
 
     libvirt only tells of directories that are targets of pools, and there is
     one pool of a directory at most: of those who look at the same time all
-    use the same.
+    use the same. Who made it ends it, and the others do their part again.
 
     :param name: of a transient pool, if there is no other
+    :param function: called with the pool; again if the pool ended
     """
     with at(connection, path=path, name=name) as pool:
-        return Directory(pool.path, pool.permissions, pool.available)
+        pool.refresh()
+        return function(pool)
 
 
 @contextlib.contextmanager
@@ -355,10 +355,8 @@ def at(
     # A pool of this name is left of an attempt that was interrupted.
     made = Pool(pool or connection.storagePoolCreateXML(
         _pool_xml(name, path, None), 0))
-    try:
+    with _ending(made):
         yield made
-    finally:
-        made.detach()
 
 
 @contextlib.contextmanager
@@ -370,16 +368,28 @@ def attached(
     :param path: the directory, which has to exist
     """
     pool = Pool.attach(connection, name=name, path=path)
-    try:
+    with _ending(pool):
         pool.refresh()
         yield pool
+
+
+@contextlib.contextmanager
+def _ending(pool: Pool) -> ty.Iterator[None]:
+    """End a transient pool after the body."""
+    try:
+        yield
     except TimeoutError:
         # Skip the end of the pool: a daemon that hangs would hang with it.
         raise
     except BaseException:
         pool.release()
         raise
-    pool.release()
+    try:
+        pool.detach()
+    except libvirt.libvirtError as error:
+        # Another attempt may have ended it.
+        if error.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_POOL:
+            raise
 
 
 @contextlib.contextmanager
@@ -391,6 +401,18 @@ def inside(parent: Pool, name: str) -> ty.Iterator[Pool]:
         yield pool
 
 
+def end(connection: 'libvirt.virConnect', name: str) -> None:
+    """End a pool and forget it, if there is one; its files stay."""
+    pool = _lookup(connection, name)
+    if pool is None:
+        return
+    is_persistent = pool.isPersistent()
+    if pool.isActive():
+        _retry_busy(pool.destroy)()
+    if is_persistent:
+        pool.undefine()
+
+
 def delete_directory(parent: Pool, directory: Volume) -> None:
     """Delete a directory in that of a pool, with all that is in it."""
     with inside(parent, directory.name) as pool:
@@ -400,17 +422,6 @@ def delete_directory(parent: Pool, directory: Volume) -> None:
             else:
                 volume.delete()
     directory.delete()
-
-
-def is_active(connection: 'libvirt.virConnect', name: str) -> bool:
-    """Whether there is an active pool of that name."""
-    pool = _lookup(connection, name)
-    return pool is not None and bool(pool.isActive())
-
-
-def is_target(connection: 'libvirt.virConnect', path: str) -> bool:
-    """Whether a directory is the target of an active pool."""
-    return _lookup_path(connection, path) is not None
 
 
 def _lookup_path(
@@ -441,12 +452,6 @@ def _pool_xml(name: str, path: str, permissions: Permissions | None) -> str:
     if permissions:
         target.append(permissions.xml())
     return _text(E.pool(E.name(name), target, type='dir'))
-
-
-def is_missing(error: 'libvirt.libvirtError') -> bool:
-    """Whether libvirt found no file or directory at a path."""
-    return (error.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR and
-            error.get_int1() == errno.ENOENT)
 
 
 def _parse(xml: str) -> ty.Any:

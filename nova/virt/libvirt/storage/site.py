@@ -19,6 +19,15 @@ not complete. It is made when nothing of anybody else's is there, and before
 anything of ours; it goes last. Right before anything is deleted the claim is
 read again, and the daemon is asked for a domain of the server.
 
+libvirt probes each file in the directory of a pool, as root: it opens the
+backing file that a header there names, and waits for it. In the disks pool all
+files are images whose header QEMU wrote. An instance directory may have files
+whose first bytes a guest wrote. So the claim on it is beside it, in the parent
+directory. No pool is made of an instance directory without a claim that says
+"incoming", and under that claim no file gets a head that a guest may have
+written. When all else has arrived, the claim changes to "arrived", the pool
+ends, and then the heads are sent.
+
 Every call here may block on the daemon, with a bound. Under eventlet call it
 through :func:`threads.off_hub`.
 """
@@ -42,6 +51,8 @@ except ImportError:
     libvirt = None
 
 CONF = nova.conf.CONF
+
+_T = ty.TypeVar('_T')
 
 
 class Place:
@@ -125,23 +136,20 @@ class Place:
                     mode=volume.mode))
         return files
 
-    def clear(self, prefix: str,
-              is_claim: ty.Callable[[str], bool]) -> None:
-        """Delete the files whose names begin with ``prefix``, claims last.
+    def clear(self, prefix: str = '',
+              spare: ty.Callable[[str], bool] = lambda name: False) -> None:
+        """Delete the files whose names begin with ``prefix``.
 
-        The next attempt then goes on with what this one may have to leave.
+        :param spare: tells by its name whether a file is to stay
         """
         self._release_inner()
-        for file in sorted(self.files(prefix),
-                           key=lambda file: is_claim(file.name)):
+        for file in self.files(prefix):
+            if spare(file.name):
+                continue
             if file.is_directory:
                 storage_pool.delete_directory(self._pool, file)
             else:
                 file.delete()
-
-    def remove(self) -> None:
-        """Remove the directory, which is empty, and its pool."""
-        self._pool.remove()
 
     def release(self) -> None:
         """Let go of transient pools; the files stay.
@@ -205,6 +213,11 @@ class Site:
         self._directory: Place | None = None
         self._state: Place | None = None
         self._parent: storage_pool.Directory | None = None
+        # Whether a guest may have written what is in the instance directory.
+        self._is_sealed = False
+        self._has_directory = False
+        # Bytes that the files of each place take up.
+        self._needed: dict[str, int] = {}
 
     def connect(self) -> None:
         """Connect to the daemon, and find the places there.
@@ -230,11 +243,13 @@ class Site:
     # The source.
 
     def open(
-        self, file: server_layout.File,
+        self, file: server_layout.File, skip: int = 0,
     ) -> tuple[stream.Source, int]:
         """Open a file of the server for reading.
 
-        :returns: the source to read it from, and its length in bytes
+        :param skip: bytes to leave out at the start of a file that has a
+            hostile head
+        :returns: the source to read it from, and the file's length in bytes
         :raises: OSError, libvirtError, TimeoutError
         """
         if file.data is not None:
@@ -247,11 +262,20 @@ class Site:
         else:
             # No pool is made of the directory: libvirt would probe what a
             # guest wrote into a raw disk.
-            return stream.FileSource(file.path), os.path.getsize(file.path)
+            return (stream.FileSource(file.path, skip),
+                    os.path.getsize(file.path))
         length = volume.length
         return stream.open_source(
             volume.libvirt_volume, length,
             CONF.libvirt.vol_upload_migration_direct_read), length
+
+    def head(self, file: server_layout.File) -> bytes:
+        """The start of a file, which a guest may have written.
+
+        :raises: OSError
+        """
+        with open(file.path, 'rb') as disk:
+            return disk.read(file.head_bytes)
 
     def length(self, file: server_layout.File) -> int:
         """Bytes that a copy of a file will have, holes included."""
@@ -293,39 +317,42 @@ class Site:
         self.is_shared = self._find_shared(here)
         if self.is_shared:
             return
-        directory = self._list_directory()
-        claims = self._claims(directory)
-        if not claims:
-            self._check_names(directory)
+        found = self._find()
+        self._check_names(found)
         if self._pool is not None:
-            leftovers = self._pool.sizes(self.layout.prefix)
             _check_room(f'storage pool {self._pool_name}', self._pool.room(),
-                        leftovers, needed.get(server_layout.POOL, 0))
-        parent = self._instances()
-        _check_room(parent.path, parent.available, directory,
-                    needed.get(server_layout.DIRECTORY, 0))
+                        self._pool.sizes(self.layout.prefix),
+                        needed.get(server_layout.POOL, 0))
+        self._needed = needed
+        # How much room a copy takes up that is not complete nobody knows
+        # without a pool of it: claim() looks when it is gone.
+        if not found.has_directory:
+            self._check_room()
 
     def claim(self) -> None:
         """Take possession of the names in both places.
 
-        Clears first what an attempt left here whose source host died.
+        Clears what an attempt left here whose source host died.
 
         :raises: StorageError, libvirtError, TimeoutError
         """
-        directory = self._list_directory()
-        if not self._claims(directory):
-            self._check_names(directory)
-        if directory or self._pool and self._pool.files(self.layout.prefix):
-            self._clear()
+        before = self._find()
+        self._check_names(before)
         try:
-            if self._pool is not None:
-                self._pool.create(self._claim.name, 0)
-                self._check_claim()
-                self._directory = self._make_directory()
-            else:
-                self._directory = self._make_directory()
-                self._directory.create(self._claim.name, 0)
-                self._check_claim()
+            self._make_claim()
+            # From now on the attempt that left the others goes no further.
+            found = self._find()
+            if found.claims - before.claims != {self._claim}:
+                raise _superseded(found.claims)
+            if found.has_directory and (
+                    found.has_arrived or not before.is_incoming):
+                raise self._in_the_way()
+            if before.claims or before.volumes:
+                self._clear(found, spare_claim=True)
+                self._check_room()
+            self._check_claim()
+            self._make_directory()
+            self._directory = self._attach()
         except (libvirt.libvirtError, TimeoutError,
                 errors.StorageError) as error:
             self._give_up(error)
@@ -358,25 +385,64 @@ class Site:
                 f'{file.name} has {actual} bytes after {length} were written',
                 'Find out what else writes there, and try again.')
 
-    def settle(self) -> None:
-        """Let go of the instance directory; all files have arrived.
+    def settle(
+        self, files: ty.Iterable[server_layout.File],
+    ) -> list[stream.VolumeSink]:
+        """Let go of the instance directory; only heads are missing.
 
-        A claim in the pool stays until the destination's nova-compute takes
-        the server over. Nova's own driver may finish the migration of a server
-        without volumes, and knows no claims: that one changes its name.
+        The claim changes its name first: nobody makes a pool of the directory
+        any more. The uploads are begun while there still is one; it ends
+        before a byte is sent. libvirt then finds no pool to refresh when they
+        finish.
 
+        The claim stays until the destination's nova-compute takes the server
+        over. Nova's own driver leaves it.
+
+        :param files: those that have a hostile head
+        :returns: what the heads are to be written to, in the same order
         :raises: StorageError, libvirtError, TimeoutError
         """
         self._check_claim()
         assert self._directory is not None
-        if self._pool is None:
-            self._directory.create(self._claim.arrived_name, 0)
-            self._directory.find(self._claim.name).delete()
+        files = list(files)
+        if files or self._pool is None:
+            self._mark(self._claim.arrived_name, self._claim.name)
+        sinks = [self._open_head(file) for file in files]
         self._directory.release()
+        self._directory = None
+        self._is_sealed = bool(sinks)
+        return sinks
+
+    def _mark(self, name: str, old: str) -> None:
+        """Change the name of the claim on the instance directory.
+
+        :raises: Superseded if another attempt came in between
+        """
+        def change(parent: storage_pool.Pool) -> None:
+            self._make_file(parent, name)
+            parent.refresh()
+            claims = self._look(parent).claims
+            if claims != {self._claim}:
+                parent.volume(name).delete()
+                raise _superseded(claims)
+            for volume in parent.volumes(old):
+                volume.delete()
+
+        self._on_parent(change)
+
+    def _open_head(self, file: server_layout.File) -> stream.VolumeSink:
+        """Begin to upload the start of a file."""
+        volume = self._place(file).find(file.name)
+        sink = stream.VolumeSink(
+            volume.libvirt_volume,
+            length=min(file.head_bytes, volume.length), sparse=False)
+        if volume.length:
+            sink.open()
+        return sink
 
     def clear_pool(self) -> None:
         """Delete the server's volumes, whosever they are."""
-        self._disks.clear(self.layout.uuid, self._is_claim)
+        self._disks.clear(self.layout.uuid)
 
     def discard(self) -> None:
         """Delete all that this attempt made on the host.
@@ -388,13 +454,20 @@ class Site:
         """
         if self.is_shared:
             return
+        if self._is_sealed:
+            raise errors.Superseded(
+                'the copy there is complete, and only nova-compute there can '
+                'delete it', 'It does so within minutes.')
         self.close()
         self.connect()
         try:
             self._directory = None
-            if self._pool is not None or self._list_directory():
+            found = self._find()
+            if found.names or found.volumes:
                 self._check_claim()
-                self._clear()
+                if found.has_arrived:
+                    self._mark(self._claim.name, self._claim.arrived_name)
+                self._clear(found)
         finally:
             self.close()
 
@@ -417,16 +490,24 @@ class Site:
         :raises: Refused if there is none
         """
         if self._parent is None:
-            path = os.path.dirname(self.layout.directory)
             try:
-                self._parent = storage_pool.inspect(
-                    self.daemon.connection, path=path,
-                    name=f'{self.layout.transient_pool}-parent')
+                self._parent = self._on_parent(storage_pool.Directory.of)
             except libvirt.libvirtError as error:
                 raise errors.Refused(
-                    f'cannot look into {path}: {error}',
+                    f'cannot look into {self.layout.parent}: {error}',
                     'Set instances_path to the same on all hosts.') from error
         return self._parent
+
+    def _on_parent(self, function: ty.Callable[[storage_pool.Pool], _T]) -> _T:
+        """Do something in the directory of the instance directories.
+
+        libvirt looks at directories in a pool, but not into them.
+
+        :param function: may be called again after it failed
+        """
+        return storage_pool.within(
+            self.daemon.connection, path=self.layout.parent,
+            name=f'{self.layout.transient_pool}-parent', function=function)
 
     def _check_domain(self, name: str) -> None:
         if self.daemon.has_domain(self.layout.uuid):
@@ -462,11 +543,13 @@ class Site:
         return shares_directory
 
     def shares_directory(self, here: server_layout.Layout) -> bool:
-        """Whether a new file in the instance directory shows up there."""
-        if not os.path.isdir(here.directory) or not self._list_directory():
+        """Whether a new file beside the instance directory shows up there."""
+        self._instances()
+        if not (os.path.isdir(here.directory) and self._find().has_directory):
             return False
-        with tempfile.NamedTemporaryFile(dir=here.directory) as marker:
-            return os.path.basename(marker.name) in self._list_directory()
+        with tempfile.NamedTemporaryFile(
+                prefix=f'{here.prefix}shared-', dir=here.parent) as marker:
+            return os.path.basename(marker.name) in self._find().names
 
     def _shares_pool(self, here: server_layout.Layout) -> bool:
         """Whether a new file in this host's pool shows up there."""
@@ -476,11 +559,27 @@ class Site:
                 prefix=here.prefix, dir=here.pool_path) as marker:
             return bool(self._disks.files(os.path.basename(marker.name)))
 
-    def _check_names(self, directory: dict[str, int]) -> None:
+    def _find(self) -> '_Found':
+        """What the host has of the server, in both places."""
+        return self._on_parent(self._look)
+
+    def _look(self, parent: storage_pool.Pool) -> '_Found':
+        return _Found(
+            self.layout.uuid,
+            frozenset(volume.name
+                      for volume in parent.volumes(self.layout.uuid)),
+            frozenset(self._pool.sizes(self.layout.prefix)
+                      if self._pool else ()))
+
+    def _check_names(self, found: '_Found') -> None:
         """Check that nothing there has the names of what is to come.
 
         :raises: Refused
         """
+        if found.has_directory and not found.is_incoming:
+            raise self._in_the_way()
+        if found.claims:
+            return
         for prefix in self.layout.prefix, self.layout.kept_prefix:
             volumes = self._pool.sizes(prefix) if self._pool else {}
             for name, allocation in volumes.items():
@@ -491,44 +590,49 @@ class Site:
                         f'volume {os.path.join(self._disks.path, name)} is in '
                         f'the way', 'Find out whose it is, and delete it if '
                         'it is not needed.')
-        if directory:
-            raise errors.Refused(
-                f'instance directory {self.layout.directory} is not empty',
-                'Find out whose files these are, and delete them if they are '
-                'not needed.')
 
-    def _list_directory(self) -> dict[str, int]:
-        """Bytes that the files in the instance directory take up, by name."""
-        # Leave a pool that is there already: another attempt may be copying.
-        is_in_use = storage_pool.is_active(
-            self.daemon.connection, self.layout.transient_pool)
-        directory = self._find_directory()
-        if directory is None:
-            return {}
-        sizes = directory.sizes()
-        if not is_in_use:
-            directory.release()
-        return sizes
+    def _in_the_way(self) -> errors.Refused:
+        return errors.Refused(
+            f'instance directory {self.layout.directory} is there already',
+            'Wait 2 minutes for nova-compute there to delete a failed copy, '
+            'or delete what is not needed.')
 
-    def _find_directory(self) -> Place | None:
-        try:
-            return self._attach(None)
-        except libvirt.libvirtError as error:
-            if not storage_pool.is_missing(error):
-                raise
-            return None
+    def _check_room(self) -> None:
+        """Check that there is room for the files of the instance directory.
 
-    def _make_directory(self) -> Place:
+        :raises: Refused
+        """
+        parent = self._on_parent(storage_pool.Directory.of)
+        _check_room(parent.path, parent.available, {},
+                    self._needed.get(server_layout.DIRECTORY, 0))
+
+    def _make_directory(self) -> None:
+        """Make the instance directory.
+
+        :raises: libvirtError if it is there already
+        """
         owner = self._owner()
-        return self._attach(storage_pool.Permissions(
-            owner.owner, owner.group, server_layout.DIRECTORY_MODE))
+        permissions = storage_pool.Permissions(
+            owner.owner, owner.group, server_layout.DIRECTORY_MODE)
+        self._on_parent(lambda parent: parent.create_directory(
+            self.layout.uuid, permissions))
+        self._has_directory = True
 
-    def _attach(
-        self, permissions: storage_pool.Permissions | None,
-    ) -> Place:
+    def _remove_directory(self) -> None:
+        """Remove the instance directory, which is empty."""
+        self._on_parent(
+            lambda parent: parent.volume(self.layout.uuid).delete())
+
+    def _attach(self) -> Place:
+        """Make a transient pool of the instance directory.
+
+        Call this only under an incoming claim: libvirt probes all files.
+        """
         pool = storage_pool.Pool.attach(
             self.daemon.connection, name=self.layout.transient_pool,
-            path=self.layout.directory, permissions=permissions)
+            path=self.layout.directory)
+        # That of an attempt that died may be there, and remember its files.
+        pool.refresh()
         return Place(pool, self._owner())
 
     def _owner(self) -> storage_pool.Permissions:
@@ -536,67 +640,128 @@ class Site:
         return (self._pool.owner if self._pool else
                 self._instances().permissions)
 
-    def _claims(
-        self, directory: ty.Iterable[str],
-    ) -> list[server_layout.Claim]:
-        """The claims on the server's files there, whosever they are.
+    def _make_claim(self) -> None:
+        """Make the claim: in the pool, if there is one, and on the directory.
 
-        :param directory: names of the files in the instance directory
+        That in the pool is made first and goes last: it is what counts.
         """
         if self._pool is not None:
-            directory = self._pool.sizes(self.layout.prefix)
-        found = [server_layout.Claim.parse(self.layout.uuid, name)
-                 for name in directory]
-        return [claim for claim in found if claim]
+            self._pool.create(self._claim.name, 0)
+        self._on_parent(
+            lambda parent: self._make_file(parent, self._claim.name))
+
+    def _make_file(self, parent: storage_pool.Pool, name: str) -> None:
+        """Create an empty file, unless it is there already."""
+        if not parent.volumes(name):
+            owner = self._owner()
+            parent.create_volume(name, 0, storage_pool.Permissions(
+                owner.owner, owner.group, server_layout.FILE_MODE))
 
     def _check_claim(self) -> None:
         """Check that the files there are still those of this attempt.
 
         :raises: Superseded
         """
-        directory: ty.Iterable[str] = ()
-        if self._pool is None:
-            directory = (self._directory.sizes() if self._directory else
-                         self._list_directory())
-        claims = self._claims(directory)
-        if not claims or any(claim != self._claim for claim in claims):
-            raise errors.Superseded(
-                'another attempt to migrate the server took over its files',
-                'Wait for its end.' if claims else
-                'Find out which files of the server are needed there.')
+        found = self._find()
+        names = found.volumes if self._pool else found.names
+        if found.claims != {self._claim} or (
+                self._claim not in map(self._parse, names)):
+            raise _superseded(found.claims - {self._claim})
 
     def _give_up(self, error: Exception) -> None:
-        """Take the claim back, and the directory if it is empty then."""
+        """Take the claim back, and what was made under it."""
         try:
-            if self._pool is not None:
-                self._pool.clear(self._claim.name, self._is_claim)
-            elif self._directory is not None:
-                self._directory.clear(self._claim.name, self._is_claim)
-                if self._directory.files():
-                    self._directory.release()
-                else:
-                    self._directory.remove()
+            if self._has_directory:
+                self._remove_directory()
+            self._delete_claims({self._claim})
         except (libvirt.libvirtError, TimeoutError) as second:
             errors.add_note(error, f'Deleting the claim failed: {second}')
 
-    def _clear(self) -> None:
-        """Delete all that was made under a claim, the claim itself last.
+    def _delete_claims(self, claims: set[server_layout.Claim]) -> None:
+        def delete(parent: storage_pool.Pool) -> None:
+            for volume in parent.volumes(self.layout.prefix):
+                if self._parse(volume.name) in claims:
+                    volume.delete()
 
+        self._on_parent(delete)
+        if self._pool is not None:
+            self._pool.clear(
+                self.layout.prefix,
+                spare=lambda name: self._parse(name) not in claims)
+
+    def _clear(self, found: '_Found', spare_claim: bool = False) -> None:
+        """Delete all that was made under a claim, the claims last.
+
+        Call this only under an incoming claim.
+
+        :param found: what is there
+        :param spare_claim: whether to spare that of this attempt
         :raises: Superseded if the server runs there by now
         """
         if self.daemon.has_domain(self.layout.uuid):
             raise errors.Superseded(
                 'the server has a domain there now',
                 'Nothing of it was deleted.')
-        directory = self._make_directory()
-        directory.clear('', self._is_claim)
-        directory.remove()
+        if found.has_directory:
+            directory = self._attach()
+            directory.clear()
+            directory.release()
+            self._remove_directory()
         if self._pool is not None:
-            self._pool.clear(self.layout.prefix, self._is_claim)
+            self._pool.clear(
+                self.layout.prefix,
+                spare=lambda name: self._parse(name) is not None)
+        spared = {self._claim} if spare_claim else set()
+        self._delete_claims(found.claims - spared)
 
-    def _is_claim(self, name: str) -> bool:
-        return server_layout.Claim.parse(
-            self.layout.uuid, name) is not None
+    def _parse(self, name: str) -> server_layout.Claim | None:
+        return server_layout.Claim.parse(self.layout.uuid, name)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """What a host has of a server.
+
+    :ivar uuid: of the server
+    :ivar names: in the directory of the instance directories
+    :ivar volumes: in the disks pool
+    """
+    uuid: str
+    names: frozenset[str]
+    volumes: frozenset[str]
+
+    @property
+    def claims(self) -> set[server_layout.Claim]:
+        """The claims on the server's files, whosever they are."""
+        found = (server_layout.Claim.parse(self.uuid, name)
+                 for name in self.names | self.volumes)
+        return {claim for claim in found if claim}
+
+    @property
+    def has_directory(self) -> bool:
+        """Whether there is an instance directory."""
+        return self.uuid in self.names
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether a complete copy is, or was, in the instance directory."""
+        return any(server_layout.Claim.has_arrived(self.uuid, name)
+                   for name in self.names)
+
+    @property
+    def is_incoming(self) -> bool:
+        """Whether all files in the instance directory may be looked at."""
+        return not self.has_arrived and any(
+            server_layout.Claim.parse(self.uuid, name)
+            for name in self.names)
+
+
+def _superseded(claims: ty.Collection[server_layout.Claim],
+                ) -> errors.Superseded:
+    return errors.Superseded(
+        'another attempt to migrate the server took over its files',
+        'Wait for its end.' if claims else
+        'Find out which files of the server are needed there.')
 
 
 def _check_room(place: str, available: int,

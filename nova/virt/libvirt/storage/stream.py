@@ -298,19 +298,22 @@ def compare(
     length: int,
     cancel: CancelEvent | None = None,
     stall_seconds: float = STALL_SECONDS,
+    offset: int = 0,
 ) -> None:
     """Read a copy back, and compare its bytes with those of the source.
 
     A hole equals zeros, and costs nothing. Blocks the calling native thread as
     copy() does; the parameters are those of copy().
 
+    :param offset: where in the destination to begin
     :raises: CopyError if either end fails, or if they differ
     :raises: Cancelled if ``cancel`` was set
     """
     path = destination.path()
 
     def check(queue: _Queue) -> None:
-        _compare(VolumeSource(destination, 'destination'), length, queue)
+        _compare(VolumeSource(destination, 'destination', offset), length,
+                 queue)
 
     _run(source, path, length, check, cancel, stall_seconds)
 
@@ -390,23 +393,26 @@ class VolumeSource:
     """A volume that is read through libvirt."""
     kind = 'volume'
 
-    def __init__(self, volume: 'libvirt.virStorageVol', end: str = 'source'):
+    def __init__(self, volume: 'libvirt.virStorageVol', end: str = 'source',
+                 offset: int = 0):
         """Name what to read; blocks while libvirt looks up the volume.
 
         :param volume: the volume
         :param end: the ``end`` of the errors that this source raises
+        :param offset: where in the volume to begin
         """
         self.path: str = volume.path()
         self._volume = volume
         self._end = end
+        self._offset = offset
 
     def chunks(self, length: int) -> Chunks:
-        """Yield the first ``length`` bytes, window by window."""
+        """Yield the ``length`` bytes from the offset on, window by window."""
         done = 0
         try:
             while done < length:
                 size = min(WINDOW_BYTES, length - done)
-                for chunk in self._window(done, size):
+                for chunk in self._window(self._offset + done, size):
                     done += length_of(chunk)
                     yield chunk
         except libvirt.libvirtError as error:

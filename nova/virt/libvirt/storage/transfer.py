@@ -91,6 +91,7 @@ class Transfer:
     """The files of one server on their way from one site to another.
 
     :ivar there: the site on the destination host
+    :ivar heads: digests of what was sent last, by path on the destination
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Transfer:
         :param bandwidth: limit that all transfers of this host share
         """
         self.there = there
+        self.heads: dict[str, str] = {}
         self._here = here
         self._files = files
         self._name = name
@@ -187,8 +189,8 @@ class Transfer:
         for file in files:
             with self._located(self.there.daemon, file.name):
                 self._move(file, cancel, watch)
-        with self._located(self.there.daemon):
-            self.there.settle()
+        self._send_heads(
+            [file for file in files if file.has_hostile_head], cancel, watch)
 
     def discard(self) -> None:
         """Delete what was made on the destination.
@@ -232,9 +234,9 @@ class Transfer:
                 self._verify(file, early.volume, early.length, cancel)
                 return
             early.volume.delete()
-        source, length = self._here.open(file)
+        source, length = self._here.open(file, file.head_bytes)
         volume = self.there.create(file, length)
-        if length:
+        if length > file.head_bytes:
             result = self._copy(
                 file, source, length, volume.path, cancel, watch)
             if watch:
@@ -245,24 +247,28 @@ class Transfer:
         self, file: layout.File, volume: storage_pool.Volume, length: int,
         cancel: stream.CancelEvent | None,
     ) -> None:
-        if length and (
+        skip = file.head_bytes
+        if length > skip and (
                 CONF.libvirt.vol_upload_migration_verify == 'checksum'):
             stream.compare(
-                self._here.open(file)[0], volume.libvirt_volume, length,
-                cancel, _stall_seconds())
+                self._here.open(file, skip)[0], volume.libvirt_volume,
+                length - skip, cancel, _stall_seconds(), skip)
         self.there.verify(file, length)
 
     def _copy(
         self, file: layout.File, source: stream.Source, length: int,
         path: str, cancel: stream.CancelEvent | None, watch: Watch | None,
     ) -> stream.Result:
+        """Copy a file but for a hostile head, which goes last."""
         def progress(done: int, wire: int) -> None:
             if watch:
                 watch.note(file.name, done, wire)
 
+        skip = file.head_bytes
+        length -= skip
         with self._writing(path, length) as (target, paused):
             return stream.copy(
-                source, stream.VolumeSink(target, length=length), length,
+                source, stream.VolumeSink(target, skip, length), length,
                 progress, cancel, bandwidth=self._bandwidth, paused=paused,
                 stall_seconds=_stall_seconds())
 
@@ -272,7 +278,7 @@ class Transfer:
     ) -> None:
         """Copy a disk in use, in as many passes as are worth it."""
         tracked = changes.track(
-            file.path, os.path.dirname(file.path),
+            file.path, os.path.dirname(file.path), file.head_bytes,
             stall_seconds=_stall_seconds())
         with contextlib.ExitStack() as stack:
             stack.callback(tracked.close)
@@ -313,6 +319,27 @@ class Transfer:
         early.length = early.tracked.length
         if watch:
             watch.end_pass(file.name, result)
+
+    def _send_heads(
+        self, files: list[layout.File], cancel: stream.CancelEvent | None,
+        watch: Watch | None,
+    ) -> None:
+        """Let go of the destination; send the starts of files, the last bytes.
+
+        The destination's nova-compute compares their digests: nobody else can
+        read them back there.
+        """
+        with self._located(self.there.daemon):
+            sinks = self.there.settle(files)
+        for file, sink in zip(files, sinks):
+            with self._located(self.there.daemon, file.name):
+                head = self._here.head(file)
+                stream.copy(
+                    stream.MemorySource(head), sink, len(head), cancel=cancel,
+                    stall_seconds=_stall_seconds())
+                self.heads[self.there.layout.path(file)] = layout.digest(head)
+            if watch:
+                watch.note(f'head of {file.name}', len(head), len(head))
 
     @contextlib.contextmanager
     def _writing(self, path: str, length: int) -> ty.Iterator[ty.Any]:
@@ -356,10 +383,10 @@ class Transfer:
 def _can_go_early(file: layout.File) -> bool:
     """Whether to copy a file while the server runs.
 
-    It has to be a disk that this process may read. A short file is copied in
-    no time.
+    It has to be a disk, or its base image, that this process may read. A short
+    file is copied in no time.
     """
-    return (file.format is not None and
+    return ((file.format is not None or file.name.startswith(layout.BASE)) and
             CONF.libvirt.vol_upload_migration_direct_read and
             os.access(file.path, os.R_OK) and
             os.path.getsize(file.path) > SHORT_BYTES)

@@ -144,8 +144,9 @@ class MigrateTestCase(DirectoryTestCase):
             'conn.storagePoolCreateXML',
             lambda: self.dest.add_pool('theirs', self.instances, mode=0o755,
                                        **NOVA))
-        found = pool.inspect(
-            self.dest.connect(), path=self.instances, name='ours')
+        found = pool.within(
+            self.dest.connect(), path=self.instances, name='ours',
+            function=pool.Directory.of)
         self.assertEqual(
             pool.Permissions(NOVA['owner'], NOVA['group'], 0o755),
             found.permissions)
@@ -185,9 +186,10 @@ class MigrateTestCase(DirectoryTestCase):
 
         def share():
             # Whatever file this host makes, the other one has too.
-            for name in os.listdir(self.directory):
-                self.dest.add_file(os.path.join(self.directory, name))
+            for name in os.listdir(self.instances):
+                self.dest.add_file(os.path.join(self.instances, name))
 
+        self.dest.add_directory(self.directory)
         self.dest.call('conn.storagePoolCreateXML', share, times=None)
         self.assertEqual(self.nova.return_value, self._migrate())
         self.assertTrue(
@@ -239,7 +241,7 @@ class RefusalTestCase(DirectoryTestCase):
         path = os.path.join(self.directory, 'disk')
         self.dest.add_file(path, b'not ours')
         self.before = self._state()
-        self._assert_refused('is not empty')
+        self._assert_refused('is there already')
         self.assertEqual(b'not ours', self.dest.files[path].content.read(
             0, units.Ki))
 
@@ -262,9 +264,9 @@ class FailureTestCase(DirectoryTestCase):
         return str(error)
 
     def test_server_runs_again_and_the_copy_is_gone(self):
-        self.dest.fail('stream.send', error=self.ERROR, nth=2)
+        self.dest.fail('vol.upload', error=self.ERROR, nth=2)
         message = self._fail()
-        for text in ('disk.eph0', 'host dest (qemu+tls://dest/system)',
+        for text in ('disk.info', 'host dest (qemu+tls://dest/system)',
                      'No space left on device'):
             self.assertIn(text, message)
         self._assert_nothing_on_destination()
@@ -277,14 +279,14 @@ class FailureTestCase(DirectoryTestCase):
 
     def test_copy_that_another_attempt_took_over_stays(self):
         self.dest.call('stream.send', lambda: self.dest.add_file(
-            f'{self.directory}/{uuids.instance}_{layout.CLAIM}-other'))
+            f'{self.directory}_{layout.CLAIM}-other'))
         self.assertIn('another attempt', self._fail())
         # Another attempt has taken over; what is there is its own to clear.
         self.assertIn('disk', self._arrived())
 
     def test_claim_of_another_attempt_is_respected(self):
         self.dest.call('pool.createXML', lambda: self.dest.add_file(
-            f'{self.directory}/{uuids.instance}_{layout.CLAIM}-other'))
+            f'{self.directory}_{layout.CLAIM}-other'))
         error = self.assertRaises(
             exception.InstanceFaultRollback, self._migrate).inner_exception
         self.assertIn('another attempt', str(error))
@@ -292,7 +294,11 @@ class FailureTestCase(DirectoryTestCase):
         self.assertEqual({f'{uuids.instance}_{layout.CLAIM}-other'},
                          set(self._arrived()))
 
-    def test_copy_goes_if_the_source_directory_can_not_be_kept(self):
+    def test_copy_of_images_goes_if_the_source_cannot_keep_its_own(self):
+        images = [info for info in self.disk_info.return_value
+                  if info['type'] == 'qcow2']
+        self.disk_info.return_value = images
+        os.unlink(os.path.join(self.directory, 'disk.config'))
         with mock.patch.object(
                 local, 'keep_directory', side_effect=OSError):
             self._fail()
@@ -312,38 +318,13 @@ class FailureTestCase(DirectoryTestCase):
                       str(error))
 
     def test_next_attempt_clears_what_is_left(self):
-        self.dest.fail('stream.send', error=self.ERROR, nth=2)
+        self.dest.fail('vol.upload', error=self.ERROR, nth=2)
         self.dest.fail('vol.delete', error=self.ERROR)
         self._fail()
         self.assertTrue(any(layout.CLAIM in name for name in self._arrived()))
         self._migrate()
         self.assertEqual({'disk', 'disk.eph0', 'disk.config', 'disk.info'},
                          set(self._arrived()))
-
-    def test_next_attempt_clears_a_copy_that_nobody_took_over(self):
-        self._migrate()
-        self._come_back()
-        self.dest.add_file(os.path.join(self.directory, 'kernel'), b'old')
-        before = self._markers()
-        self._migrate()
-        self.assertEqual({'disk', 'disk.eph0', 'disk.config', 'disk.info'},
-                         set(self._arrived()))
-        self.assertEqual(1, len(self._markers()))
-        self.assertNotEqual(before, self._markers())
-
-    def test_copy_that_arrived_is_not_deleted_by_an_older_attempt(self):
-        # The first that is deleted is the claim.
-        self.dest.fail('vol.delete', error=self.ERROR, nth=2)
-        with mock.patch.object(
-                local, 'keep_directory', side_effect=OSError):
-            self._fail()
-        self.assertEqual(1, len(self._markers()))
-        self._migrate()
-        arrived = self._arrived(), self._markers()
-        self.assertIn('disk', arrived[0])
-        self.driver._leftovers.retry()
-        self.assertEqual(arrived, (self._arrived(), self._markers()))
-        self.assertFalse(self.driver._leftovers)
 
 
 class FinishTestCase(DirectoryTestCase, test_storage_migrate.FinishMixin):

@@ -112,8 +112,14 @@ class SiteTestCase(test.NoDBTestCase):
 
     def claims(self) -> list[str]:
         """The names of the claims there, wherever they are."""
-        return [name for name in map(os.path.basename, self.dest.files)
-                if layout.Claim.parse(uuids.server, name)]
+        return sorted({name for name in map(os.path.basename, self.dest.files)
+                       if layout.Claim.parse(uuids.server, name)})
+
+    def drop_claims(self) -> None:
+        """Take the server over, as nova-compute there does."""
+        for path in list(self.dest.files):
+            if os.path.basename(path) in self.claims():
+                del self.dest.files[path]
 
     def in_directory(self) -> list[str]:
         """The names of the files in the instance directory there."""
@@ -234,9 +240,11 @@ class CheckTestCase(SiteTestCase):
         """
         make = site.tempfile.NamedTemporaryFile
 
-        def shared(**kwargs: ty.Any) -> ty.Any:
+        def make_shared(**kwargs: ty.Any) -> ty.Any:
             marker = make(**kwargs)
-            if kwargs['dir'] in paths:
+            shared = {path.replace(self.directory, self.instances)
+                      for path in paths}
+            if kwargs['dir'] in shared:
                 there = marker.name.replace(self.pool_path, '/srv/disks')
                 self.dest.add_file(there)
                 self.addCleanup(self.dest.files.pop, there, None)
@@ -244,7 +252,7 @@ class CheckTestCase(SiteTestCase):
 
         self.useFixture(fixtures.MonkeyPatch(
             'nova.virt.libvirt.storage.site.tempfile.NamedTemporaryFile',
-            shared))
+            make_shared))
         if self.pool_path in paths:
             self.dest.add_file('/srv/disks/' + volume_name('disk'), b'data')
         if self.directory in paths:
@@ -253,6 +261,7 @@ class CheckTestCase(SiteTestCase):
     def assert_no_markers(self) -> None:
         for path in self.pool_path, self.directory:
             self.assertEqual([], os.listdir(path))
+        self.assertEqual([uuids.server], os.listdir(self.instances))
 
     def test_check_changes_nothing(self):
         self.check(self.there)
@@ -335,6 +344,7 @@ class CheckTestCase(SiteTestCase):
         for name in layout.CLAIM, 'disk':
             self.dest.add_volume('disks', volume_name(name), b'data')
         self.dest.add_file(self.directory + '/disk.info', b'{}')
+        self.dest.add_file(f'{self.directory}_{layout.CLAIM}')
         before = self.state()
 
         self.check(self.there)
@@ -345,7 +355,7 @@ class CheckTestCase(SiteTestCase):
         self.dest.add_file(self.directory + '/disk.info', b'whose?')
 
         self.assert_refused(
-            f'instance directory {self.directory} is not empty')
+            f'instance directory {self.directory} is there already')
 
     def test_room_that_is_just_enough(self):
         self.check(self.there, pool=self.dest.available,
@@ -366,11 +376,17 @@ class CheckTestCase(SiteTestCase):
         self.dest.add_volume('disks', volume_name(layout.CLAIM))
         self.dest.add_volume('disks', volume_name('disk'), b'x' * 4096)
         self.dest.add_file(self.directory + '/disk.config', b'x' * 512)
+        self.dest.add_file(f'{self.directory}_{layout.CLAIM}')
+        available = self.dest.available
 
-        self.check(self.there, pool=self.dest.available + 4096,
-                   directory=self.dest.available + 512)
-        self.assert_refused('take up', pool=self.dest.available + 4097)
-        self.assert_refused('take up', directory=self.dest.available + 513)
+        self.assert_refused('take up', pool=available + 4097)
+        self.check(self.there, pool=available + 4096,
+                   directory=available + 4096 + 512 + 1)
+        # Known when the copy is gone, and still before the server is off.
+        self.assert_raises(errors.Refused, 'take up', self.there.claim)
+        self.check(self.there, pool=available + 4096,
+                   directory=available + 4096 + 512)
+        self.there.claim()
 
     def test_shared_storage_needs_no_copy(self):
         self.share(self.pool_path, self.directory)
@@ -406,6 +422,7 @@ class CheckTestCase(SiteTestCase):
     def test_places_with_the_same_names_are_not_shared(self):
         self.dest.add_volume('disks', volume_name(layout.CLAIM))
         self.dest.add_file(self.directory + '/disk.info', b'{}')
+        self.dest.add_file(f'{self.directory}_{layout.CLAIM}')
 
         self.check(self.there)
 
@@ -419,7 +436,7 @@ class CheckTestCase(SiteTestCase):
             self.dest.fail('pool.refresh', nth=nth)
             try:
                 self.check(self.there)
-            except libvirt.libvirtError:
+            except (libvirt.libvirtError, errors.Refused):
                 self.assert_no_markers()
             else:
                 break
@@ -450,7 +467,7 @@ class ClaimTestCase(SiteTestCase):
         crashed.make_directory(file('swtpm', mode=0o700))
         crashed.create(file('swtpm/state', mode=0o600), 10)
         if settled:
-            crashed.settle()
+            crashed.settle([])
 
     def test_claim_makes_the_directory_for_nova(self):
         self.claimed()
@@ -465,14 +482,6 @@ class ClaimTestCase(SiteTestCase):
         claim = layout.Claim.parse(uuids.server, *self.claims())
         self.assertEqual('source', claim.source)
         self.assertEqual(36, len(claim.attempt))
-
-    def test_empty_directory_is_taken(self):
-        self.dest.add_directory(self.directory)
-
-        self.claimed()
-
-        self.assertEqual(NOVA | dict(mode=0o755),
-                         vars(self.dest.directories[self.directory]))
 
     def test_what_came_since_the_check_is_in_the_way(self):
         there = self.connected()
@@ -526,20 +535,18 @@ class ClaimTestCase(SiteTestCase):
 
         for function, *args in (
                 (first.verify, disk(), 100),
-                (first.settle,), (first.discard,)):
+                (first.settle, []), (first.discard,)):
             self.assert_raises(
                 errors.Superseded, 'another attempt', function, *args)
 
         self.assertEqual(before, self.state())
         second.verify(disk(), 100)
-        second.settle()
+        second.settle([])
 
     def test_attempt_whose_claim_was_adopted_touches_nothing(self):
         first = self.claimed()
         first.create(disk(), 100)
-        claim, = self.claims()
-        self.dest.connect().storagePoolLookupByName(
-            'disks').storageVolLookupByName(claim).delete()
+        self.drop_claims()
         before = self.state()
 
         self.assert_raises(
@@ -578,9 +585,10 @@ class ClaimTestCase(SiteTestCase):
     def test_directory_that_hangs_is_given_up(self):
         self.flags(vol_upload_migration_stall_timeout=1, group='libvirt')
         there = self.connected()
-        blocked = self.dest.block('conn.storagePoolCreateXML', nth=4)
-        self.addCleanup(blocked.release)
         self.check(there)
+        blocked = self.dest.block(
+            'conn.storagePoolCreateXML', name=f'nova-{uuids.server}')
+        self.addCleanup(blocked.release)
 
         error = self.assertRaises(TimeoutError, there.claim)
 
@@ -678,7 +686,7 @@ class FilesTestCase(SiteTestCase):
     def test_settle_keeps_the_files_and_the_claim(self):
         self.copy()
 
-        self.there.settle()
+        self.there.settle([])
 
         self.assertEqual(['disks'], sorted(self.dest.pools))
         self.assertIn(self.directory + '/disk.info', self.dest.files)
@@ -689,7 +697,7 @@ class FilesTestCase(SiteTestCase):
         self.copy()
         self.dest.fail('pool.destroy')
 
-        self.assert_libvirt_error('injected failure', self.there.settle)
+        self.assert_libvirt_error('injected failure', self.there.settle, [])
 
     def test_discard_removes_all_and_nothing_else(self):
         self.copy()
@@ -702,7 +710,7 @@ class FilesTestCase(SiteTestCase):
 
     def test_discard_after_settle(self):
         self.copy()
-        self.there.settle()
+        self.there.settle([])
 
         self.there.discard()
 
@@ -736,8 +744,8 @@ class FilesTestCase(SiteTestCase):
 
         deleted = [name for where, name in self.dest.calls
                    if where == 'vol.delete']
-        self.assertEqual(claim, deleted[-1])
-        self.assertEqual(7, len(deleted))
+        self.assertEqual([claim, claim], deleted[-2:])
+        self.assertEqual(9, len(deleted))
 
     def test_discard_asks_for_a_domain_right_before_it_deletes(self):
         self.copy()
@@ -781,7 +789,7 @@ class FilesTestCase(SiteTestCase):
 
 
 class DirectoryTestCase(SiteTestCase):
-    """The site of a server without volumes: the claim is in the directory."""
+    """The site of a server without volumes: no pool, one claim."""
 
     uses_pool = False
 
@@ -793,7 +801,7 @@ class DirectoryTestCase(SiteTestCase):
     def test_no_pool_is_needed(self):
         there = self.claimed()
 
-        self.assertEqual(self.claims(), self.in_directory())
+        self.assertEqual([], self.in_directory())
         self.assertEqual(1, len(self.claims()))
         self.assertEqual(NOVA | dict(mode=0o755),
                          vars(self.dest.directories[self.directory]))
@@ -805,11 +813,11 @@ class DirectoryTestCase(SiteTestCase):
         there.create(file('disk'), 100)
         there.verify(file('disk'), 100)
 
-        there.settle()
+        there.settle([])
 
         claim, = self.claims()
         self.assertTrue(claim.startswith(volume_name(layout.ARRIVED)), claim)
-        self.assertCountEqual(['disk', claim], self.in_directory())
+        self.assertCountEqual(['disk'], self.in_directory())
         self.assertEqual([], sorted(self.dest.pools))
         there.discard()
         self.assert_nothing_left()
@@ -820,20 +828,20 @@ class DirectoryTestCase(SiteTestCase):
         second.create(file('disk'), 100)
         before = self.state()
 
-        # The first one's pool of the directory has gone.
-        self.assert_libvirt_error(
-            'no storage pool', first.verify, file('disk'), 100)
-        self.assert_raises(
-            errors.Superseded, 'another attempt', first.discard)
+        for function, *args in (first.verify, file('disk'), 100), (
+                first.discard,):
+            self.assert_raises(
+                errors.Superseded, 'another attempt', function, *args)
 
         self.assertEqual(before, self.state())
         second.verify(file('disk'), 100)
-        second.settle()
+        second.settle([])
 
     def test_files_in_the_way(self):
         self.dest.add_file(self.directory + '/disk', b'whose?')
 
-        self.assert_raises(errors.Refused, 'is not empty', self.claimed)
+        self.assert_raises(
+            errors.Refused, 'is there already', self.claimed)
 
     def test_claim_that_fails_leaves_nothing(self):
         there = self.connected()
@@ -869,7 +877,7 @@ class CrashTestCase(SiteTestCase):
     def attempt(self) -> None:
         """Fail in the end, after clearing what an attempt before left."""
         there = self.copy()
-        there.settle()
+        there.settle([])
         there.discard()
 
     def attempt_twice(self) -> None:
@@ -890,6 +898,22 @@ class CrashTestCase(SiteTestCase):
         self.dest.reconnect()
         return self.dest.changes[-1]
 
+    def has_arrived(self) -> bool:
+        """Whether the instance directory is one that no pool is made of."""
+        return self.directory in self.dest.directories and any(
+            layout.Claim.has_arrived(uuids.server, name)
+            for name in self.claims())
+
+    def clear_there(self) -> None:
+        """Delete all there, and forget it, as nova-compute there does."""
+        for found in self.dest.files, self.dest.directories:
+            for path in list(found):
+                if path.startswith(self.directory):
+                    del found[path]
+        for name in list(self.dest.pools):
+            if name.startswith(f'nova-{uuids.server}'):
+                del self.dest.pools[name]
+
     @ddt.data(True, False)
     def test_every_change_may_be_the_last(self, uses_pool):
         self.uses_pool = uses_pool
@@ -899,6 +923,10 @@ class CrashTestCase(SiteTestCase):
         for count in range(len(self.dest.changes)):
             crashed_at = self.crash_after(count)
             try:
+                if self.has_arrived():
+                    self.assert_raises(
+                        errors.Refused, 'is there already', self.attempt)
+                    self.clear_there()
                 self.attempt()
                 self.assert_nothing_left()
             except Exception as error:
