@@ -37,8 +37,13 @@ class Trace:
     A process of our own, which starts CANARY in the end, shows that it did.
     """
 
-    def __init__(self, host: 'lab_module.Host'):
+    def __init__(self, host: 'lab_module.Host', *calls: str):
+        """Name the host; nothing is traced yet.
+
+        :param calls: what to trace beside execve
+        """
         self.host = host
+        self._calls = ','.join(('execve', *calls))
         self.record = Path(host.directory) / 'trace.log'
         self.record.unlink(missing_ok=True)
         self._strace: subprocess.Popen
@@ -52,8 +57,8 @@ class Trace:
         self._canary.stdout.readline()
         pids = [pid for pid in self.host.processes() if pid != self.host.pid]
         self._strace = subprocess.Popen(
-            ['strace', '-f', '-qq', '-e', 'trace=execve', '-e', 'signal=none',
-             '-s', '200', '-o', str(self.record),
+            ['strace', '-f', '-qq', '-e', f'trace={self._calls}',
+             '-e', 'signal=none', '-s', '200', '-o', str(self.record),
              *(f'--attach={pid}' for pid in pids)],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE, start_new_session=True)
@@ -77,6 +82,11 @@ class Trace:
         """The names, without directories, of all that was started."""
         found = re.findall(r'execve\("([^"]+)"', self.record.read_text())
         return {os.path.basename(path) for path in found}
+
+    def opened(self) -> set[str]:
+        """The paths of all files that were opened, or were to be."""
+        return set(re.findall(r'open(?:at2?)?\((?:[^",]+, )?"([^"]+)"',
+                              self.record.read_text()))
 
     def commands(self, programs: Container[str]) -> list[str]:
         """The arguments of such programs, each a text as strace has it.

@@ -27,6 +27,21 @@ import fixtures
 from nova.tests.live import base
 
 BACKING = '/etc/shadow'
+
+# Where the files are that no daemon may open.
+BAIT = '/run/bait'
+
+# Length of the hostile start of a disk.
+HEAD = 4096
+
+_DESCRIPTOR = """\
+# Disk DescriptorFile
+version=1
+CID=1
+parentCID=2
+createType="monolithicSparse"
+parentFileNameHint="%s"
+"""
 # What the guest must not get to see.
 CANARY = 'canary-c2b1f0a9'
 
@@ -49,6 +64,61 @@ def write_header(disk: pathlib.Path, backing: str = BACKING) -> None:
         _SIZE, 0, 8, _TABLES, _TABLES, 1, 0, 0)
     with open(disk, 'r+b') as file:
         file.write((header.ljust(128, b'\0') + name).ljust(_LENGTH, b'\0'))
+
+
+def qcow2(backing: str, version: int = 2) -> bytes:
+    """A header of version 2 or 3 of qcow2."""
+    name = backing.encode()
+    header = struct.pack(
+        '>4sIQIIQIIQQIIQ', b'QFI\xfb', version, 512, len(name), 16, _SIZE, 0,
+        1, 1 << 16, 2 << 16, 1, 0, 0)
+    if version == 3:
+        header += struct.pack('>QQQII', 0, 0, 0, 4, 104)
+    return header.ljust(512, b'\0') + name
+
+
+def qcow(backing: str) -> bytes:
+    """A header of qcow, the first version."""
+    name = backing.encode()
+    header = struct.pack('>4sIQIIQBBHIQ', b'QFI\xfb', 1, 512, len(name), 0,
+                         _SIZE, 12, 9, 0, 0, 1 << 16)
+    return header.ljust(512, b'\0') + name
+
+
+def qed(backing: str) -> bytes:
+    """A header of QED with a backing file."""
+    name = backing.encode()
+    header = struct.pack('<4sIIIQQQQQII', b'QED\0', 1 << 16, 4, 1, 1, 0, 0,
+                         1 << 16, _SIZE, 512, len(name))
+    return header.ljust(512, b'\0') + name
+
+
+def vmdk(backing: str) -> bytes:
+    """A header of VMDK, and a descriptor that names a parent."""
+    return (struct.pack('<4sII', b'KDMV', 1, 3).ljust(512, b'\0') +
+            (_DESCRIPTOR % backing).encode())
+
+
+def cow(backing: str) -> bytes:
+    """A header of COW, which QEMU has forgotten and libvirt has not."""
+    return struct.pack('>4sI', b'OOOM', 2) + backing.encode()
+
+
+def json(backing: str) -> bytes:
+    """A header of qcow2 with a backing file in QEMU's other notation."""
+    return qcow2('json:{"driver":"raw","file":{"driver":"file",'
+                 f'"filename":"{backing}"}}}}')
+
+
+def vhdx(_backing: str) -> bytes:
+    """The start of a VHDX file."""
+    return b'vhdxfile'
+
+
+def vdi(_backing: str) -> bytes:
+    """A header of VDI."""
+    return (b'<<< Oracle VM VirtualBox Disk Image >>>\n'.ljust(64, b'\0') +
+            struct.pack('<II', 0xbeda107f, 0x00010001))
 
 
 def is_bait(host: base.nova_lab.Host, path: str) -> bool:

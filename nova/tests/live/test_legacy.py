@@ -24,7 +24,6 @@ from nova.tests.live import base
 from nova.tests.live import moves
 from nova.virt.libvirt.storage import daemon
 from nova.virt.libvirt.storage import errors
-from nova.virt.libvirt.storage import fetch
 from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt.storage import local
 from nova.virt.libvirt.storage import pool
@@ -115,8 +114,7 @@ class DirectoryTestCase(base.LiveTestCase):
             path.name: (path.stat().st_uid, path.stat().st_gid,
                         path.stat().st_mode,
                         self.sha256(path) if path.is_file() else '')
-            for path in (there, *there.iterdir())
-            if layout.ARRIVED not in path.name}
+            for path in (there, *there.iterdir())}
 
     def test_files_are_as_nova_s_own_transports_make_them(self):
         self._migrate()
@@ -139,9 +137,9 @@ class DirectoryTestCase(base.LiveTestCase):
 
         there = self.destination.path(self.directory)
         self.assertEqual(
-            {'disk', 'disk.eph0', 'disk.info', 'kernel', 'ramdisk',
-             layout.ARRIVED},
-            self._names(there))
+            {'disk', 'disk.eph0', 'disk.info', 'kernel', 'ramdisk'},
+            set(os.listdir(there)))
+        self.assertEqual({layout.ARRIVED}, self._claims())
         self.assertNotEqual(self.source.nova_uid, self.destination.nova_uid)
         for path in (there, *there.iterdir()):
             status = path.stat()
@@ -149,7 +147,7 @@ class DirectoryTestCase(base.LiveTestCase):
                 (self.destination.nova_uid, self.destination.nova_gid,
                  0o755 if path == there else 0o644),
                 (status.st_uid, status.st_gid, status.st_mode & 0o7777))
-            if path != there and layout.ARRIVED not in path.name:
+            if path != there:
                 self.assertEqual(self.sha256(self.local / path.name),
                                  self.sha256(path))
         self.assertEqual(4096, self.allocated(there / 'disk.eph0'))
@@ -169,17 +167,19 @@ class DirectoryTestCase(base.LiveTestCase):
         self._copy_half(move)
         move.close()
         self._start()
-        claim, = os.listdir(self.destination.path(self.directory))
-        self.assertIn(layout.CLAIM, claim)
-
-    def test_next_attempt_clears_a_copy_that_nobody_took_over(self):
-        self._migrate()
-        there = self.destination.path(self.directory)
         self.assertEqual(
-            {'disk', 'disk.eph0', 'disk.info', 'kernel', 'ramdisk',
-             layout.ARRIVED}, self._names(there))
+            [], os.listdir(self.destination.path(self.directory)))
+        self.assertEqual({layout.CLAIM}, self._claims())
+
+    def test_copy_that_nobody_took_over_is_for_the_destination_to_clear(self):
+        self._migrate()
+        error = self.assertRaises(errors.HostError, self._start)
+        self.assertIn('is there already', str(error))
+        local.delete_all(layout.Layout(
+            self.uuid, '/nowhere',
+            str(self.destination.path(self.directory))))
         self._start()
-        self.assertEqual({layout.CLAIM}, self._names(there))
+        self.assertEqual({layout.CLAIM}, self._claims())
 
     def _copy_half(self, move):
         """Copy files until the second one is created."""
@@ -195,10 +195,11 @@ class DirectoryTestCase(base.LiveTestCase):
         move.there.create = fail
         self.assertRaises(errors.HostError, move.run)
 
-    def _names(self, path):
-        """The names of its files, and only the kind of those that claim."""
+    def _claims(self):
+        """Of which kinds the claims on the destination are."""
         return {name.removeprefix(f'{self.uuid}_').partition('-')[0]
-                for name in os.listdir(path)}
+                for name in os.listdir(self.destination.path(INSTANCES))
+                if name.startswith(f'{self.uuid}_')}
 
     def test_files_of_somebody_else_stay(self):
         there = self.destination.path(self.directory)
@@ -206,7 +207,7 @@ class DirectoryTestCase(base.LiveTestCase):
         (there / 'disk').write_text('not ours')
         move = self._transfer(self._add_files())
         error = self.assertRaises(errors.HostError, move.check)
-        self.assertIn('is not empty', str(error))
+        self.assertIn('is there already', str(error))
         self.assertEqual('not ours', (there / 'disk').read_text())
 
     def test_instances_path_that_is_not_there(self):
@@ -220,9 +221,9 @@ class DirectoryTestCase(base.LiveTestCase):
         def look(index):
             connection = daemon.open_connection(self.lab.uri(self.destination))
             try:
-                return pool.inspect(
-                    connection, path=INSTANCES,
-                    name=f'test-{index}').permissions.owner
+                return pool.within(
+                    connection, path=INSTANCES, name=f'test-{index}',
+                    function=pool.Directory.of).permissions.owner
             finally:
                 connection.close()
 
@@ -230,73 +231,6 @@ class DirectoryTestCase(base.LiveTestCase):
             owners = set(executor.map(look, range(40)))
         self.assertEqual({self.destination.nova_uid}, owners)
         self.assertEqual(before, self._pools(self.destination))
-
-
-class FetchTestCase(base.LiveTestCase):
-    """A base image that the destination fetches from the source."""
-
-    def setUp(self):
-        super().setUp()
-        # This process plays nova-compute of the destination, and sees the
-        # machine's own directory where the source has one of its own.
-        self.cache = tempfile.mkdtemp(prefix='nova-lab-cache-')
-        self.addCleanup(shutil.rmtree, self.cache)
-        os.chmod(self.cache, 0o755)
-        self.path = f'{self.cache}/0123'
-        self.theirs = self.source.path('/var/lib/nova/theirs')
-        self.theirs.mkdir()
-        self.addCleanup(shutil.rmtree, self.theirs)
-        self.source.run(['mount', '--bind', '/var/lib/nova/theirs',
-                         self.cache])
-        self.addCleanup(self.source.run, ['umount', self.cache])
-
-    def _fetch(self, index=0):
-        return fetch.fetch(
-            self.local_uri(self.destination),
-            self.source.name, self.lab.uri(self.source), self.path,
-            f'test-{index}')
-
-    def _pools(self):
-        return [[pool.name() for pool in
-                 self.connect(host).listAllStoragePools()]
-                for host in (self.source, self.destination)]
-
-    def test_file_comes_whole_with_its_holes(self):
-        before = self._pools()
-        self.make_disk(self.source, '/var/lib/nova/theirs/0123',
-                       256 * units.Mi, [(64 * units.Mi, units.Mi)])
-        result = self._fetch()
-        self.assertEqual(units.Mi, result.wire)
-        self.assertEqual(['0123'], os.listdir(self.cache))
-        self.assertEqual(self.sha256(self.theirs / '0123'),
-                         self.sha256(self.path))
-        self.assertLessEqual(self.allocated(self.path), 2 * units.Mi)
-        status = os.stat(self.path)
-        self.assertEqual(
-            (os.geteuid(), os.getegid(), 0o644),
-            (status.st_uid, status.st_gid, status.st_mode & 0o7777))
-        self.assertEqual(before, self._pools())
-
-    def test_pool_of_base_images_is_made_once_and_used(self):
-        uri = self.local_uri(self.source)
-        name = f'test-{uuidutils.generate_uuid()}'
-        # This process is root, whose id the daemon finds on the directory.
-        for _attempt in range(2):
-            local.ensure_pool(uri, name, self.cache, False)
-        self.addCleanup(self._remove_pool, self.source, name)
-        self.make_disk(self.source, '/var/lib/nova/theirs/0123', units.Mi,
-                       [(0, 4096)])
-        self._fetch()
-        self.assertEqual(self.sha256(self.theirs / '0123'),
-                         self.sha256(self.path))
-        pool = self.connect(self.source).storagePoolLookupByName(name)
-        self.assertTrue(pool.isActive() and pool.isPersistent())
-
-    def test_file_that_is_not_there(self):
-        error = self.assertRaises(fetch.FetchError, self._fetch)
-        self.assertIn(self.path, str(error))
-        self.assertIn(self.source.name, str(error))
-        self.assertEqual([], os.listdir(self.cache))
 
 
 class SharedDirectoryTestCase(base.LiveTestCase):
