@@ -340,11 +340,19 @@ class RetryTestCase(base.DriverTestCase):
         self.assertFalse(os.path.exists(self.directory))
         self.info.return_value.state = power_state.SHUTDOWN
 
-        self._migrate()
+        error = self.assertRaises(
+            exception.InstanceFaultRollback, self._migrate)
 
+        self.assertIn('is there already', str(error.inner_exception))
+        names = {'kernel', 'disk.info'}
+        self.assertEqual(names, set(os.listdir(self.directory)))
+        # The nova-compute of that host clears what nobody took over.
+        for files in self.dest.files, self.dest.directories:
+            for path in [path for path in files if uuids.instance in path]:
+                del files[path]
+        self._migrate()
         self.assertIn(volume, self.dest.volume_names('nova-disks'))
-        kept = self.places.kept_directory
-        self.assertEqual({'kernel', 'disk.info'}, set(os.listdir(kept)))
+        self.assertEqual(names, set(os.listdir(self.places.kept_directory)))
 
     def test_second_attempt_while_the_first_checks(self):
         self._add_disk()
