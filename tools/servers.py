@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # Where disks are on a host: Nova's own place, and the disks pool's.
 INSTANCES = '/var/lib/nova/instances'
-POOL = '/var/lib/nova/disks'
+POOL = '/var/lib/libvirt/images/nova-disks'
 POOL_NAMES = ['nova-disks', 'nova-image-cache']
 # What Nova keeps among the instance directories.
 VTPM = '/var/lib/libvirt/swtpm'

@@ -30,6 +30,7 @@ import nova.conf
 from nova.conf import storage_migrate as options  # noqa: F401 (registers)
 from nova import config
 from nova.virt.libvirt.storage import check
+from nova.virt.libvirt.storage import place
 from nova.virt.libvirt.storage import threads
 from nova.virt.libvirt import storage_migrate
 
@@ -134,7 +135,8 @@ def _check(
     settings = check.Settings(
         uri=storage_migrate.LibvirtDriver._uri(),
         pool=CONF.libvirt.disks_pool,
-        pool_path=CONF.libvirt.disks_pool_path,
+        pool_path=(CONF.libvirt.disks_pool_path
+                   if place.is_configured() else None),
         instances_path=CONF.instances_path,
         enabled=(CONF.libvirt.use_storage_pools and
                  CONF.libvirt.vol_upload_migration),

@@ -19,8 +19,6 @@ is imported, because Nova's nova/conf/__init__.py does not import it.
 
 from oslo_config import cfg
 
-from nova.conf import paths
-
 storage_pool_opts = [
     cfg.BoolOpt(
         'use_storage_pools',
@@ -63,12 +61,20 @@ Related options:
 """),
     cfg.StrOpt(
         'disks_pool_path',
-        default=paths.state_path_def('disks'),
+        default='/var/lib/libvirt/images/nova-disks',
         help="""
 Directory of the storage pool that holds the disks of servers.
 
 nova-compute creates the directory through libvirt, and its own user becomes
 the owner. The path may differ between compute hosts.
+
+The default is a directory in which the AppArmor profiles and the SELinux
+labels of distributions expect the disks of servers. Elsewhere they may have
+to be told of the directory; ``nova-storage-migrate check`` says how.
+
+If this option is not set and the pool exists, it is used where it is. Earlier
+releases had the default ``$state_path/disks``: a host that was upgraded keeps
+its pool there.
 
 Related options:
 

@@ -40,7 +40,8 @@ disks_pool = {pool}
 disks_pool_path = /var/lib/nova/{pool}
 """
 GOOD = {
-    'user', 'options', 'libvirt', 'pool', 'directory', 'uri', 'name', 'port',
+    'user', 'options', 'libvirt', 'pool', 'access', 'directory',
+    'policy', 'uri', 'name', 'port',
     'our certificate', 'its certificate', 'encryption', 'owner', 'space',
     'shared storage', 'probe copy'}
 

@@ -209,7 +209,7 @@ class TestSecurityPage(testtools.TestCase):
 class TestSwitchOnPage(base.LiveTestCase):
     """The pools go before the driver does, and not with a disk in them."""
 
-    POOLS = {'nova-disks': '/var/lib/nova/disks',
+    POOLS = {'nova-disks': '/var/lib/libvirt/images/nova-disks',
              'nova-image-cache': '/var/lib/nova/instances/_base'}
 
     def setUp(self):
@@ -237,9 +237,11 @@ class TestSwitchOnPage(base.LiveTestCase):
             commands for classes, commands in read_blocks(SWITCH_PAGE)
             if classes == {'off'})
         disk = self.make_disk(
-            self.destination, '/var/lib/nova/disks/disk', units.Mi, [])
+            self.destination, f'{self.POOLS["nova-disks"]}/disk', units.Mi,
+            [])
         error = self.assertRaises(lab.LabError, self.run_block, remove_disks)
-        self.assertIn("failed to remove '/var/lib/nova/disks'", str(error))
+        self.assertIn(f"failed to remove '{self.POOLS['nova-disks']}'",
+                      str(error))
         self.run_block('virsh pool-start nova-disks')
         self.find_pool()
         disk.unlink()

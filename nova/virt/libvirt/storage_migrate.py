@@ -66,6 +66,7 @@ from nova.virt.libvirt.storage import imagecache
 from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt.storage import leftovers
 from nova.virt.libvirt.storage import local
+from nova.virt.libvirt.storage import place
 from nova.virt.libvirt.storage import progress
 from nova.virt.libvirt.storage import site
 from nova.virt.libvirt.storage import stream
@@ -160,6 +161,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         if CONF.libvirt.vol_upload_migration:
             self._check_migration_uri()
         super().init_host(host)
+        self._find_disks_pool()
         if CONF.libvirt.use_storage_pools:
             self._init_disks_pool()
         if CONF.libvirt.vol_upload_migration:
@@ -710,6 +712,19 @@ class LibvirtDriver(driver.LibvirtDriver):
                 '%(remedy)s.', {'uri': uri, 'why': weakness,
                                 'remedy': access.WEAKNESS_REMEDY})
 
+    def _find_disks_pool(self) -> None:
+        """Take the disks pool where it is, if nova.conf does not say where.
+
+        It is where an earlier release, with another default, made it. Servers
+        may have disks there with both options off, too.
+        """
+        path = None
+        if (CONF.libvirt.use_storage_pools or
+                CONF.libvirt.vol_upload_migration):
+            path = _native(
+                local.find_pool, self._uri(), CONF.libvirt.disks_pool)
+        place.adopt(path)
+
     def _init_disks_pool(self) -> None:
         if CONF.libvirt.images_type not in image.IMAGE_TYPES:
             raise exception.InvalidConfiguration(_(
@@ -731,6 +746,11 @@ class LibvirtDriver(driver.LibvirtDriver):
                 '[libvirt]disks_pool_path to that, or choose another name '
                 'in [libvirt]disks_pool.') % {
                     'pool': CONF.libvirt.disks_pool, 'path': path})
+        try:
+            place.check_access(path)
+        except errors.Refused as error:
+            raise exception.InvalidConfiguration(
+                f'{error.reason}. {error.remedy}') from error
 
     @staticmethod
     def _warn_of_raw_volumes() -> bool:

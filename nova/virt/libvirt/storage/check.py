@@ -33,6 +33,7 @@ from nova.virt.libvirt.storage import certificates
 from nova.virt.libvirt.storage import daemon
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import layout
+from nova.virt.libvirt.storage import place
 from nova.virt.libvirt.storage import pool as storage_pool
 from nova.virt.libvirt.storage import site as server_site
 from nova.virt.libvirt.storage import stream
@@ -157,14 +158,14 @@ class Settings:
 
     :ivar uri: libvirt URI of this host
     :ivar pool: name of the disks pool
-    :ivar pool_path: its directory on this host
+    :ivar pool_path: its directory on this host, None for where it is
     :ivar instances_path: directory of the instance directories
     :ivar enabled: whether disks go to the pool, and migrate from there
     :ivar bandwidth: limit in bytes per second, 0 for none
     """
     uri: str
     pool: str
-    pool_path: str
+    pool_path: str | None
     instances_path: str
     enabled: bool
     bandwidth: int
@@ -191,7 +192,14 @@ class Source(Checks):
                               ('options', self._options)])
         yield from self._run_until_failure([('libvirt', self._libvirt),
                                             ('pool', self._pool),
-                                            ('directory', self._directory)])
+                                            ('access', self._access),
+                                            ('directory', self._directory),
+                                            ('policy', self._policy)])
+
+    @property
+    def pool_path(self) -> str:
+        """The directory of the disks pool, as far as it is known."""
+        return self.pool.path if self.pool else self._settings.pool_path or ''
 
     def close(self) -> None:
         """Close the connection to this host's libvirt."""
@@ -238,7 +246,8 @@ class Source(Checks):
         except (errors.PoolNotFound, errors.PoolInactive):
             raise Problem(f'there is no active storage pool {name}',
                           'Restart nova-compute on this host')
-        if self.pool.path != self._settings.pool_path.rstrip('/'):
+        path = self._settings.pool_path
+        if path is not None and self.pool.path != path.rstrip('/'):
             raise Problem(
                 f'{name} has the directory {self.pool.path}',
                 'Set [libvirt]disks_pool_path to that')
@@ -259,6 +268,20 @@ class Source(Checks):
                 f'libvirt does not see what this user writes to {path}',
                 DIRECTORY_REMEDY)
         return f'libvirt sees what this user writes to {path}'
+
+    def _access(self) -> str:
+        assert self.pool
+        place.check_access(self.pool.path)
+        return f'this user may use {self.pool.path}'
+
+    def _policy(self) -> str:
+        assert self.pool
+        try:
+            return place.check_policy(
+                self._connection.getCapabilities(), self.pool.path)
+        except errors.Refused as error:
+            # What is missing may come in another way than the ones known.
+            raise Problem(error.reason, error.remedy, WARN)
 
 
 class Destination(Checks):
@@ -309,7 +332,7 @@ class Destination(Checks):
         return server_site.Site(
             daemon.Daemon(self.host, self._uri.geturl()),
             layout.Layout(
-                self._probe_name, self._settings.pool_path,
+                self._probe_name, self._source.pool_path,
                 os.path.join(self._settings.instances_path,
                              self._probe_name)),
             self._settings.pool, layout.Claim.new(self._probe_name))

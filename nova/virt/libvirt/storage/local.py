@@ -323,6 +323,19 @@ def _delete_new_volumes(places: layout.Layout) -> None:
             os.unlink(path)
 
 
+def find_pool(uri: str, name: str) -> str | None:
+    """Return the directory of this host's pool, active or not.
+
+    :returns: None if there is no such pool
+    :raises: libvirtError, TimeoutError
+    """
+    connection = daemon.open_connection(uri)
+    try:
+        return storage_pool.find_path(connection, name)
+    finally:
+        connection.close()
+
+
 def ensure_pool(uri: str, name: str, path: str, autostart: bool) -> str:
     """See to it that this host has an active pool.
 

@@ -424,6 +424,18 @@ def delete_directory(parent: Pool, directory: Volume) -> None:
     directory.delete()
 
 
+def find_path(connection: 'libvirt.virConnect', name: str) -> str | None:
+    """Return the directory of a pool, active or not; None without a pool."""
+    pool = _lookup(connection, name)
+    return pool and _parse(pool.XMLDesc(0)).findtext('target/path')
+
+
+def is_active(connection: 'libvirt.virConnect', name: str) -> bool:
+    """Whether there is an active pool of that name."""
+    pool = _lookup(connection, name)
+    return pool is not None and bool(pool.isActive())
+
+
 def _lookup_path(
     connection: 'libvirt.virConnect', path: str,
 ) -> 'libvirt.virStoragePool | None':

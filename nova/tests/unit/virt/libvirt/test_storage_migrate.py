@@ -39,11 +39,14 @@ from nova.tests import fixtures as nova_fixtures
 from nova.tests.fixtures import libvirt_storage
 from nova.virt import fake
 from nova.virt.libvirt import driver
+from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import imagecache
 from nova.virt.libvirt.storage import layout
+from nova.virt.libvirt.storage import place
 from nova.virt.libvirt.storage import stream
 from nova.virt.libvirt import storage_migrate
 
+CONF = cfg.CONF
 SIZE = 4 * units.Mi
 
 
@@ -1394,6 +1397,36 @@ class StartTestCase(DriverTestCase):
         error = self.assertRaises(
             exception.InvalidConfiguration, self._init_host)
         self.assertIn(self.pool_path, str(error))
+
+    def _forget_path(self):
+        """Have a nova.conf that does not say where the pool is."""
+        self.addCleanup(
+            CONF.clear_default, 'disks_pool_path', group='libvirt')
+        CONF.clear_override('disks_pool_path', group='libvirt')
+
+    def test_pool_of_an_earlier_release_is_used_where_it_is(self):
+        self._forget_path()
+        self._init_host()
+        self.assertEqual(self.pool_path, CONF.libvirt.disks_pool_path)
+
+    def test_pool_of_an_earlier_release_is_used_with_the_options_off(self):
+        self._forget_path()
+        former = self.useFixture(fixtures.TempDir()).path
+        self.flags(state_path=former)
+        os.makedirs(os.path.join(former, 'disks', 'server_disk'))
+        self.flags(use_storage_pools=False, vol_upload_migration=False,
+                   group='libvirt')
+        self._init_host()
+        self.assertEqual(
+            os.path.join(former, 'disks'), CONF.libvirt.disks_pool_path)
+        self.assertEqual([], self.hosts.opened)
+
+    def test_pool_that_nova_cannot_enter_is_refused(self):
+        refusal = errors.Refused('nobody enters', 'Open it.')
+        with mock.patch.object(place, 'check_access', side_effect=refusal):
+            error = self.assertRaises(
+                exception.InvalidConfiguration, self._init_host)
+        self.assertIn('nobody enters. Open it', str(error))
 
     def test_image_type_that_has_no_files_is_refused(self):
         self.flags(images_type='rbd', group='libvirt')

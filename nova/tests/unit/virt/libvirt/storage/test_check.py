@@ -23,6 +23,8 @@ from nova import test
 from nova.tests.fixtures import libvirt_storage
 from nova.virt.libvirt.storage import access
 from nova.virt.libvirt.storage import check
+from nova.virt.libvirt.storage import errors
+from nova.virt.libvirt.storage import place
 from nova.virt.libvirt.storage import site
 from nova.virt.libvirt.storage import threads
 
@@ -47,6 +49,8 @@ class _CheckTestCase(test.NoDBTestCase):
         self.settings = dict(
             uri='qemu:///system', pool='nova-disks', pool_path=self.disks,
             instances_path=self.instances, enabled=True, bandwidth=0)
+        # There are no such directories.
+        self.useFixture(fixtures.MockPatchObject(place, 'check_access'))
 
     def _show_disks(self):
         """Let the faked libvirt see files that are made in the directory."""
@@ -90,8 +94,9 @@ class SourceTestCase(_CheckTestCase):
     def test_good_host(self):
         findings = self._run()
         self.assertEqual(
-            dict.fromkeys(['user', 'options', 'libvirt', 'pool', 'directory'],
-                          check.OK), self._statuses(findings))
+            dict.fromkeys(['user', 'options', 'libvirt', 'pool', 'access',
+                           'policy'], check.OK),
+            self._statuses(findings))
         self.assertEqual('nova-disks', self.checked.pool.name)
 
     def test_another_user(self):
@@ -135,6 +140,22 @@ class SourceTestCase(_CheckTestCase):
             self._run(), f'directory: libvirt does not see what this user '
             f'writes to {self.disks}', 'mount the directory in both')
         self.assertEqual([], os.listdir(self.disks))
+
+    def test_pool_of_which_nova_conf_says_nothing(self):
+        self.settings['pool_path'] = None
+        self.assertEqual({check.OK}, {each.status for each in self._run()})
+        self.assertEqual('/disks', self.checked.pool_path)
+
+    def test_pool_that_this_user_cannot_enter(self):
+        place.check_access.side_effect = errors.Refused(
+            'user 1 cannot enter /', 'Allow it.')
+        self._only_failure(self._run(), 'access: user 1 cannot enter /')
+
+    def test_policy_that_denies_guests_the_pool(self):
+        refusal = errors.Refused('AppArmor denies it', 'Add a rule')
+        with mock.patch.object(place, 'check_policy', side_effect=refusal):
+            self._only_failure(self._run(), 'policy: AppArmor denies it',
+                               status=check.WARN)
 
 
 @ddt.ddt
