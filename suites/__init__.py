@@ -26,8 +26,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 def load(kind, loader):
     """Load the tests below nova/tests/<kind> of this repository.
 
-    :param kind: 'unit', 'functional', 'live', 'containers', 'cloud' or
-        'cloud_full'
+    :param kind: 'unit', 'functional', 'live', 'stock', 'containers', 'cloud'
+        or 'cloud_full'
     """
     paths = sorted((ROOT / 'nova' / 'tests' / kind).glob('**/test_*.py'))
     names = ['.'.join(path.relative_to(ROOT).with_suffix('').parts)

@@ -238,19 +238,19 @@ def nova_compute(site: Site, name: str, address: str) -> Options:
     })
 
 
-def rootwrap() -> Options:
+def rootwrap(root: Path = ROOT) -> Options:
     """rootwrap.conf: as Nova's own, with the environment's programs."""
     return {'DEFAULT': {
         'filters_path': '/etc/nova/rootwrap.d',
-        'exec_dirs': f'{ROOT}/bin,/usr/sbin,/usr/bin,/sbin,/bin',
+        'exec_dirs': f'{root}/bin,/usr/sbin,/usr/bin,/sbin,/bin',
         'use_syslog': False}}
 
 
-def sudoers() -> str:
+def sudoers(root: Path = ROOT) -> str:
     """What lets nova become root: through nova-rootwrap alone."""
-    return (f'Defaults:nova secure_path="{ROOT}/bin:/usr/sbin:/usr/bin"\n'
+    return (f'Defaults:nova secure_path="{root}/bin:/usr/sbin:/usr/bin"\n'
             'Defaults:nova !requiretty, !syslog\n'
-            f'nova ALL = (root) NOPASSWD: {ROOT}/bin/nova-rootwrap '
+            f'nova ALL = (root) NOPASSWD: {root}/bin/nova-rootwrap '
             '/etc/nova/rootwrap.conf *\n')
 
 

@@ -27,6 +27,7 @@ from tools import certificates
 from tools.lab import files
 from tools.lab import identity
 from tools.lab import libvirtd
+from tools.lab import machine
 from tools.lab import mounts
 from tools.lab import sshd
 from tools import processes
@@ -208,6 +209,7 @@ class Lab:
                 # Nothing was made, or something that is not ours is there.
                 return
             if not self.rival:
+                machine.end_all(self)
                 processes.execute('ip', 'link', 'delete', self.bridge,
                                   check=False)
             shutil.rmtree(self.directory)

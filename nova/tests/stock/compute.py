@@ -1,0 +1,251 @@
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""nova-compute's driver without the rest of a cloud, as the user nova.
+
+It runs on a host with that host's nova.conf, reads lines of JSON from
+standard input, each of which names a function of FUNCTIONS with its
+arguments, and answers with what that returns, or with the error.
+
+The driver, libvirt and QEMU are real. The conductor is not: it knows the one
+migration that is under way, and forgets what it is told to save. Glance has
+the one image that lies on the host.
+"""
+
+import os
+import shlex
+import shutil
+import sys
+import traceback
+from typing import Any
+
+from oslo_privsep import priv_context
+from oslo_serialization import jsonutils
+
+from nova.compute import power_state
+from nova.compute import vm_states
+import nova.conf
+from nova import config
+from nova import context as nova_context
+from nova import exception
+from nova.network import model
+from nova import objects
+from nova.objects import base
+from nova import utils
+from nova.virt import fake
+from nova.virt import images
+from nova.virt.libvirt import storage_migrate
+
+CONF = nova.conf.CONF
+IMAGE = '/var/lib/nova/image.raw'
+IMAGE_ID = '155d900f-4e14-4e4c-a73d-069cbf4541e6'
+MIGRATION_ID = 1
+MEMORY_MIB = 64
+
+
+class Conductor:
+    """What the objects of a nova-compute ask for the database."""
+
+    def object_action(self, context: Any, objinst: Any, objmethod: str,
+                      args: Any, kwargs: Any) -> tuple[dict, None]:
+        """Save an object, or refresh it: it is what it was."""
+        if objmethod not in ('save', 'refresh'):
+            raise NotImplementedError(f'{objinst.obj_name()}.{objmethod}')
+        return {}, None
+
+    def object_class_action(self, context: Any, objname: str, objmethod: str,
+                            objver: str, args: Any, kwargs: Any) -> Any:
+        """Look something up: there is one migration, and lists are empty."""
+        if objname == 'Migration':
+            return migration(context)
+        if objname.endswith('List'):
+            return getattr(objects, objname)(objects=[])
+        if objname == 'Service':
+            raise exception.ComputeHostNotFound(host=CONF.host)
+        raise NotImplementedError(f'{objname}.{objmethod}')
+
+    object_class_action_versions = object_class_action
+
+
+class Glance:
+    """Has one image, of raw format."""
+
+    def get(self, context: Any, image_id: str, **kwargs: Any) -> dict:
+        return {'id': image_id, 'disk_format': 'raw', 'status': 'active',
+                'container_format': 'bare', 'properties': {},
+                'size': os.path.getsize(IMAGE), 'min_disk': 0, 'min_ram': 0}
+
+    def download(self, context: Any, image_id: str, dest_path: str,
+                 *args: Any, **kwargs: Any) -> None:
+        shutil.copyfile(IMAGE, dest_path)
+
+
+class Compute:
+    """The calls that a compute manager makes of its driver."""
+
+    def __init__(self, source: str) -> None:
+        self.context = nova_context.get_admin_context()
+        self.driver = storage_migrate.LibvirtDriver(fake.FakeVirtAPI())
+        self.driver.init_host(source)
+
+    def spawn(self, uuid: str) -> str:
+        """Make a server and start it."""
+        instance = make_instance(self.context, uuid)
+        self.driver.spawn(
+            self.context, instance, image_meta(), [], None, {},
+            network_info(), block_devices())
+        return self.state(uuid)
+
+    def migrate(self, uuid: str, dest: str) -> str:
+        """Take a server's disks to the host of an address."""
+        instance = make_instance(self.context, uuid)
+        return self.driver.migrate_disk_and_power_off(
+            self.context, instance, dest, instance.flavor, network_info(),
+            block_devices(), timeout=0)
+
+    def finish(self, uuid: str, disk_info: str) -> str:
+        """Start a server that has come."""
+        instance = make_instance(self.context, uuid)
+        self.driver.finish_migration(
+            self.context, migration(self.context), instance, disk_info,
+            network_info(), image_meta(), False, {}, block_devices())
+        return self.state(uuid)
+
+    def confirm(self, uuid: str) -> None:
+        """Delete what is kept of a server that has gone."""
+        instance = make_instance(self.context, uuid, host='elsewhere')
+        self.driver.confirm_migration(
+            self.context, migration(self.context), instance, network_info())
+
+    def finish_revert(self, uuid: str) -> str:
+        """Start a server that is to be here again."""
+        instance = make_instance(self.context, uuid)
+        self.driver.finish_revert_migration(
+            self.context, instance, network_info(), migration(self.context),
+            block_devices())
+        return self.state(uuid)
+
+    def destroy(self, uuid: str) -> None:
+        """Delete a server with its disks."""
+        instance = make_instance(self.context, uuid)
+        self.driver.destroy(
+            self.context, instance, network_info(), block_devices())
+
+    def state(self, uuid: str) -> str:
+        """Whether a server runs, as the driver sees it."""
+        info = self.driver.get_info(make_instance(self.context, uuid))
+        return power_state.STATE_MAP[info.state]
+
+
+def make_instance(context: Any, uuid: str,
+                  host: str | None = None) -> 'objects.Instance':
+    """The server, as the manager would have it from the conductor."""
+    flavor = objects.Flavor(
+        id=1, name='tiny', flavorid='1', memory_mb=MEMORY_MIB, vcpus=1,
+        root_gb=1, ephemeral_gb=0, swap=0, rxtx_factor=1, vcpu_weight=0,
+        disabled=False, is_public=True, extra_specs={})
+    return objects.Instance(
+        context, id=1, uuid=uuid, host=host or CONF.host,
+        node=CONF.host, flavor=flavor, old_flavor=flavor, new_flavor=flavor,
+        image_ref=IMAGE_ID, kernel_id='', ramdisk_id='', display_name='tiny',
+        hostname='tiny', user_id='user',
+        project_id='project', memory_mb=MEMORY_MIB, vcpus=1, root_gb=1,
+        ephemeral_gb=0, os_type=None, architecture=None, vm_mode=None,
+        vm_state=vm_states.ACTIVE, task_state=None, power_state=1,
+        progress=0, auto_disk_config=False, config_drive='',
+        root_device_name='/dev/vda', default_ephemeral_device=None,
+        default_swap_device=None, key_data=None, key_name=None,
+        user_data=None, access_ip_v4=None, access_ip_v6=None,
+        availability_zone=None, launched_at=None, locked=False,
+        numa_topology=None, pci_devices=objects.PciDeviceList(objects=[]),
+        pci_requests=objects.InstancePCIRequests(
+            instance_uuid=uuid, requests=[]),
+        device_metadata=None, ephemeral_key_uuid=None, hidden=False,
+        trusted_certs=None, vcpu_model=None, resources=None,
+        keypairs=objects.KeyPairList(objects=[]), metadata={},
+        tags=objects.TagList(objects=[]),
+        system_metadata={'image_disk_format': 'raw'},
+        migration_context=objects.MigrationContext(
+            instance_uuid=uuid, migration_id=MIGRATION_ID,
+            old_numa_topology=None, new_numa_topology=None,
+            old_pci_devices=None, new_pci_devices=None,
+            old_pci_requests=None, new_pci_requests=None,
+            old_resources=None, new_resources=None),
+        info_cache=objects.InstanceInfoCache(
+            instance_uuid=uuid, network_info=network_info()))
+
+
+def migration(context: Any) -> 'objects.Migration':
+    """The migration, whichever it is."""
+    return objects.Migration(
+        context, id=MIGRATION_ID, status='migrating',
+        migration_type='migration', source_compute=CONF.host,
+        dest_compute='elsewhere', memory_total=None, memory_processed=None,
+        memory_remaining=None, disk_total=None, disk_processed=None,
+        disk_remaining=None)
+
+
+def image_meta() -> 'objects.ImageMeta':
+    """What Nova keeps of the image."""
+    return objects.ImageMeta.from_dict({
+        'id': IMAGE_ID, 'disk_format': 'raw', 'container_format': 'bare',
+        'size': os.path.getsize(IMAGE), 'min_disk': 0, 'min_ram': 0,
+        'properties': {}})
+
+
+def network_info() -> Any:
+    """No network."""
+    return model.NetworkInfo([])
+
+
+def block_devices() -> dict[str, Any]:
+    """A root disk, and nothing else."""
+    return {'root_device_name': '/dev/vda', 'image': [], 'ephemerals': [],
+            'swap': None, 'block_device_mapping': []}
+
+
+def serve() -> None:
+    """Do what is asked until there is no more."""
+    compute = Compute(CONF.host)
+    answer({'uid': os.getuid()})
+    for line in sys.stdin:
+        name, arguments = jsonutils.loads(line)
+        try:
+            answer({'result': getattr(compute, name)(**arguments)})
+        except Exception as error:
+            traceback.print_exc()
+            answer({'error': f'{type(error).__name__}: {error}'})
+
+
+def answer(what: dict[str, Any]) -> None:
+    """Say something to whoever asked."""
+    print(jsonutils.dumps(what), flush=True)
+
+
+def main() -> None:
+    config.parse_args(sys.argv)
+    # As nova.cmd.compute and its manager do.
+    nova.conf.neutron.register_dynamic_opts(CONF)
+    nova.conf.devices.register_dynamic_opts(CONF)
+    priv_context.init(root_helper=shlex.split(utils.get_root_helper()))
+    objects.register_all()
+    base.NovaObject.indirection_api = Conductor()
+    images.IMAGE_API = Glance()
+    serve()
+    sys.stdout.flush()
+    # Nova's threads do not end by themselves.
+    os._exit(0)
+
+
+if __name__ == '__main__':
+    main()

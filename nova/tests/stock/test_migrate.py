@@ -1,0 +1,82 @@
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Servers on hosts as Debian ships them."""
+
+from nova.tests.stock import base
+
+
+class TestStockHosts(base.StockTestCase):
+    """From one stock host to the other."""
+
+    def test_hosts_are_what_they_are_taken_for(self):
+        for each in self.machines:
+            said = each.run_as_root(
+                'cat /sys/module/apparmor/parameters/enabled\n'
+                'aa-status --enforced\n'
+                'systemctl is-active libvirtd-tls.socket\n'
+                'dmsetup version | head -1\nvirsh version\nuname -r\n'
+                '/openstack/venvs/nova/bin/python --version\n')
+            enabled, enforced, socket = said.splitlines()[:3]
+            self.assertEqual('Y', enabled)
+            self.assertGreater(int(enforced), 1)
+            self.assertEqual('active', socket)
+            for what in 'libvirt 11.3', 'QEMU 10.', '+deb13', 'Python 3.13':
+                self.assertIn(what, said)
+            self.assertIn('Library version', said)
+
+    def test_server_goes_there_and_back(self):
+        here, there = map(self.start_compute, self.machines)
+        uuid = self.spawn(here)
+        image = self.disk_image(self.source, uuid)
+        self.assertEqual('qcow2', image['format'])
+        self.assertIn('/_base/', image['full-backing-filename'])
+        self.assert_confined(self.source, uuid)
+
+        self.migrate(uuid, here, there)
+        self.assert_confined(self.destination, uuid)
+        self.assertNotEqual([], self.files(self.source, uuid))
+        here.call('confirm', uuid=uuid)
+        self.assertEqual([], self.files(self.source, uuid))
+
+        self.migrate(uuid, there, here)
+        here.call('destroy', uuid=uuid)
+        self.assertEqual('running', there.call('finish_revert', uuid=uuid))
+        self.assertEqual([], self.files(self.source, uuid))
+        self.assert_confined(self.destination, uuid)
+
+    def assert_confined(self, of, uuid):
+        """The guest runs under the profile that libvirt made for it."""
+        said = of.run_as_root(
+            'cat /proc/$(cat /run/libvirt/qemu/instance-*.pid)/attr/current')
+        self.assertEqual(f'libvirt-{uuid} (enforce)', said.strip())
+
+    def test_restart_of_libvirtd_with_a_server(self):
+        here, there = map(self.start_compute, self.machines)
+        uuid = self.spawn(here)
+        for each in self.machines:
+            each.run_as_root('systemctl restart libvirtd.service')
+        self.assertEqual('running', here.call('state', uuid=uuid))
+        pools = self.source.run(['virsh', 'pool-list', '--name']).stdout
+        self.assertIn(base.POOL, pools.split())
+        self.migrate(uuid, here, there)
+        here.call('confirm', uuid=uuid)
+
+    def test_check_command(self):
+        self.start_compute(self.source)
+        self.start_compute(self.destination)
+        said = self.source.run(
+            ['/openstack/venvs/nova/bin/nova-storage-migrate', 'check',
+             self.destination.address], user='nova', check=False)
+        self.assertEqual(0, said.returncode, said.stdout + said.stderr)
+        self.assertNotIn('fail', said.stdout)
