@@ -315,10 +315,10 @@ except exception.InternalError as error:
                 [], list(self.site.glob('nova_storage_migrate*')))
         self.assertEqual(5, len(self.blocks))
 
-    def test_nova_of_each_release_is_checked(self):
+    def test_nova_of_each_older_release_has_all_hooks(self):
         said = self.run_block(f"""
             python3 -m pip --quiet wheel --no-deps --wheel-dir . .
-            for release in 33 32 31 30; do
+            for release in 33 32 31; do
                 python3 -m pip --quiet download --no-deps nova==$release.*
                 for wheel in nova-$release.*.whl nova_storage_migrate-*; do
                     python3 -m zipfile -e $wheel $release
@@ -326,10 +326,7 @@ except exception.InternalError as error:
                 PYTHONPATH=$PWD/$release python3 -P -c '{self.CHECK_HOOKS}'
             done
             """)
-        problem, = said.splitlines()
-        self.assertRegex(
-            problem, r'needs Nova 31 to 34\. This is Nova 30\.\d+\.\d+')
-        self.assertIn('power_on does not take share_info', problem)
+        self.assertEqual('', said)
 
     def block(self, *classes):
         return self.blocks[frozenset(classes)]
