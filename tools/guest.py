@@ -26,6 +26,14 @@ each further disk that holds a file system. A server that prints the next
 numbers after a migration has brought its disks along. It powers off when
 ACPI tells it to.
 
+An image with beats also writes to every disk once a second, and says at its
+next boot whether all of it is there::
+
+    BEAT 7
+    DATA vdb ok
+    BEATS vdb 7 7
+    SWAP vdc
+
 Nothing is mounted and nothing installed: the packages are only unpacked.
 """
 
@@ -104,6 +112,34 @@ power_off() {
     poweroff -f
 }
 
+# Of a disk: whether its data is what was written, and its beats: how many
+# there are, and the number of the last.
+check() {
+    if [ -e $1/beats ]; then
+        (cd $1 && md5sum -c data.md5 >/dev/null 2>&1) && data=ok || data=bad
+        echo "DATA $2 $data"
+        echo "BEATS $2 $(wc -l < $1/beats) $(tail -n 1 $1/beats)"
+    else
+        dd if=/dev/urandom of=$1/data bs=64k count=64 2>/dev/null
+        (cd $1 && md5sum data > data.md5)
+        : > $1/beats
+    fi
+}
+
+beat() {
+    n=$(tail -n 1 /beats)
+    while :; do
+        n=$((n + 1))
+        for mount in $mounts; do
+            echo $n >> $mount/beats
+        done
+        sync
+        echo "BEAT $n"
+        sleep 1
+    done
+}
+
+mounts=/
 count /boot-counter
 echo "BOOT-COUNTER $n"
 for disk in /sys/block/vd*; do
@@ -114,8 +150,13 @@ for disk in /sys/block/vd*; do
     if mount -t ext4 /dev/$dev /mnt/$dev 2>/dev/null; then
         count /mnt/$dev/boot-counter
         echo "DISK-COUNTER $dev $n"
+        mounts="$mounts /mnt/$dev"
+        [ -e /beating ] && check /mnt/$dev $dev
+    elif [ -e /beating ] && swapon /dev/$dev 2>/dev/null; then
+        echo "SWAP $dev"
     fi
 done
+[ -e /beating ] && check "" vda
 
 for name in /sys/class/input/event*/device/name; do
     if [ "$(cat $name)" = "Power Button" ]; then
@@ -126,6 +167,7 @@ for name in /sys/class/input/event*/device/name; do
     fi
 done
 echo "GUEST-READY"
+[ -e /beating ] && beat
 while :; do
     sleep 3600
 done
@@ -148,14 +190,20 @@ def execute(*argv: str | os.PathLike, cwd: os.PathLike | None = None,
     return done.stdout
 
 
-def build(path: str | os.PathLike, size: int = SIZE) -> None:
-    """Build the image as a sparse raw file of size bytes."""
+def build(path: str | os.PathLike, size: int = SIZE,
+          beats: bool = False) -> None:
+    """Build the image as a sparse raw file of size bytes.
+
+    :param beats: whether the guest writes to its disks all the time
+    """
     path = pathlib.Path(path).absolute()
     with tempfile.TemporaryDirectory(prefix='guest-') as name:
         work = pathlib.Path(name)
         system = unpack(work)
         core = make_core(work, system)
         tree = make_tree(work, system)
+        if beats:
+            (tree / 'beating').touch()
         partial = path.with_name(path.name + '.partial')
         try:
             write_image(partial, size, system, core, tree)
