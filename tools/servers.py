@@ -36,7 +36,7 @@ NOT_OF_SERVERS = {'_base', 'compute_nodes', 'locks', 'snapshots'}
 # A guest in software emulation on a busy machine.
 BOOT_SECONDS = 180
 # The states of a migration that is over.
-ENDED = ('confirmed', 'reverted', 'error', 'failed')
+ENDED = ('confirmed', 'reverted', 'error', 'failed', 'completed', 'cancelled')
 
 
 class Server:
