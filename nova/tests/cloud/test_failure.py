@@ -34,7 +34,8 @@ class FaultTestCase(base.CloudTestCase):
 
     options: cloud.config.Options = {'DEFAULT': {
         'use_cow_images': 'False', 'manager_shutdown_timeout': 20,
-        'update_resources_interval': 10}}
+        'update_resources_interval': 10},
+        'libvirt': {'vol_upload_migration_precopy': False}}
 
     def setUp(self):
         super().setUp()
@@ -87,6 +88,28 @@ class FaultTestCase(base.CloudTestCase):
         self.assert_no_disks(self.server, base.SOURCE)
         self.server.wait_boot()
         self.assertEqual({'vda': self.counter + 2}, self.server.counters())
+
+
+class PrecopyTestCase(FaultTestCase):
+    """What breaks before the server is powered off does not stop it."""
+
+    options: cloud.config.Options = {
+        'DEFAULT': FaultTestCase.options['DEFAULT']}
+
+    def test_daemon_of_the_destination_is_killed(self):
+        def kill():
+            self.destination.stop_libvirtd(signal.SIGKILL)
+            self.destination.start_libvirtd()
+
+        pid = self.source.running('qemu-system-x86')
+        self.assertTrue(pid)
+        self.fail_when_copying(kill)
+        self.assertEqual(pid, self.source.running('qemu-system-x86'))
+        self.assertEqual({'vda': self.counter}, self.server.counters())
+        self.assert_no_disks(self.server, base.DESTINATION)
+        # The next attempt powers it off once.
+        self.counter -= 1
+        self.assert_next_attempt_works()
 
 
 class FailureTestCase(FaultTestCase):

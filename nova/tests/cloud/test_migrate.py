@@ -138,10 +138,10 @@ class TestQcow2Disks(DisksMixin, base.CloudTestCase):
     backing = True
 
 
-class TestRawDisks(DisksMixin, base.CloudTestCase):
+class TestFullDisks(DisksMixin, base.CloudTestCase):
     """Disks on their own, with use_cow_images switched off."""
 
-    format = 'raw'
+    format = 'qcow2'
     backing = False
     options = {'DEFAULT': {'use_cow_images': False}}
 

@@ -155,43 +155,43 @@ class TestUnlikeHosts(TransitionTestCase):
         self.addCleanup(self.forget_pools, self.destination)
         super()._set_options()
 
-    def test_each_disk_keeps_its_format(self):
-        raw = self.create_booted(flavor='small-ephemeral')
-        raw.migrate(base.DESTINATION)
-        self.assert_counts(raw, vda=2, vdb=2)
-        self.assert_format('raw', raw, base.DESTINATION, self.elsewhere)
-        raw.confirm()
-        self.assert_no_disks(raw, base.SOURCE)
-        self.reboot(raw)
-        self.assert_counts(raw, vda=3, vdb=3)
-        self.assert_format('raw', raw, base.DESTINATION, self.elsewhere)
+    def test_each_disk_stays_what_it_is(self):
+        full = self.create_booted(flavor='small-ephemeral')
+        full.migrate(base.DESTINATION)
+        self.assert_counts(full, vda=2, vdb=2)
+        self.assert_kind('full', full, base.DESTINATION, self.elsewhere)
+        full.confirm()
+        self.assert_no_disks(full, base.SOURCE)
+        self.reboot(full)
+        self.assert_counts(full, vda=3, vdb=3)
+        self.assert_kind('full', full, base.DESTINATION, self.elsewhere)
 
         overlay = self.create_booted(host=base.DESTINATION)
         overlay.migrate(base.SOURCE)
         self.assert_counts(overlay, vda=2)
-        self.assert_format('qcow2', overlay, base.SOURCE, servers.POOL)
+        self.assert_kind('overlay', overlay, base.SOURCE, servers.POOL)
         overlay.revert()
         self.assert_counts(overlay, vda=2)
-        self.assert_format(
-            'qcow2', overlay, base.DESTINATION, self.elsewhere)
+        self.assert_kind(
+            'overlay', overlay, base.DESTINATION, self.elsewhere)
         self.assert_no_disks(overlay, base.SOURCE)
         overlay.delete()
 
-        raw.migrate(base.SOURCE)
-        raw.confirm()
-        self.assert_counts(raw, vda=4, vdb=4)
-        self.assert_format('raw', raw, base.SOURCE, servers.POOL)
+        full.migrate(base.SOURCE)
+        full.confirm()
+        self.assert_counts(full, vda=4, vdb=4)
+        self.assert_kind('full', full, base.SOURCE, servers.POOL)
         self.assertEqual(
             [], os.listdir(self.destination.path(self.elsewhere)))
 
-    def assert_format(self, form: str, server: servers.Server, host: str,
-                      directory: str) -> None:
-        """The root disk is of a format, and QEMU takes it for that."""
+    def assert_kind(self, kind: str, server: servers.Server, host: str,
+                    directory: str) -> None:
+        """The root disk is a full image or an overlay."""
         path = f'{directory}/{server.id}_disk'
         info = self.qemu_img_info(host, path)
-        self.assertEqual(form, info['format'])
-        self.assertEqual(form == 'qcow2', 'backing-filename' in info)
+        self.assertEqual('qcow2', info['format'])
+        self.assertEqual(kind == 'overlay', 'backing-filename' in info)
         blocks = self.cloud.lab.host(host).run(
             ['virsh', 'dumpxml', server.id]).stdout.split('<disk ')[1:]
         root = next(xml for xml in blocks if f"file='{path}'" in xml)
-        self.assertIn(f"type='{form}'", root.split('<source')[0])
+        self.assertIn("type='qcow2'", root.split('<source')[0])
