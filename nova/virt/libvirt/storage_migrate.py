@@ -293,8 +293,9 @@ class LibvirtDriver(driver.LibvirtDriver):
     @hooks.as_nova_declares
     def _hard_reboot(self, context, instance, *args, **kwargs):
         """Start a server that is this host's, whatever ended before."""
-        if instance.host == CONF.host:
-            places = layout.Layout.of(instance)
+        places = layout.Layout.of(instance)
+        is_unfinished = local.has_kept_directory(places) or places.claims()
+        if is_unfinished and instance.host == CONF.host:
             local.recover_directory(places)
             if places.claims():
                 self._end_transient_pool(places)
