@@ -455,12 +455,28 @@ class LibvirtDriver(driver.LibvirtDriver):
         Nova calls this also when it finds, as it starts, that it ended in
         the middle of one.
         """
+        if (instance.task_state == task_states.RESIZE_MIGRATING and
+                self._is_active(instance)):
+            # Nova's code would fail to start it, and then unplug its ports.
+            LOG.info('nova-compute ended while it copied the disks of the '
+                     'server, which has been running all the time',
+                     instance=instance)
+            return
         places = layout.Layout.of(instance)
         if places.kept() and _is_on_one_host(migration):
             _native(local.restore, places)
         super().finish_revert_migration(
             context, instance, network_info, migration, block_device_info,
             power_on, **later)
+
+    def _is_active(self, instance) -> bool:
+        """Whether the server has a domain that runs or is paused."""
+        try:
+            return self.get_info(instance).state in (
+                power_state.RUNNING, power_state.PAUSED,
+                power_state.SUSPENDED)
+        except exception.InstanceNotFound:
+            return False
 
     def _finish_revert_migration_vtpm(self, context, instance):
         # Nova calls this also as it starts after it ended in the middle of a

@@ -717,6 +717,36 @@ class ShutdownTestCase(DriverTestCase):
 @ddt.ddt
 class CrashTestCase(DriverTestCase):
 
+    @mock.patch.object(driver.LibvirtDriver, 'finish_revert_migration')
+    @ddt.data(
+        # Nova finds, as it starts, that it ended before the power off,
+        (task_states.RESIZE_MIGRATING, power_state.RUNNING, False),
+        (task_states.RESIZE_MIGRATING, power_state.PAUSED, False),
+        # after it,
+        (task_states.RESIZE_MIGRATING, power_state.SHUTDOWN, True),
+        # or not at all.
+        (task_states.RESIZE_REVERTING, power_state.SHUTDOWN, True),
+        (task_states.RESIZE_REVERTING, power_state.RUNNING, True))
+    @ddt.unpack
+    def test_server_that_runs_is_not_started(
+            self, task_state, state, starts, nova):
+        self.instance.task_state = task_state
+        self.info.return_value.state = state
+        self.driver.finish_revert_migration(
+            self.context, self.instance, mock.sentinel.network_info,
+            mock.sentinel.migration)
+        self.assertEqual(starts, nova.called)
+
+    @mock.patch.object(driver.LibvirtDriver, 'finish_revert_migration')
+    def test_server_without_a_domain_is_started(self, nova):
+        self.instance.task_state = task_states.RESIZE_MIGRATING
+        self.info.side_effect = exception.InstanceNotFound(
+            instance_id=uuids.instance)
+        self.driver.finish_revert_migration(
+            self.context, self.instance, mock.sentinel.network_info,
+            mock.sentinel.migration)
+        nova.assert_called_once()
+
     @mock.patch.object(driver.LibvirtDriver, '_finish_revert_migration_vtpm')
     def test_server_that_has_no_old_flavor_yet_is_put_back(self, nova):
         self.instance.old_flavor = None
