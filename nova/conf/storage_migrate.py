@@ -34,7 +34,8 @@ raw otherwise. The config drive, the console log and ``disk.info`` stay in the
 instance directory.
 
 The local disk that the host reports is the file system of
-``disks_pool_path``. Servers with disks in the pool cannot be live migrated.
+``disks_pool_path``. Servers with disks in the pool can be live migrated to
+hosts that set this option too.
 
 Existing servers keep their disks where they are, and keep working. If this
 option is switched off again, servers with disks in the pool keep working too.

@@ -14,8 +14,6 @@
 from collections.abc import Iterator
 import contextlib
 
-from openstack import exceptions
-
 from nova.tests.cloud import base
 
 from tools import daemons
@@ -166,17 +164,6 @@ class LifeMixin:
 
 class TestLife(LifeMixin, LifeTestCase):
     """A server whose disks are in the pool."""
-
-    def test_live_migration_is_refused(self):
-        self.assertRaises(
-            exceptions.BadRequestException,
-            self.server.compute.live_migrate_server, self.server.id,
-            host=base.DESTINATION, block_migration='auto')
-        self.server.wait('ACTIVE')
-        self.assertIn('Migrate it cold instead',
-                      base.read_log(self.cloud, base.SOURCE))
-        self.assertEqual(base.SOURCE, self.server.host)
-        self.assert_no_disks(self.server, base.DESTINATION)
 
 
 class TestLifeRaw(TestLife):

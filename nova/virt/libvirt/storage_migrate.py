@@ -26,6 +26,7 @@ Methods to Migrate Libvirt Volumes".
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 import re
@@ -65,6 +66,7 @@ from nova.virt.libvirt.storage import image
 from nova.virt.libvirt.storage import imagecache
 from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt.storage import leftovers
+from nova.virt.libvirt.storage import live
 from nova.virt.libvirt.storage import local
 from nova.virt.libvirt.storage import place
 from nova.virt.libvirt.storage import progress
@@ -164,9 +166,18 @@ class LibvirtDriver(driver.LibvirtDriver):
         self._find_disks_pool()
         if CONF.libvirt.use_storage_pools:
             self._init_disks_pool()
+            self._warn_of_clear_text()
+            self._end_live_migrations(host)
         if CONF.libvirt.vol_upload_migration:
             _native(local.end_pool, self._uri(), IMAGE_CACHE_POOL)
             self._mend_migrations(host)
+
+    def _end_live_migrations(self, host) -> None:
+        """Let files be a server's own that ended its way here meanwhile."""
+        for instance in objects.InstanceList.get_by_host(
+                nova_context.get_admin_context(), host):
+            if instance.task_state is None and self.instance_exists(instance):
+                local.drop_claims(layout.Layout.of(instance))
 
     def _mend_migrations(self, host) -> None:
         """Put right what Nova leaves of migrations that it ended in.
@@ -595,24 +606,221 @@ class LibvirtDriver(driver.LibvirtDriver):
         info = libvirt_utils.get_fs_info(CONF.libvirt.disks_pool_path)
         return {name: size / units.Gi for name, size in info.items()}
 
-    def check_can_live_migrate_source(
-        self, context, instance, dest_check_data, block_device_info=None,
+    def check_can_live_migrate_destination(
+        self, context, instance, src_compute_info, dst_compute_info,
+        block_migration=False, disk_over_commit=False,
     ):
-        """Refuse to live migrate disks that are volumes of a pool.
-
-        The other host would make empty disks for them in the instance
-        directory, where the server does not look for them.
+        """Also tell the source host about the pool on this host.
 
         :raises: MigrationPreCheckError
         """
-        if layout.Layout.of(instance).volumes():
-            raise exception.MigrationPreCheckError(reason=_(
-                'The disks of the server are in storage pool %s, and cannot '
-                'be live migrated. Migrate it cold instead: openstack server '
-                'migrate, without --live-migration.') %
-                CONF.libvirt.disks_pool)
-        return super().check_can_live_migrate_source(
+        data = super().check_can_live_migrate_destination(
+            context, instance, src_compute_info, dst_compute_info,
+            block_migration, disk_over_commit)
+        if CONF.libvirt.use_storage_pools:
+            live.introduce(layout.Layout.of(instance)).write(data)
+        return data
+
+    def cleanup_live_migration_destination_check(
+        self, context, dest_check_data,
+    ):
+        super().cleanup_live_migration_destination_check(
+            context, dest_check_data)
+        notice = live.Notice.read(dest_check_data)
+        if notice and notice.marker:
+            fileutils.delete_if_exists(os.path.join(
+                CONF.libvirt.disks_pool_path, notice.marker))
+
+    def check_can_live_migrate_source(
+        self, context, instance, dest_check_data, block_device_info=None,
+    ):
+        """Refuse what the destination cannot take; decide what is sent.
+
+        :raises: MigrationPreCheckError
+        """
+        places = layout.Layout.of(instance)
+        if not places.volumes():
+            return super().check_can_live_migrate_source(
+                context, instance, dest_check_data, block_device_info)
+        disks = self._get_instance_disk_info(instance, block_device_info)
+        sent = self._list_sent(context, instance, disks)
+        try:
+            notice = live.check(places, dest_check_data, disks)
+            if sent:
+                destination_uri('destination')
+        except errors.StorageError as error:
+            raise exception.MigrationPreCheckError(
+                reason=str(error)) from error
+        data = super().check_can_live_migrate_source(
             context, instance, dest_check_data, block_device_info)
+        dataclasses.replace(notice, sent=sent).write(data)
+        return data
+
+    def _list_sent(self, context, instance, disks) -> list[str]:
+        """Names of the files that QEMU does not copy to the destination."""
+        server = _Server(context, instance, None, None)
+        lost = map(os.path.basename, self._lost_bases(server, disks))
+        return live.list_sent(
+            disks, self._list_read_only(instance), set(lost))
+
+    def _list_read_only(self, instance) -> set[str]:
+        """Paths of the disks that the guest cannot write."""
+        return {disk.source_path
+                for disk in self._host.get_guest(instance).get_all_disks()
+                if disk.readonly}
+
+    def _is_shared_block_storage(
+        self, instance, dest_check_data, block_device_info=None,
+    ):
+        """Whether the destination host sees the server's disks.
+
+        :raises: MigrationPreCheckError if it sees the pool or the instance
+            directory only; Nova could not tell what to delete
+        """
+        places = layout.Layout.of(instance)
+        notice = live.Notice.read(dest_check_data)
+        if notice is None or not places.volumes():
+            return super()._is_shared_block_storage(
+                instance, dest_check_data, block_device_info)
+        is_shared = live.shares_pool(places, notice)
+        if is_shared != dest_check_data.is_shared_instance_path:
+            raise exception.MigrationPreCheckError(reason=_(
+                'Both hosts share either the storage pool or the instance '
+                'directory of the server. Share both or neither.'))
+        return is_shared
+
+    def pre_live_migration(
+        self, context, instance, block_device_info, network_info, disk_info,
+        migrate_data,
+    ):
+        """Make the disks of a server that is to come, for QEMU to fill.
+
+        :raises: MigrationPreCheckError
+        """
+        places = layout.Layout.of(instance)
+        disks = jsonutils.loads(disk_info or '[]')
+        notice = live.Notice(places.pool_path)
+        if migrate_data.is_shared_block_storage:
+            if places.volumes():
+                live.record_shared(places)
+        elif any(local.is_volume(places, disk) for disk in disks):
+            notice = self._claim_for_live_migration(
+                instance, places, migrate_data)
+            disk_info = jsonutils.dumps(
+                live.disks_here(places, disks, notice))
+        migrate_data = super().pre_live_migration(
+            context, instance, block_device_info, network_info, disk_info,
+            migrate_data)
+        if places.volumes():
+            notice.write(migrate_data)
+        return migrate_data
+
+    def _claim_for_live_migration(self, instance, places,
+                                  migrate_data) -> live.Notice:
+        """Take possession of the names of a server's files on this host.
+
+        :returns: what to tell the source host
+        :raises: MigrationPreCheckError
+        """
+        notice = live.Notice.read(migrate_data)
+        if notice is None or notice.sent is None:
+            raise exception.MigrationPreCheckError(reason=_(
+                'The disks of the server are in a storage pool, and host '
+                '%s does not have the driver for it. Set [DEFAULT]'
+                'compute_driver there as on this host.') % instance.host)
+        if self.instance_exists(instance):
+            raise exception.MigrationPreCheckError(reason=_(
+                'A domain of the server is on this host already. Find out '
+                'where it comes from, and undefine it if it is not needed.'))
+        if places.claims():
+            self._delete_leftovers(instance, places)
+        claim = live.claim(places, instance.host)
+        return live.Notice(
+            places.pool_path, sent=notice.sent, claim=claim.name)
+
+    def _live_migration_operation(
+        self, context, instance, dest, block_migration, migrate_data, guest,
+        device_names,
+    ):
+        """Send what QEMU does not, and have it copy the rest.
+
+        Nova asks the domain how the migration ended. It has put all back when
+        it looks at an error of this method, and would leave a server in ERROR
+        that runs as before.
+        """
+        places = layout.Layout.of(instance)
+        notice = live.Notice.read(migrate_data)
+        if notice is None:
+            super()._live_migration_operation(
+                context, instance, dest, block_migration, migrate_data, guest,
+                device_names)
+            return
+        try:
+            if notice.claim and notice.sent:
+                self._send(instance, places, notice,
+                           migrate_data.target_connect_addr or dest)
+            super()._live_migration_operation(
+                context, instance, dest, block_migration, migrate_data,
+                live.Guest(guest._domain, places, notice.path), device_names)
+        except Exception as error:
+            LOG.warning('The live migration of the server failed: %s', error,
+                        instance=instance)
+
+    def _send(self, instance, places, notice, dest) -> None:
+        """Send the files that QEMU does not copy.
+
+        :raises: MigrationPreCheckError, HostError, Cancelled
+        """
+        claim = layout.Claim.parse(places.uuid, notice.claim)
+        with (self._copying(instance) as copy,
+              live.files_to_send(places, notice.sent) as files):
+            move = self._new_transfer(
+                places, dest, files, instance.name, claim)
+            try:
+                _native(move.send, copy.cancel)
+            finally:
+                _native(move.close)
+
+    def live_migration_abort(self, instance):
+        """Abort a live migration, also before QEMU has begun."""
+        copy = self._copies.get(instance.uuid)
+        if copy:
+            self._stop_copy(copy, _('the live migration was aborted'))
+        else:
+            super().live_migration_abort(instance)
+
+    def rollback_live_migration_at_destination(
+        self, context, instance, network_info, block_device_info,
+        destroy_disks=True, migrate_data=None,
+    ):
+        """Delete what was made here for the server, and nothing else."""
+        places = layout.Layout.of(instance)
+        if places.claims():
+            self._end_transient_pool(places)
+        elif places.volumes():
+            # The migration failed before it had a claim.
+            destroy_disks = False
+        super().rollback_live_migration_at_destination(
+            context, instance, network_info, block_device_info,
+            destroy_disks, migrate_data)
+
+    def post_live_migration_at_destination(
+        self, context, instance, network_info, block_migration=False,
+        block_device_info=None,
+    ):
+        """Let the files here be the server's own."""
+        places = layout.Layout.of(instance)
+        try:
+            super().post_live_migration_at_destination(
+                context, instance, network_info, block_migration,
+                block_device_info)
+        except exception.InstanceNotFound:
+            if places.claims():
+                # The server was deleted on its way.
+                self.delete_instance_files(instance)
+            raise
+        if places.claims():
+            _native(local.settle, places)
 
     def _create_images_and_backing(
         self, context, instance, instance_dir, disk_info,
@@ -620,6 +828,10 @@ class LibvirtDriver(driver.LibvirtDriver):
     ):
         # Nova looks for all disks of a server that starts in the directory
         # it is told, and makes those that are not there.
+        if instance.task_state == task_states.MIGRATING and any(
+                'sent' in info for info in disk_info or []):
+            live.record(layout.Layout.of(instance), disk_info)
+            disk_info = [info for info in disk_info if not info['sent']]
         in_pool = [info for info in disk_info or []
                    if image.is_in_pool(info['path'])]
         if in_pool:
@@ -741,6 +953,15 @@ class LibvirtDriver(driver.LibvirtDriver):
             path = _native(
                 local.find_pool, self._uri(), CONF.libvirt.disks_pool)
         place.adopt(path)
+
+    @staticmethod
+    def _warn_of_clear_text() -> None:
+        if not CONF.libvirt.live_migration_with_native_tls:
+            LOG.warning(
+                'QEMU sends the disks and the memory of servers that are live '
+                'migrated in clear text, whatever the URI is. Give QEMU '
+                'certificates and set [libvirt]live_migration_with_native_tls '
+                'on all hosts')
 
     def _init_disks_pool(self) -> None:
         if CONF.libvirt.images_type not in image.IMAGE_TYPES:
@@ -897,13 +1118,15 @@ class LibvirtDriver(driver.LibvirtDriver):
     def _is_running(self, instance) -> bool:
         return self.get_info(instance).state == power_state.RUNNING
 
-    def _new_transfer(self, places, dest, files, name) -> transfer.Transfer:
+    def _new_transfer(self, places, dest, files, name,
+                      claim=None) -> transfer.Transfer:
         """The transfer of a server's files to another host.
 
         :param files: the plan
         :param name: of the server's domain
+        :param claim: the claim that the destination made, None to make one
         """
-        claim = layout.Claim.new(places.uuid)
+        claim = claim or layout.Claim.new(places.uuid)
         uses_pool = not self._streams_files(places)
         here, there = (
             site.Site(daemon.Daemon(host, uri), places,
@@ -1014,7 +1237,8 @@ class LibvirtDriver(driver.LibvirtDriver):
         places = layout.Layout.of(instance)
         if (instance.host != CONF.host and instance.task_state is None and
                 instance.vm_state != vm_states.RESIZED and
-                local.is_abandoned(places, instance.host)):
+                local.is_abandoned(places, instance.host) and
+                not self.instance_exists(instance)):
             self._delete_leftovers(instance, places)
 
     @staticmethod

@@ -21,6 +21,7 @@ from unittest import mock
 
 import ddt
 import fixtures
+from lxml import etree
 from oslo_concurrency import processutils
 from oslo_serialization import jsonutils
 from oslo_utils import fileutils
@@ -44,7 +45,12 @@ CALLS = ('spawn', 'destroy', 'cleanup', 'get_host_ip_addr',
          'check_instance_shared_storage_local',
          'check_instance_shared_storage_remote',
          'check_instance_shared_storage_cleanup', 'delete_instance_files',
-         'get_available_resource')
+         'get_available_resource', 'check_can_live_migrate_destination',
+         'check_can_live_migrate_source',
+         'cleanup_live_migration_destination_check', 'get_instance_disk_info',
+         'pre_live_migration', '_live_migration_operation',
+         'post_live_migration_at_destination',
+         'rollback_live_migration_at_destination')
 
 
 class DirectoryHost(libvirt_storage.FakeHost):
@@ -278,6 +284,74 @@ def create_disk(self, context, instance, *args, **kwargs):
     # QEMU does not mind what is behind the end of an image.
     os.truncate(path, instance.flavor.root_gb * units.Mi)
     return False, False
+
+
+class LiveMigrateTestCase(StorageMigrateTestCase):
+    """QEMU copies the disks, or fails to."""
+
+    def setUp(self):
+        super().setUp()
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.tests.fixtures.libvirt.Domain.migrateToURI3',
+            self._migrate))
+        self.fails = False
+
+    def _migrate(self, domain, uri, params, flags):
+        """Do what libvirt and QEMU do."""
+        xml = etree.fromstring(params['destination_xml'])
+        source = xml.find("devices/disk[@device='disk']/source")
+        self.copied = source.get('file')
+        self.during = self._files(self.dest)
+        if self.fails:
+            domain.fail_job()
+            raise libvirt.make_libvirtError(
+                libvirt.libvirtError, 'the link was cut',
+                error_code=libvirt.VIR_ERR_OPERATION_FAILED)
+        disk = self.root / 'dest/disks' / self.disk
+        disk.write_bytes(self.before[f'disks/{self.disk}'])
+        connection = self.computes['dest'].driver._host.get_connection()
+        connection.createXML(params['destination_xml'], 'fake')
+        domain.complete_job()
+
+    def test_disk_is_copied_into_the_pool(self):
+        server = self._boot()
+        self._live_migrate(server, host='dest')
+        self.assertEqual(f'{self.seen}/disks/{self.disk}', self.copied)
+        self._assert_empty(self.source)
+        self.assertEqual(self.before, self._files(self.dest))
+        self.assertEqual('dest', self._get(server)['OS-EXT-SRV-ATTR:host'])
+        self._assert_usage(source=0, dest=1)
+
+    def test_disk_is_made_under_a_claim_and_its_format_recorded(self):
+        server = self._boot()
+        self._live_migrate(server, host='dest')
+        claim, = (path for path in self.during if '_incoming-' in path)
+        self.assertTrue(claim.endswith('@source'), claim)
+        self.assertEqual(
+            {f'disks/{self.disk}', f'instances/{server["id"]}/disk.info'},
+            set(self.during) - {claim})
+        record = f'instances/{server["id"]}/disk.info'
+        self.assertEqual(
+            {f'{self.seen}/disks/{self.disk}': 'qcow2'},
+            jsonutils.loads(self.during[record]))
+
+    def test_failure_leaves_the_server_active_and_nothing_there(self):
+        server = self._boot()
+        self.fails = True
+        self._live_migrate(server, 'failed', host='dest')
+        self._assert_domain(server, 'source')
+        self.assertEqual(self.before, self._files(self.source))
+        self._assert_empty(self.dest)
+        self._assert_usage(source=1, dest=0)
+
+    def test_something_in_the_way_is_refused_and_stays(self):
+        server = self._boot()
+        path = self.root / 'dest/disks' / self.disk
+        path.write_bytes(b'precious')
+        self._live_migrate(server, 'error', host='dest')
+        self._assert_domain(server, 'source')
+        self.assertEqual(
+            {f'disks/{self.disk}': b'precious'}, self._files(self.dest))
 
 
 @ddt.ddt

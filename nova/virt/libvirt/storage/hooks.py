@@ -74,9 +74,39 @@ HOOKS = {
         ('context', 'instance'),
         'Puts the state of a vTPM back. Nova calls it as it starts, too, '
         'when the server has no old flavor yet.'),
+    'check_can_live_migrate_destination': Hook(
+        ('context', 'instance', 'src_compute_info', 'dst_compute_info',
+         'block_migration', 'disk_over_commit'),
+        'Tells the source host about the pool on this host.'),
+    'cleanup_live_migration_destination_check': Hook(
+        ('context', 'dest_check_data'),
+        'Deletes the file that shows whether hosts share the pool.'),
     'check_can_live_migrate_source': Hook(
         ('context', 'instance', 'dest_check_data', 'block_device_info'),
-        'Refuses the live migration of disks in a pool.'),
+        'Refuses a live migration of disks in a pool to a host that cannot '
+        'take them.'),
+    '_is_shared_block_storage': Hook(
+        ('instance', 'dest_check_data', 'block_device_info'),
+        'Finds out whether the destination host sees disks in the pool.'),
+    'pre_live_migration': Hook(
+        ('context', 'instance', 'block_device_info', 'network_info',
+         'disk_info', 'migrate_data'),
+        'Has the disks of a server that is live migrated made in the pool.'),
+    '_live_migration_operation': Hook(
+        ('context', 'instance', 'dest', 'block_migration', 'migrate_data',
+         'guest', 'device_names'),
+        'Sends the files that QEMU does not copy, and gives the domain the '
+        'paths of the destination host.'),
+    'live_migration_abort': Hook(
+        ('instance',), 'Stops sending these files.'),
+    'rollback_live_migration_at_destination': Hook(
+        ('context', 'instance', 'network_info', 'block_device_info',
+         'destroy_disks', 'migrate_data'),
+        'Deletes what was made under the claim, and nothing else.'),
+    'post_live_migration_at_destination': Hook(
+        ('context', 'instance', 'network_info', 'block_migration',
+         'block_device_info'),
+        "Lets the files be the server's own."),
     'instance_on_disk': Hook(
         ('instance',),
         'Tells an evacuation whether the disks are here.'),
@@ -147,6 +177,9 @@ HOOKS = {
     '_is_booted_from_volume': Hook(
         ('block_device_info',),
         'Tells whether the root disk is a Cinder volume.', False),
+    'instance_exists': Hook(
+        ('instance',), 'Tells whether a server has a domain on this host.',
+        overridden=False),
     'get_host_ip_addr': Hook(
         (), 'Tells whether the destination is this host.', False),
     '_live_migration_uri': Hook(

@@ -125,6 +125,23 @@ def _link(image: str, path: str) -> None:
         os.link(image, path)
 
 
+def settle(places: layout.Layout) -> None:
+    """Take over the files of a server that was live migrated to here.
+
+    QEMU, which runs by now, may own files that nova-compute cannot read: only
+    what QEMU reads and does not write has to be flushed for it.
+
+    :raises: OSError
+    """
+    names = [places.record_path, *(
+        os.path.join(places.directory, name) for name in layout.COMPANIONS)]
+    for path in [*_volumes(places), *filter(os.path.exists, names),
+                 places.pool_path, places.directory,
+                 os.path.dirname(places.directory)]:
+        layout.flush(path)
+    drop_claims(places)
+
+
 def is_volume(places: layout.Layout, info: dict[str, ty.Any]) -> bool:
     """Whether a disk was a volume of a pool on its source."""
     path = info['path']
@@ -153,7 +170,7 @@ def _check_arrived(places: layout.Layout, info: dict[str, ty.Any]) -> None:
 def _flush(places: layout.Layout) -> None:
     """Wait until all files of a server are on stable storage."""
     claims = places.claims()
-    volumes = [path for path in places.volumes() if path not in claims]
+    volumes = _volumes(places)
     paths = [*volumes, *([places.pool_path] if volumes else [])]
     for directory, _names, files in os.walk(places.directory):
         paths += {os.path.join(directory, name)
@@ -180,6 +197,12 @@ def is_abandoned(places: layout.Layout, host: str) -> bool:
     claims = places.claims().values()
     return (bool(claims) and all(claim.source == host for claim in claims) and
             not places.kept() and not os.path.exists(places.kept_directory))
+
+
+def _volumes(places: layout.Layout) -> list[str]:
+    """Paths of the volumes of a server, without the claims."""
+    claims = places.claims()
+    return [path for path in places.volumes() if path not in claims]
 
 
 def drop_claims(places: layout.Layout) -> None:

@@ -254,7 +254,8 @@ class Site:
         """
         if file.data is not None:
             return stream.MemorySource(file.data), len(file.data)
-        if file.place == server_layout.POOL:
+        if file.place == server_layout.POOL and (
+                self.layout.is_in_pool(file.path)):
             volume = self._disks.find(file.name)
         elif self._state and file.path.startswith(self._state.path):
             volume = self._state.find(
@@ -357,6 +358,28 @@ class Site:
                 errors.StorageError) as error:
             self._give_up(error)
             raise
+
+    def join(self) -> None:
+        """Go on under a claim that nova-compute there has made.
+
+        It has also made the instance directory, in which no guest has written
+        anything yet.
+
+        :raises: StorageError, libvirtError, TimeoutError
+        """
+        self._check_claim()
+        self._directory = self._attach()
+
+    def leave(self) -> None:
+        """Let go of the instance directory, before QEMU begins.
+
+        The claim stays.
+
+        :raises: libvirtError, TimeoutError
+        """
+        if self._directory is not None:
+            self._directory.release()
+            self._directory = None
 
     def create(self, file: server_layout.File,
                length: int) -> storage_pool.Volume:

@@ -192,6 +192,27 @@ class Transfer:
         self._send_heads(
             [file for file in files if file.has_hostile_head], cancel, watch)
 
+    def send(self, cancel: stream.CancelEvent | None = None) -> None:
+        """Copy the files of a server that is live migrated.
+
+        They go under a claim that the destination made, and follows up on.
+
+        :param cancel: stops the copy when set
+        :raises: HostError, Cancelled
+        """
+        with self._located(self._here.daemon):
+            self._here.connect()
+        with self._located(self.there.daemon):
+            self.there.connect()
+            self.there.join()
+        try:
+            for file in self._files:
+                with self._located(self.there.daemon, file.name):
+                    self._move(file, cancel, None)
+        finally:
+            with self._located(self.there.daemon):
+                self.there.leave()
+
     def discard(self) -> None:
         """Delete what was made on the destination.
 

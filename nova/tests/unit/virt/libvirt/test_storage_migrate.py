@@ -1184,28 +1184,6 @@ class DeleteTestCase(DriverTestCase):
         self.assertTrue(self.driver.delete_instance_files(self.instance))
 
 
-class LiveMigrationTestCase(DriverTestCase):
-
-    def _check(self):
-        return self.driver.check_can_live_migrate_source(
-            self.context, self.instance, mock.sentinel.dest_check_data,
-            mock.sentinel.block_device_info)
-
-    def test_server_with_volumes_is_refused_with_what_to_do(self):
-        self._add_disk()
-        error = self.assertRaises(
-            exception.MigrationPreCheckError, self._check)
-        self.assertIn('nova-disks', str(error))
-        self.assertIn('Migrate it cold instead', str(error))
-
-    @mock.patch.object(driver.LibvirtDriver, 'check_can_live_migrate_source')
-    def test_server_with_files_is_nova_s(self, nova):
-        self.assertEqual(nova.return_value, self._check())
-        nova.assert_called_once_with(
-            self.context, self.instance, mock.sentinel.dest_check_data,
-            mock.sentinel.block_device_info)
-
-
 class HardRebootTestCase(DriverTestCase):
     """Nova makes disks that are missing when it starts a server."""
 
@@ -1469,6 +1447,7 @@ class StartTestCase(DriverTestCase):
         self.assertEqual([], self.hosts.opened)
 
     def _warnings(self):
+        self.flags(live_migration_with_native_tls=True, group='libvirt')
         with mock.patch.object(storage_migrate.LOG, 'warning') as warning:
             self._init_host()
         return [call.args[0] % call.args[1]

@@ -1,0 +1,397 @@
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Live migration of servers with disks in the pool."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import time
+
+from openstack import exceptions
+
+from nova.tests.cloud import base
+
+from tools import daemons
+from tools import guest
+from tools import servers
+
+TLS = {'libvirt': {'live_migration_scheme': 'tls'}}
+IMAGE = 'guest-beats'
+# Written to the root disk, for a copy that takes some time at a bandwidth of
+# so many MiB/s.
+NOISE = '256M'
+BANDWIDTH = 16
+# What the guest has written to each disk when it was heard to have beaten so
+# often.
+BEATS = 3
+
+
+class LiveTestCase(base.CloudTestCase):
+    """A server whose guest writes to every disk all the time."""
+
+    options = TLS
+
+    def setUp(self):
+        super().setUp()
+        self.addCleanup(self.assert_hosts_are_empty)
+        self._make_image()
+        self.server = self.create_booted(
+            image=IMAGE, flavor='small-swap', config_drive=True)
+        self.wait_beats(BEATS)
+
+    def _make_image(self) -> None:
+        images = self.cloud.connection().image
+        if images.find_image(IMAGE) is None:
+            path = self.cloud.directory / f'{IMAGE}.raw'
+            guest.build(path, beats=True)
+            images.create_image(
+                name=IMAGE, filename=str(path), wait=True, disk_format='raw',
+                container_format='bare', visibility='public')
+
+    # ---- what the guest says
+
+    def beats(self) -> list[int]:
+        """The beats that the guest said on this host since it started."""
+        return [int(beat) for beat in
+                re.findall(r'BEAT (\d+)', self.server.console())]
+
+    def wait_beats(self, count: int) -> None:
+        """Wait until the guest has said so many beats."""
+        daemons.wait_for('beats of the guest', lambda: (
+            len(self.beats()) >= count), servers.BOOT_SECONDS, poll=1)
+
+    def assert_never_noticed(self, last: int) -> None:
+        """The guest went on without a gap and without a boot.
+
+        :param last: the last beat that was heard before
+        """
+        self.wait_beats(BEATS)
+        self.assertNotIn('GUEST-READY', self.server.console())
+        beats = self.beats()
+        self.assertGreater(beats[0], last)
+        self.assertEqual(
+            list(range(beats[0], beats[0] + len(beats))), beats)
+
+    def assert_all_written(self, boots: int) -> None:
+        """The guest boots again, and finds all that it wrote."""
+        last = self.beats()[-1]
+        self.server.compute.reboot_server(self.server.id, 'HARD')
+        self.server.wait('ACTIVE')
+        self.assert_counts(self.server, vda=boots, vdb=boots)
+        said = self.server.console()
+        self.assertEqual(['ok', 'ok'], re.findall(r'DATA \w+ (\w+)', said))
+        self.assertIn('SWAP vdc', said)
+        for disk in ('vda', 'vdb'):
+            count, number = map(int, re.search(
+                rf'BEATS {disk} (\d+) (\d+)', said).groups())
+            self.assertEqual(count, number)
+            self.assertGreaterEqual(count, last)
+
+    # ---- where its disks are
+
+    def config_drive(self) -> str:
+        """The checksum of its config drive."""
+        return servers.sha256(
+            self.server.disks(self.server.host)['disk.config'])
+
+    def assert_in_place(self, formats: dict[str, bool]) -> None:
+        """Its disks are images in the pool, and known to be.
+
+        :param formats: whether each has a base image, by disk
+        """
+        for disk, has_base in formats.items():
+            info = self.image_info(self.server, self.server.host, disk)
+            self.assertEqual('qcow2', info['format'])
+            self.assertEqual(has_base, 'backing-filename' in info, disk)
+        # Nothing else, no claim either.
+        self.assertEqual(
+            {*formats, 'disk.config'},
+            set(self.server.disks(self.server.host)))
+
+    def contents(self) -> dict[str, str]:
+        """The checksums of what the guest can read of its disks."""
+        host = self.cloud.lab.host(self.server.host)
+        found = {}
+        for name, path in self.server.disks(host.name).items():
+            copy = self.cloud.directory / 'content'
+            if name == 'disk.config':
+                shutil.copy(path, copy)
+            else:
+                with writable(copy):
+                    host.run(['qemu-img', 'convert', '-U', '-O', 'raw',
+                              f'{servers.POOL}/{self.server.id}_{name}',
+                              str(copy)])
+            found[name] = servers.sha256(copy)
+            copy.unlink()
+        return found
+
+    # ---- what becomes of it
+
+    def start_live_migration(self) -> None:
+        self.server.compute.live_migrate_server(
+            self.server.id, host=base.DESTINATION, block_migration='auto')
+
+    def migration_status(self) -> str:
+        """The status of the newest migration."""
+        return max(self.server.compute.migrations(
+            instance_uuid=self.server.id), key=lambda one: one.id).status
+
+    def assert_as_before(self, last: int) -> None:
+        """The server runs on the source, and nothing is anywhere else."""
+        self.server.wait('ACTIVE')
+        self.assertEqual(base.SOURCE, self.server.host)
+        self.assert_no_disks(self.server, base.DESTINATION)
+        self.assertNotIn('_incoming', str(self.server.disks(base.SOURCE)))
+        count = len(self.beats())
+        self.wait_beats(count + 2)
+        self.assertGreater(self.beats()[-1], last)
+
+
+@contextlib.contextmanager
+def writable(path):
+    """A file that any user of a host may write."""
+    path.touch()
+    path.chmod(0o666)
+    yield
+
+
+class TestLive(LiveTestCase):
+    """Overlays."""
+
+    # By disk, whether it has a base image before and after a migration.
+    before = {'disk': True, 'disk.eph0': True, 'disk.swap': True}
+    after = {'disk': True, 'disk.eph0': False, 'disk.swap': False}
+
+    def test_there_and_back(self):
+        config_drive = self.config_drive()
+        self.assert_in_place(self.before)
+        for boots, (here, there) in enumerate((
+                (base.SOURCE, base.DESTINATION),
+                (base.DESTINATION, base.SOURCE)), 2):
+            last = self.beats()[-1]
+            self.server.live_migrate(there)
+            self.assertEqual(there, self.server.host)
+            self.assert_never_noticed(last)
+            self.assert_no_disks(self.server, here)
+            self.assert_in_place(self.after)
+            self.assertEqual(config_drive, self.config_drive())
+            self.assert_all_written(boots)
+        self.migrate_without_ssh(self.server, base.DESTINATION)
+        self.server.confirm()
+        self.assert_counts(self.server, vda=4, vdb=4)
+
+    def test_every_byte_of_every_disk(self):
+        compute = self.server.compute
+        compute.pause_server(self.server.id)
+        self.server.wait('PAUSED')
+        contents = self.contents()
+        compute.live_migrate_server(self.server.id, host=base.DESTINATION,
+                                    block_migration='auto')
+        daemons.wait_for('the live migration', lambda: (
+            self.server.settle() == 'PAUSED' and
+            self.server.host == base.DESTINATION), poll=1)
+        self.assertEqual(contents, self.contents())
+        compute.unpause_server(self.server.id)
+        self.server.wait('ACTIVE')
+
+
+class TestLiveFull(TestLive):
+    """Images without a base."""
+
+    options = base.cloud.config.merge(
+        TLS, {'DEFAULT': {'use_cow_images': 'False'}})
+    before = after = {'disk': False, 'disk.eph0': False, 'disk.swap': False}
+
+
+class TestLiveRefused(LiveTestCase):
+    """A destination that cannot take the server stays as it is."""
+
+    def refused(self) -> str:
+        """What the source says."""
+        size = base.log_size(self.cloud, base.SOURCE)
+        self.assertRaises(exceptions.BadRequestException,
+                          self.start_live_migration)
+        self.server.wait('ACTIVE')
+        self.assertEqual(base.SOURCE, self.server.host)
+        return base.read_log(self.cloud, base.SOURCE, size)
+
+    def test_something_is_in_the_way(self):
+        volume = self.destination.path(
+            f'{servers.POOL}/{self.server.id}_disk')
+        volume.write_text('precious')
+        self.assertIn(f'{servers.POOL}/{self.server.id}_disk is in the way',
+                      self.refused())
+        self.assertEqual('precious', volume.read_text())
+        volume.unlink()
+        directory = self.destination.path(
+            f'{servers.INSTANCES}/{self.server.id}')
+        directory.mkdir()
+        (directory / 'disk').write_text('precious')
+        self.assertIn(f'{servers.INSTANCES}/{self.server.id} is in the way',
+                      self.refused())
+        self.assertEqual('precious', (directory / 'disk').read_text())
+        shutil.rmtree(directory)
+        self.assert_no_disks(self.server, base.DESTINATION)
+
+    def test_what_a_dead_attempt_left_is_cleared(self):
+        for name in ('disk', 'incoming-a@host1'):
+            self.destination.run(
+                ['touch', f'{servers.POOL}/{self.server.id}_{name}'],
+                user='nova')
+        self.server.live_migrate(base.DESTINATION)
+        self.assert_in_place(TestLive.after)
+
+
+class TestLiveStockDestination(TestLiveRefused):
+    """The destination has Nova's own driver."""
+
+    host_options = {base.DESTINATION: {
+        'DEFAULT': {'compute_driver': 'libvirt.LibvirtDriver'}}}
+    test_something_is_in_the_way = None
+    test_what_a_dead_attempt_left_is_cleared = None
+
+    def test_it_is_refused(self):
+        self.assertIn('the destination has none', self.refused())
+        self.assert_no_disks(self.server, base.DESTINATION)
+
+
+class TestLiveStockSource(LiveTestCase):
+    """The source has Nova's own driver again."""
+
+    def test_it_is_refused(self):
+        self.addCleanup(self.cloud.restart_computes, self.cloud.options)
+        self.cloud.restart_computes(self.cloud.options, host_options={
+            base.SOURCE: {
+                'DEFAULT': {'compute_driver': 'libvirt.LibvirtDriver'}}})
+        self.cloud.wait_computes()
+        last = self.beats()[-1]
+        self.start_live_migration()
+        daemons.wait_for('the end of the live migration', lambda: (
+            self.migration_status() in ('error', 'failed')), poll=1)
+        self.assertIn('compute_driver', self.server.failure())
+        self.assert_as_before(last)
+
+
+class TestLiveFault(LiveTestCase):
+    """What breaks on the way leaves the server as it was."""
+
+    options = base.cloud.config.merge(
+        TLS, {'libvirt': {'live_migration_bandwidth': BANDWIDTH}})
+
+    def start_slow(self) -> None:
+        """Begin a live migration, and return while QEMU copies the disks."""
+        self.server.stop()
+        self.source.run(
+            ['qemu-io', '-f', 'qcow2', '-c', f'write -P 7 512M {NOISE}',
+             f'{servers.POOL}/{self.server.id}_disk'], user='nova')
+        self.server.start()
+        self.server.wait_boot()
+        self.wait_beats(BEATS)
+        self.last = self.beats()[-1]
+        self.start_live_migration()
+        copy = self.destination.path(
+            f'{servers.POOL}/{self.server.id}_disk')
+        daemons.wait_for('the copy to begin', lambda: (
+            copy.exists() and copy.stat().st_blocks * 512 > 16 * 1024 ** 2),
+            poll=0.1)
+
+    def test_it_is_aborted(self):
+        self.start_slow()
+        migration, = self.server.compute.server_migrations(self.server.id)
+        self.server.compute.abort_server_migration(migration, self.server.id)
+        daemons.wait_for('the end of the live migration', lambda: (
+            self.migration_status() == 'cancelled'), poll=0.5)
+        self.assert_as_before(self.last)
+        self.server.live_migrate(base.DESTINATION)
+        self.assert_no_disks(self.server, base.SOURCE)
+
+    def test_qemu_of_the_destination_is_killed(self):
+        self.start_slow()
+        emulators = self.destination.running('qemu-system-x86')
+        self.assertEqual(1, len(emulators))
+        os.kill(emulators[0], signal.SIGKILL)
+        daemons.wait_for('the end of the live migration', lambda: (
+            self.migration_status() in ('error', 'failed')), poll=0.5)
+        self.assert_as_before(self.last)
+
+    def test_link_is_cut(self):
+        self.addCleanup(self.destination.link, True)
+        self.start_slow()
+        self.destination.link(False)
+        time.sleep(60)
+        self.destination.link(True)
+        self.cloud.wait_computes()
+        daemons.wait_for('the end of the live migration', lambda: (
+            self.migration_status() in ('error', 'failed')), 180, poll=0.5)
+        self.assert_as_before(self.last)
+
+    def test_server_is_deleted(self):
+        self.start_slow()
+        self.server.delete()
+        for host in (base.SOURCE, base.DESTINATION):
+            daemons.wait_for(f'{host} to be clean', lambda: (
+                not self.server.disks(host)), seconds=60, poll=0.5)
+
+    def test_nova_compute_of_the_destination_ends(self):
+        self.start_slow()
+        self.cloud.daemon(f'nova-compute-{base.DESTINATION}').stop()
+        self.addCleanup(self.cloud.wait_computes)
+        self.addCleanup(self.cloud.start_compute, self.destination)
+        daemons.wait_for('the domain on the destination to run', lambda: (
+            'running' in self.destination.run(
+                ['virsh', 'domstate', self.server.id],
+                check=False).stdout), 180, poll=1)
+        daemons.wait_for('the source to be done', lambda: (
+            not self.server.disks(base.SOURCE)), 180, poll=1)
+        self.cloud.start_compute(self.destination)
+        self.cloud.wait_computes()
+        daemons.wait_for('the claim to end', lambda: (
+            '_incoming' not in str(self.server.disks(base.DESTINATION))),
+            poll=1)
+        self.assertEqual(base.DESTINATION, self.server.host)
+
+
+class TestLiveNativeTLS(LiveTestCase):
+    """QEMU encrypts what it sends."""
+
+    options = base.cloud.config.merge(
+        TLS, {'libvirt': {'live_migration_with_native_tls': True}})
+
+    def setUp(self):
+        super().setUp()
+        for host in self.cloud.lab.hosts:
+            self._give_qemu_certificates(host)
+
+    def _give_qemu_certificates(self, host) -> None:
+        directory = host.path('/etc/pki/qemu')
+        self.addCleanup(shutil.rmtree, directory)
+        directory.mkdir()
+        shutil.copy(host.path('/etc/pki/CA/cacert.pem'),
+                    directory / 'ca-cert.pem')
+        for side in ('server', 'client'):
+            shutil.copy(host.certificate(side),
+                        directory / f'{side}-cert.pem')
+            key = directory / f'{side}-key.pem'
+            shutil.copy(host.path(f'/etc/pki/libvirt/private/{side}key.pem'),
+                        key)
+            key.chmod(0o644)
+
+    def test_it_moves(self):
+        last = self.beats()[-1]
+        self.server.live_migrate(base.DESTINATION)
+        self.assert_never_noticed(last)
+        self.assert_in_place(TestLive.after)
+        self.assert_all_written(2)

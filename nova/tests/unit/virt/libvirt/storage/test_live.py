@@ -1,0 +1,677 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+import contextlib
+import os
+import subprocess
+from unittest import mock
+
+import ddt
+import fixtures
+from lxml import etree
+from oslo_serialization import jsonutils
+from oslo_utils.fixture import uuidsentinel as uuids
+from oslo_utils import units
+
+from nova.compute import task_states
+from nova import exception
+from nova import objects
+from nova import test
+from nova.tests.unit.virt.libvirt import test_storage_migrate
+from nova.virt.libvirt import driver
+from nova.virt.libvirt import guest
+from nova.virt.libvirt.storage import errors
+from nova.virt.libvirt.storage import image
+from nova.virt.libvirt.storage import layout
+from nova.virt.libvirt.storage import live
+from nova.virt.libvirt import storage_migrate
+
+SIZE = 4 * units.Mi
+
+DOMAIN = """
+<domain>
+  <name>a</name>
+  <devices>
+    <disk type='file' device='disk'>
+      <source file='%(pool)s/%(uuid)s_disk'/><target dev='vda'/>
+      <backingStore type='file'><source file='/base/a'/></backingStore>
+    </disk>
+    <disk type='file' device='cdrom'>
+      <source file='%(directory)s/disk.config'/><target dev='sda'/>
+      <readonly/>
+    </disk>
+    <disk type='block' device='disk'>
+      <source dev='/dev/a'/><target dev='vdb'/>
+    </disk>
+  </devices>
+</domain>
+"""
+
+
+class LiveTestCase(test_storage_migrate.DriverTestCase):
+    """A server that moves while it runs; this host is either of the two."""
+
+    def setUp(self):
+        super().setUp()
+        self.instance.update({
+            'kernel_id': '', 'trusted_certs': None, 'vm_state': 'active',
+            'os_type': None, 'numa_topology': None,
+            'task_state': task_states.MIGRATING})
+        self.data = objects.LibvirtLiveMigrateData(
+            is_shared_instance_path=False, is_shared_block_storage=False,
+            block_migration=True, instance_relative_path=uuids.instance)
+        self.exists = self.patch('instance_exists', return_value=False)
+
+    def patch(self, name, **kwargs):
+        """Stand in for a method of this driver."""
+        patcher = mock.patch.object(self.driver, name, **kwargs)
+        self.addCleanup(patcher.stop)
+        return patcher.start()
+
+    @staticmethod
+    def novas(name, **kwargs):
+        """Stand in for a method of Nova's driver."""
+        return mock.patch.object(driver.LibvirtDriver, name, **kwargs)
+
+    def there(self, name):
+        return f'/srv/disks/{uuids.instance}_{name}'
+
+    def notice(self, **about):
+        live.Notice(**{'path': '/srv/disks', 'marker': 'elsewhere',
+                       **about}).write(self.data)
+
+    def claims(self):
+        return list(set(self.places.claims().values()))
+
+    def add_claim(self, source='source'):
+        return live.claim(self.places, source)
+
+
+class NoticeTestCase(LiveTestCase):
+
+    def test_none_is_read_where_none_was_written(self):
+        self.assertIsNone(live.Notice.read(self.data))
+        self.data.bdms = []
+        self.assertIsNone(live.Notice.read(self.data))
+
+    def test_it_is_carried_beside_cinders_volumes(self):
+        volume = objects.LibvirtLiveMigrateBDMInfo(
+            serial=uuids.volume, bus='virtio', dev='vdb', type='disk')
+        self.data.bdms = [volume]
+        self.notice(sent=['a'])
+        self.notice(sent=['b'])
+        carried = objects.LibvirtLiveMigrateData.obj_from_primitive(
+            jsonutils.loads(jsonutils.dumps(self.data.obj_to_primitive())))
+        self.assertEqual(
+            live.Notice('/srv/disks', 'elsewhere', sent=['b']),
+            live.Notice.read(carried))
+        self.assertEqual([uuids.volume, live.SERIAL],
+                         [device.serial for device in carried.bdms])
+
+    def test_what_a_later_release_adds_is_ignored(self):
+        self.notice()
+        self.data.bdms[0].connection_info = {'path': '/a', 'new': 1}
+        self.assertEqual(live.Notice('/a'), live.Notice.read(self.data))
+
+
+class CheckAtDestinationTestCase(LiveTestCase):
+
+    def setUp(self):
+        super().setUp()
+        os.unlink(self.places.record_path) if os.path.exists(
+            self.places.record_path) else None
+        os.rmdir(self.directory)
+
+    def check(self):
+        with self.novas('check_can_live_migrate_destination',
+                        return_value=self.data):
+            self.driver.check_can_live_migrate_destination(
+                self.context, self.instance, {}, {})
+        return live.Notice.read(self.data)
+
+    def test_it_tells_about_its_pool(self):
+        notice = self.check()
+        self.assertEqual(self.pool_path, notice.path)
+        self.assertEqual([], notice.in_the_way)
+        self.assertIsNone(notice.sent)
+        self.assertEqual([notice.marker], self._volumes())
+
+    def test_marker_is_no_volume_of_the_server(self):
+        """A server with files may be checked, in a pool that is shared."""
+        self.check()
+        self.assertEqual([], self.places.volumes())
+
+    def test_marker_goes_after_the_check(self):
+        self.check()
+        with self.novas('cleanup_live_migration_destination_check') as nova:
+            self.driver.cleanup_live_migration_destination_check(
+                self.context, self.data)
+        nova.assert_called_once_with(self.context, self.data)
+        self.assertEqual([], self._volumes())
+
+    def test_without_pools_it_tells_nothing(self):
+        self.flags(use_storage_pools=False, group='libvirt')
+        self.assertIsNone(self.check())
+        with self.novas('cleanup_live_migration_destination_check'):
+            self.driver.cleanup_live_migration_destination_check(
+                self.context, self.data)
+
+    def test_it_tells_what_is_in_the_way(self):
+        os.mkdir(self.directory)
+        path = os.path.join(self.pool_path, self._add_disk())
+        self.assertEqual([path, self.directory], self.check().in_the_way)
+
+    def test_what_a_dead_attempt_left_is_not_in_the_way(self):
+        os.mkdir(self.directory)
+        self._add_disk()
+        self.add_claim_beside()
+        self.assertEqual([], self.check().in_the_way)
+
+    def add_claim_beside(self):
+        name = layout.Claim(uuids.instance, 'a', 'source').name
+        with open(os.path.join(self.pool_path, name), 'wb'):
+            pass
+
+
+@ddt.ddt
+class CheckAtSourceTestCase(LiveTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.disks = []
+        self.patch('_list_read_only', return_value=set())
+        self.lost = self.patch('_lost_bases', return_value=[])
+        self.useFixture(fixtures.MockPatchObject(
+            layout, 'backing_file', return_value=None))
+
+    def check(self):
+        with self.novas('check_can_live_migrate_source',
+                        return_value=self.data) as nova:
+            result = self.driver.check_can_live_migrate_source(
+                self.context, self.instance, self.data, mock.sentinel.bdi)
+        nova.assert_called_once_with(
+            self.context, self.instance, self.data, mock.sentinel.bdi)
+        return result
+
+    def refused(self, *texts):
+        error = self.assertRaises(
+            exception.MigrationPreCheckError, self.check)
+        for text in texts:
+            self.assertIn(text, str(error))
+
+    def add_image(self, name='disk', base=''):
+        volume = self._add_disk(name, 'qcow2')
+        self.disk_info.return_value[-1]['backing_file'] = base
+        return volume
+
+    def test_server_with_files_is_novas(self):
+        self.assertIs(self.data, self.check())
+        self.assertNotIn('bdms', self.data)
+
+    def test_destination_that_says_nothing_is_refused(self):
+        self.add_image()
+        self.refused('the destination has none', 'use_storage_pools')
+
+    def test_what_is_in_the_way_is_named(self):
+        self.add_image()
+        self.notice(in_the_way=['/srv/disks/a', '/instances/a'])
+        self.refused('/srv/disks/a, /instances/a', 'delete')
+
+    def test_own_volumes_are_not_in_the_way_in_a_shared_pool(self):
+        volume = self.add_image()
+        self.notice(marker=volume, in_the_way=[volume])
+        self.check()
+
+    def test_raw_volume_is_refused(self):
+        self._add_disk('disk', 'raw')
+        self.notice()
+        self.refused('is raw', 'Shelve and unshelve')
+
+    def test_disk_that_is_elsewhere_is_refused(self):
+        self.add_image()
+        self.disk_info.return_value.append(
+            {'path': '/elsewhere/disk', 'type': 'raw', 'backing_file': ''})
+        self.notice()
+        self.refused('/elsewhere/disk')
+
+    @ddt.data((False, False), (False, True), (True, False), (True, True))
+    @ddt.unpack
+    def test_both_places_are_shared_or_neither(self, directory, pool):
+        volume = self.add_image()
+        self.notice(marker=volume if pool else 'elsewhere')
+        self.data.is_shared_instance_path = directory
+        if directory == pool:
+            self.assertEqual(pool, self.driver._is_shared_block_storage(
+                self.instance, self.data))
+        else:
+            self.assertRaises(
+                exception.MigrationPreCheckError,
+                self.driver._is_shared_block_storage, self.instance,
+                self.data)
+
+    # What the source sends.
+
+    def sent(self):
+        return live.Notice.read(self.check()).sent
+
+    def test_qemu_copies_images_and_overlays_on_glances(self):
+        self.add_image(base='abc')
+        self.add_image('disk.eph0')
+        self.notice()
+        self.assertEqual([], self.sent())
+
+    @ddt.data('ephemeral_1_abc', 'swap_64')
+    def test_overlay_on_a_base_of_this_host_is_sent(self, base):
+        volume = self.add_image('disk.eph0', base)
+        self.notice()
+        self.assertEqual([volume], self.sent())
+
+    def test_overlay_whose_base_glance_has_lost_is_sent(self):
+        volume = self.add_image(base='abc')
+        self.add_image('disk.eph0')
+        self.lost.return_value = ['/base/abc']
+        self.notice()
+        self.assertEqual([volume], self.sent())
+
+    def test_config_drive_is_sent_unless_the_guest_can_write_it(self):
+        self.add_image()
+        path = os.path.join(self.directory, 'disk.config')
+        self.disk_info.return_value.append(
+            {'path': path, 'type': 'raw', 'backing_file': ''})
+        self.notice()
+        self.assertEqual([], self.sent())
+        self.driver._list_read_only.return_value = {path}
+        self.assertEqual(['disk.config'], self.sent())
+
+    def test_uri_that_is_not_safe_is_refused_if_anything_is_sent(self):
+        self.flags(vol_upload_migration_uri='qemu+tls://%s/system?no_verify=1',
+                   group='libvirt')
+        self.add_image()
+        self.notice()
+        self.check()
+        self.add_image('disk.swap', 'swap_64')
+        self.refused('no_verify')
+
+
+@ddt.ddt
+class PrepareTestCase(LiveTestCase):
+    """What the destination does before QEMU begins."""
+
+    def setUp(self):
+        super().setUp()
+        os.rmdir(self.directory)
+        self.patch('_pre_live_migration_plug_vifs')
+        self.fetch = self.patch('_try_fetch_image_cache')
+        self.create = mock.patch(
+            'nova.virt.libvirt.utils.create_image').start()
+        self.addCleanup(mock.patch.stopall)
+
+    def prepare(self, *disks):
+        infos = [{'path': path, 'type': form, 'virt_disk_size': SIZE,
+                  'backing_file': backing} for path, form, backing in disks]
+        self.driver.pre_live_migration(
+            self.context, self.instance, {}, [],
+            jsonutils.dumps(infos) if infos else None, self.data)
+        return live.Notice.read(self.data)
+
+    def here(self, name):
+        return self.places.volume_path(name)
+
+    def test_disks_are_made_where_they_belong(self):
+        config = os.path.join(self.directory, 'disk.config')
+        self.notice(sent=[])
+        notice = self.prepare(
+            (self.there('disk'), 'qcow2', 'abc'),
+            (self.there('disk.eph0'), 'qcow2', ''), (config, 'raw', ''))
+        overlay = self.fetch.call_args.args[0]
+        self.assertEqual(self.here('disk'), overlay.path)
+        self.assertIsInstance(overlay, image.Qcow2Volume)
+        self.assertEqual(
+            [mock.call(self.here('disk.eph0'), 'qcow2', SIZE),
+             mock.call(config, 'raw', SIZE)], self.create.mock_calls)
+        self.assertEqual(
+            {self.here('disk'): 'qcow2', self.here('disk.eph0'): 'qcow2',
+             config: 'raw'}, self.places.formats())
+        self.assertEqual(self.pool_path, notice.path)
+
+    def test_claim_names_the_source_and_is_told(self):
+        self.notice(sent=[])
+        notice = self.prepare((self.there('disk'), 'qcow2', ''))
+        made, = self.claims()
+        self.assertEqual('source', made.source)
+        self.assertEqual(made.name, notice.claim)
+        self.assertEqual([made.name], self._volumes())
+        self.assertEqual(
+            sorted([made.arrived_name, uuids.instance]),
+            sorted(set(os.listdir(self.instances)) & {
+                made.arrived_name, made.name, uuids.instance}))
+
+    def test_formats_are_recorded_before_the_first_disk_is_made(self):
+        self.notice(sent=[])
+        self.create.side_effect = lambda *_args: self.assertEqual(
+            {self.here('disk'): 'qcow2'}, self.places.formats())
+        self.prepare((self.there('disk'), 'qcow2', ''))
+        self.create.assert_called_once()
+
+    def test_what_the_source_sends_is_recorded_and_not_made(self):
+        name = f'{uuids.instance}_disk.eph0'
+        config = os.path.join(self.directory, 'disk.config')
+        self.notice(sent=[name, 'disk.config'])
+        notice = self.prepare(
+            (self.there('disk.eph0'), 'qcow2', 'ephemeral_1_a'),
+            (config, 'raw', ''))
+        self.create.assert_not_called()
+        self.fetch.assert_not_called()
+        self.assertEqual({self.here('disk.eph0'): 'qcow2', config: 'raw'},
+                         self.places.formats())
+        self.assertEqual([name, 'disk.config'], notice.sent)
+
+    @ddt.data(None, live.Notice('/srv/disks'))
+    def test_source_with_another_driver_is_refused(self, notice):
+        if notice:
+            notice.write(self.data)
+        error = self.assertRaises(
+            exception.MigrationPreCheckError, self.prepare,
+            (self.there('disk'), 'qcow2', ''))
+        self.assertIn('compute_driver', str(error))
+        self.assertEqual([], self._volumes())
+        self.assertFalse(os.path.exists(self.directory))
+
+    def test_domain_that_is_here_is_refused(self):
+        self.exists.return_value = True
+        self.add_claim()
+        self.notice(sent=[])
+        self.assertRaises(
+            exception.MigrationPreCheckError, self.prepare,
+            (self.there('disk'), 'qcow2', ''))
+        self.assertEqual(1, len(self.claims()))
+
+    def test_server_with_files_stays_one(self):
+        """Nova names the disk by its path, which is not there yet."""
+        path = os.path.join(self.directory, 'disk')
+        self.notice()
+        self.assertIsNone(self.prepare((path, 'qcow2', 'abc')))
+        self.assertEqual(path, self.fetch.call_args.args[0].path)
+        self.assertEqual({path: 'qcow2'}, self.places.formats())
+        self.assertEqual([], self._volumes())
+
+    def test_what_a_dead_attempt_left_is_cleared(self):
+        os.mkdir(self.directory)
+        self._add_disk('disk.eph0')
+        self.add_claim_beside()
+        self.notice(sent=[])
+        self.prepare((self.there('disk'), 'qcow2', ''))
+        self.assertEqual(
+            [self.claims()[0].name], self._volumes())
+        self.assertNotEqual('dead', self.claims()[0].attempt)
+
+    def add_claim_beside(self):
+        name = layout.Claim(uuids.instance, 'dead', 'source').name
+        with open(os.path.join(self.pool_path, name), 'wb'):
+            pass
+
+    def test_shared_record_gets_the_paths_of_this_host(self):
+        os.mkdir(self.directory)
+        here = os.path.join(self.pool_path, self._add_disk('disk', 'qcow2'))
+        layout.write_record(
+            self.places.record_path, {self.there('disk'): 'qcow2'})
+        self.data.is_shared_instance_path = True
+        self.data.is_shared_block_storage = True
+        self.notice(sent=[])
+        notice = self.prepare()
+        self.assertEqual({self.there('disk'): 'qcow2', here: 'qcow2'},
+                         self.places.formats())
+        self.assertEqual([], self.claims())
+        self.assertEqual('', notice.claim)
+        self.assertEqual(self.pool_path, notice.path)
+
+
+@ddt.ddt
+class EndTestCase(LiveTestCase):
+    """What the destination does in the end, or after a failure."""
+
+    def end(self, **nova):
+        with self.novas('post_live_migration_at_destination', **nova):
+            self.driver.post_live_migration_at_destination(
+                self.context, self.instance, [])
+
+    def test_files_are_flushed_and_then_the_servers_own(self):
+        self._add_disk()
+        self.add_own_claim()
+        config = self._add_file('disk.config', b'')
+        with mock.patch.object(layout, 'flush', side_effect=lambda path:
+                               self.assertEqual(1, len(self.claims()))
+                               ) as flush:
+            self.end()
+        self.assertEqual(
+            [mock.call(path) for path in (
+                self.here, self.places.record_path, config, self.pool_path,
+                self.directory, self.instances)], flush.mock_calls)
+        self.assertEqual([], self.claims())
+
+    def test_what_qemu_owns_is_not_flushed(self):
+        """nova-compute may not open the console log of a running server."""
+        os.chmod(self._add_file('console.log', b''), 0)
+        self.add_own_claim()
+        with mock.patch.object(layout, 'flush') as flush:
+            self.end()
+        self.assertNotIn('console', str(flush.mock_calls))
+
+    def add_own_claim(self):
+        self.here = self.places.volume_path('disk')
+        name = layout.Claim(uuids.instance, 'a', 'source').name
+        with open(os.path.join(self.pool_path, name), 'wb'):
+            pass
+
+    @mock.patch.object(layout, 'flush')
+    def test_nothing_is_flushed_without_a_claim(self, flush):
+        self.end()
+        flush.assert_not_called()
+
+    @ddt.data(True, False)
+    def test_disks_of_a_server_that_was_deleted_on_its_way(self, ours):
+        if ours:
+            self.add_own_claim()
+        delete = self.patch('delete_instance_files')
+        self.assertRaises(
+            exception.InstanceNotFound, self.end,
+            side_effect=exception.InstanceNotFound(instance_id='a'))
+        self.assertEqual(ours, delete.called)
+
+    @ddt.data((True, 0), (False, 1))
+    @ddt.unpack
+    def test_claim_ends_at_the_start_if_the_server_runs(self, exists, count):
+        self.instance.task_state = None
+        self.add_own_claim()
+        self.exists.return_value = exists
+        objects.InstanceList.get_by_host.return_value = [self.instance]
+        self.driver._end_live_migrations('source')
+        self.assertEqual(count, len(self.claims()))
+
+    @ddt.data((True, 1), (False, 0))
+    @ddt.unpack
+    def test_abandoned_copy_is_deleted_unless_the_server_runs(self, exists,
+                                                              count):
+        """A domain here is the server's, whatever Nova believes."""
+        self.flags(host='dest')
+        self.instance.task_state = None
+        self.add_claim('source')
+        self.exists.return_value = exists
+        self.driver._delete_if_abandoned(self.instance)
+        self.assertEqual(count, len(self.claims()))
+
+    @ddt.data((True, True), (False, False))
+    @ddt.unpack
+    def test_rollback_deletes_only_what_is_under_a_claim(self, claimed,
+                                                         deleted):
+        self._add_disk()
+        if claimed:
+            self.add_own_claim()
+        with self.novas('rollback_live_migration_at_destination') as nova:
+            self.driver.rollback_live_migration_at_destination(
+                self.context, self.instance, [], {}, True, self.data)
+        self.assertEqual(deleted, nova.call_args.args[4])
+
+    @ddt.data((False, 1), (True, 0))
+    @ddt.unpack
+    def test_clear_text_is_warned_of(self, native_tls, count):
+        self.flags(live_migration_with_native_tls=native_tls,
+                   group='libvirt')
+        with mock.patch.object(storage_migrate.LOG, 'warning') as warning:
+            self.driver._warn_of_clear_text()
+        self.assertEqual(count, warning.call_count)
+
+
+@ddt.ddt
+class OperationTestCase(LiveTestCase):
+    """What the source does when the destination is ready."""
+
+    def setUp(self):
+        super().setUp()
+        self.data.target_connect_addr = 'dest'
+        self.domain = mock.Mock()
+        self.domain.XMLDesc.return_value = DOMAIN % {
+            'pool': self.pool_path, 'uuid': uuids.instance,
+            'directory': self.directory}
+
+    def operate(self, **nova):
+        with self.novas('_live_migration_operation', **nova) as self.nova:
+            self.driver._live_migration_operation(
+                self.context, self.instance, 'other', True, self.data,
+                guest.Guest(self.domain), ['vda'])
+        return self.nova.call_args and self.nova.call_args.args[5]
+
+    def test_disks_are_in_the_pool_of_the_destination(self):
+        self.notice(sent=[])
+        xml = etree.fromstring(
+            self.operate().get_xml_desc(dump_migratable=True))
+        self.assertIsNone(xml.find('devices/disk/backingStore'))
+        sources = xml.findall('devices/disk/source')
+        self.assertEqual(
+            [self.there('disk'), os.path.join(self.directory, 'disk.config')],
+            [source.get('file') for source in sources[:2]])
+
+    def test_failure_is_left_to_what_nova_asks_next(self):
+        """Nova would put the server into ERROR, which is as it was."""
+        self.notice(sent=[])
+        self.operate(side_effect=test.TestingException)
+        self.data.bdms = []
+        self.assertRaises(test.TestingException, self.operate,
+                          side_effect=test.TestingException)
+
+    def test_server_with_files_is_migrated_as_it_is(self):
+        self.assertIs(guest.Guest, type(self.operate()))
+
+    # What it sends.
+
+    def add_destination(self):
+        """What the destination has made, and told of it."""
+        made = layout.Claim(uuids.instance, 'a', 'source')
+        self.dest.add_volume('nova-disks', made.name, b'')
+        self.dest.add_file(f'{self.directory}/disk.info', b'{}')
+        self._add_file('disk.config', b'config')
+        self.volume = f'{uuids.instance}_disk.eph0'
+        self.notice(sent=['disk.config', self.volume], claim=made.name)
+        return made.name
+
+    @contextlib.contextmanager
+    def images(self):
+        def copy(overlay, path):
+            self.assertEqual(
+                os.path.join(self.pool_path, self.volume), overlay)
+            with open(path, 'wb') as file:
+                file.write(b'base')
+        with mock.patch.object(live, '_copy_base', side_effect=copy):
+            yield
+
+    def test_config_drive_and_bases_arrive_before_qemu_begins(self):
+        claim = self.add_destination()
+        with self.images():
+            self.operate()
+        self.nova.assert_called_once()
+        self.assertCountEqual([claim, self.volume],
+                              self.dest.volume_names('nova-disks'))
+        sent = self.dest.volume('nova-disks', self.volume)
+        self.assertEqual(b'base', sent.content.read(0, 10))
+        self.assertEqual(b'config', self.dest.files[
+            f'{self.directory}/disk.config'].content.read(0, 10))
+        self.assertEqual(['nova-disks'], list(self.dest.pools))
+        self.assertEqual(['disk.config'], os.listdir(self.directory))
+        self.assertTrue(all(connection.closed
+                            for connection in self.dest.connections))
+
+    @ddt.data('claim', 'host')
+    def test_qemu_does_not_begin_without_them(self, what):
+        self.add_destination()
+        if what == 'claim':
+            self.dest.add_volume('nova-disks', layout.Claim(
+                uuids.instance, 'b', 'other').name, b'')
+        else:
+            self.data.target_connect_addr = 'nowhere'
+        with self.images():
+            self.operate()
+        self.nova.assert_not_called()
+        self.assertNotIn(self.volume, self.dest.volume_names('nova-disks'))
+        self.assertEqual(['nova-disks'], list(self.dest.pools))
+        self.assertEqual(['disk.config'], os.listdir(self.directory))
+
+    @ddt.data('live_migration_abort', 'delete_instance_files')
+    def test_abort_or_deletion_stops_what_is_sent(self, how):
+        self.add_destination()
+
+        def stop(*_args):
+            getattr(self.driver, how)(self.instance)
+
+        with self.images(), self.novas('delete_instance_files'):
+            self.dest.call('open', stop)
+            self.operate()
+        self.nova.assert_not_called()
+
+    def test_abort_of_qemus_part_is_novas(self):
+        with self.novas('live_migration_abort') as nova:
+            self.driver.live_migration_abort(self.instance)
+        nova.assert_called_once_with(self.instance)
+
+
+class FilesToSendTestCase(LiveTestCase):
+
+    def execute(self, *argv):
+        subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
+
+    def test_overlay_is_sent_as_an_image_with_the_content_of_its_base(self):
+        base = os.path.join(self.instances, 'ephemeral_1_a')
+        with open(base, 'wb') as file:
+            file.write(b'base' * 256 * 1024)
+        overlay = self.places.volume_path('disk.eph0')
+        self.execute('qemu-img', 'create', '-f', 'qcow2', '-b', base, '-F',
+                     'raw', overlay, '2M')
+        self.execute('qemu-io', '-f', 'qcow2', '-c', 'write -P 7 0 64k',
+                     overlay)
+        with live.files_to_send(
+                self.places, [os.path.basename(overlay)]) as files:
+            file, = files
+            self.assertEqual(
+                (layout.POOL, os.path.basename(overlay), 'qcow2'),
+                (file.place, file.name, file.format))
+            self.assertIsNone(layout.backing_file(file.path))
+            self.execute('qemu-img', 'compare', '-f', 'qcow2', '-F', 'raw',
+                         file.path, base)
+            info = jsonutils.loads(subprocess.check_output(
+                ['qemu-img', 'info', '--output=json', file.path]))
+            self.assertEqual(2 * units.Mi, info['virtual-size'])
+        self.assertEqual([], os.listdir(self.directory))
+
+    def test_refusal_fits_into_what_nova_shows(self):
+        error = self.assertRaises(
+            errors.Refused, live.check, self.places, self.data, [])
+        self.assertLessEqual(len(str(error)), errors.MESSAGE_LENGTH)
+        self.assertTrue(str(error).endswith(error.remedy))

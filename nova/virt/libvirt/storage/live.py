@@ -1,0 +1,282 @@
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Live migration of servers with disks in a storage pool.
+
+QEMU copies the disks, as it does for Nova's own driver. This module has the
+rest: what the two hosts tell each other about their pools, the files that QEMU
+does not copy, and the domain as the destination host has to define it.
+
+The hosts talk through the field of Nova's LibvirtLiveMigrateData that
+describes block devices. Every Nova carries it, and looks in it for the serial
+numbers of Cinder volumes only.
+"""
+
+import contextlib
+import dataclasses
+import os
+import tempfile
+import typing as ty
+
+from lxml import etree
+from oslo_concurrency import processutils
+from oslo_serialization import jsonutils
+from oslo_utils import uuidutils
+
+from nova import objects
+from nova.virt.libvirt import guest as libvirt_guest
+from nova.virt.libvirt.storage import errors
+from nova.virt.libvirt.storage import layout
+from nova.virt.libvirt.storage import local
+
+# No Cinder volume has such a serial number.
+SERIAL = 'nova-storage-migrate/pool'
+
+# Prefixes of the names of base images that each host makes for itself. QEMU
+# copies an overlay without its base image, and two hosts never make the same
+# file system: XFS and Btrfs do not mount a mixture of two.
+OWN_BASES = ('ephemeral', 'swap')
+
+
+@dataclasses.dataclass(frozen=True)
+class Notice:
+    """What the hosts of a live migration tell each other.
+
+    :ivar path: directory of the pool on the destination host
+    :ivar marker: name of an empty file in that pool, there during the check
+    :ivar in_the_way: paths of what the destination host has of the server
+    :ivar sent: names of the files that the source host sends; None if it has
+        not told
+    :ivar claim: name of the claim on the server's files on the destination
+        host
+    """
+    path: str
+    marker: str = ''
+    in_the_way: list[str] = dataclasses.field(default_factory=list)
+    sent: list[str] | None = None
+    claim: str = ''
+
+    @classmethod
+    def read(cls, migrate_data) -> 'Notice | None':
+        """The notice in Nova's data, None if there is none."""
+        for device in _devices(migrate_data):
+            if device.serial == SERIAL:
+                names = {field.name for field in dataclasses.fields(cls)}
+                return cls(**{name: value for name, value in
+                              device.connection_info.items() if name in names})
+        return None
+
+    def write(self, migrate_data) -> None:
+        """Put the notice into Nova's data, in place of an earlier one."""
+        device = objects.LibvirtLiveMigrateBDMInfo(
+            serial=SERIAL, bus='', dev='', type='pool')
+        device.connection_info = dataclasses.asdict(self)
+        migrate_data.bdms = [
+            other for other in _devices(migrate_data)
+            if other.serial != SERIAL] + [device]
+
+
+def _devices(migrate_data) -> list[ty.Any]:
+    return list(migrate_data.bdms) if 'bdms' in migrate_data else []
+
+
+# The destination host.
+
+def introduce(places: layout.Layout) -> Notice:
+    """Tell the source host what it has to know before it decides.
+
+    Makes a file in the pool, to see whether the hosts share it. Its name is
+    not that of a volume of the server, which may have none.
+
+    :raises: OSError
+    """
+    in_the_way = []
+    if not places.claims():
+        in_the_way = [path for path in [*places.volumes(), places.directory]
+                      if os.path.exists(path)]
+    descriptor, marker = tempfile.mkstemp(
+        prefix=f'{places.uuid}-live-', dir=places.pool_path)
+    os.close(descriptor)
+    return Notice(places.pool_path, os.path.basename(marker), in_the_way)
+
+
+def claim(places: layout.Layout, source: str) -> layout.Claim:
+    """Take possession of the names of a server's files on this host.
+
+    The claim on the instance directory says "arrived" from the beginning: no
+    other attempt may make a pool of the directory, where QEMU will write what
+    the guest says on its console. nova-compute here deletes the files if the
+    attempt is abandoned.
+
+    :param source: name of the source host
+    :raises: OSError
+    """
+    made = layout.Claim(places.uuid, uuidutils.generate_uuid(), source)
+    for path in (os.path.join(places.pool_path, made.name),
+                 os.path.join(places.parent, made.arrived_name)):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL, layout.FILE_MODE))
+    return made
+
+
+def disks_here(
+    places: layout.Layout, disks: list[dict[str, ty.Any]], notice: Notice,
+) -> list[dict[str, ty.Any]]:
+    """Describe the disks of a server as this host is to make them.
+
+    :param disks: what the source host says of them
+    """
+    sent = notice.sent or []
+    here = []
+    for disk in disks:
+        name = os.path.basename(disk['path'])
+        path = os.path.join(
+            places.pool_path if local.is_volume(places, disk) else
+            places.directory, name)
+        here.append(dict(disk, path=path, sent=name in sent))
+    return here
+
+
+def record(places: layout.Layout, disks: list[dict[str, ty.Any]]) -> None:
+    """Record the formats of the disks that this host is going to have.
+
+    :param disks: see disks_here()
+    :raises: OSError
+    """
+    layout.write_record(places.record_path, {
+        disk['path']: disk['type'] for disk in disks})
+
+
+def record_shared(places: layout.Layout) -> None:
+    """Add the paths that the volumes have on this host to a shared record.
+
+    :raises: OSError, StorageError
+    """
+    formats = places.formats()
+    here = {path: disk_format for other, disk_format in formats.items()
+            for path in [places.volume_path(places.disk_name(other))]
+            if os.path.basename(other).startswith(places.prefix)}
+    if not here.items() <= formats.items():
+        layout.write_record(places.record_path, formats | here)
+
+
+# The source host.
+
+def check(places: layout.Layout, migrate_data,
+          disks: list[dict[str, ty.Any]]) -> Notice:
+    """Check that the server can be live migrated to the destination host.
+
+    :param disks: what Nova's driver says of the disks of the domain
+    :returns: what the destination host tells
+    :raises: Refused
+    """
+    notice = Notice.read(migrate_data)
+    if notice is None:
+        raise errors.Refused(
+            'the disks of the server are in a storage pool, and the '
+            'destination has none',
+            'Set [libvirt]use_storage_pools there, with this driver.')
+    if notice.in_the_way and not shares_pool(places, notice):
+        paths = ', '.join(notice.in_the_way)
+        raise errors.Refused(
+            f'on the destination {paths} is in the way',
+            'Find out whose it is, and delete it if it is not needed.')
+    for file in places.plan(disks):
+        if file.place == layout.POOL and file.format != 'qcow2':
+            raise errors.Refused(
+                f'disk {file.path} is {file.format}, as an early release '
+                f'made it', 'Shelve and unshelve the server.')
+    return notice
+
+
+def shares_pool(places: layout.Layout, notice: Notice) -> bool:
+    """Whether the destination's pool is this host's, under any path."""
+    return os.path.exists(os.path.join(places.pool_path, notice.marker))
+
+
+def list_sent(disks: list[dict[str, ty.Any]], read_only: ty.Collection[str],
+              lost: ty.Collection[str]) -> list[str]:
+    """List the disks that QEMU does not copy, or not as a whole.
+
+    :param disks: what Nova's driver says of the disks of the domain
+    :param read_only: paths of the disks that the guest cannot write
+    :param lost: names of base images that the destination host cannot get
+    :returns: names of their files
+    """
+    return [os.path.basename(disk['path']) for disk in disks
+            if disk['path'] in read_only or disk.get('backing_file') and (
+                disk['backing_file'] in lost or
+                disk['backing_file'].startswith(OWN_BASES))]
+
+
+@contextlib.contextmanager
+def files_to_send(
+    places: layout.Layout, sent: list[str],
+) -> ty.Iterator[list[layout.File]]:
+    """The files that list_sent() has named.
+
+    Of an overlay it is an image with the content of its base image. QEMU then
+    writes the content of the overlay over it.
+
+    :raises: OSError, ProcessExecutionError
+    """
+    with tempfile.TemporaryDirectory(dir=places.directory) as directory:
+        yield [_file_to_send(places, name, directory) for name in sent]
+
+
+def _file_to_send(places: layout.Layout, name: str,
+                  directory: str) -> layout.File:
+    if not name.startswith(places.prefix):
+        return layout.File(
+            name, layout.DIRECTORY, os.path.join(places.directory, name))
+    path = os.path.join(directory, name)
+    _copy_base(os.path.join(places.pool_path, name), path)
+    return layout.File(name, layout.POOL, path, 'qcow2')
+
+
+def _copy_base(overlay: str, path: str) -> None:
+    """Make an image of the size of an overlay, with its base's content."""
+    info = jsonutils.loads(processutils.execute(
+        'qemu-img', 'info', '-U', '-f', 'qcow2', '--output=json', overlay)[0])
+    processutils.execute(
+        'qemu-img', 'convert', '-O', 'qcow2',
+        '-f', info.get('backing-filename-format', 'raw'),
+        info['full-backing-filename'], path)
+    processutils.execute(
+        'qemu-img', 'resize', '-f', 'qcow2', path, str(info['virtual-size']))
+
+
+class Guest(libvirt_guest.Guest):
+    """A domain whose volumes are to be in the pool of another host."""
+
+    def __init__(self, domain, places: layout.Layout, pool_path: str):
+        """Wrap a domain of this host.
+
+        :param places: where the files are on this host
+        :param pool_path: directory of the pool on the destination host
+        """
+        super().__init__(domain)
+        self._places = places
+        self._pool_path = pool_path
+
+    def get_xml_desc(self, *args, **kwargs):
+        xml = etree.fromstring(super().get_xml_desc(*args, **kwargs))
+        for source in xml.findall('devices/disk/source[@file]'):
+            path = source.get('file')
+            if self._places.is_in_pool(path):
+                source.set('file', os.path.join(
+                    self._pool_path, os.path.basename(path)))
+                # The destination's libvirt reads the chain from the image.
+                disk = source.getparent()
+                for chain in disk.findall('backingStore'):
+                    disk.remove(chain)
+        return etree.tostring(xml, encoding='unicode')
