@@ -37,8 +37,10 @@ The local disk that the host reports is the file system of
 ``disks_pool_path``. Servers with disks in the pool can be live migrated to
 hosts that set this option too.
 
-Existing servers keep their disks where they are, and keep working. If this
-option is switched off again, servers with disks in the pool keep working too.
+Existing servers keep working with their disks where they are. With
+``vol_upload_migration``, a cold migration moves copy-on-write disks into the
+pool of the destination host. If this option is switched off again, servers
+with disks in the pool keep working too.
 
 Related options:
 

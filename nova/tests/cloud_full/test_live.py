@@ -48,9 +48,14 @@ class LiveTestCase(base.CloudTestCase):
         super().setUp()
         self.addCleanup(self.assert_hosts_are_empty)
         self._make_image()
-        self.server = self.create_booted(
+        self.server = self.create(
             image=IMAGE, flavor='small-swap', config_drive=True)
+        self.before_boot()
+        self.server.wait_boot()
         self.wait_beats(BEATS)
+
+    def before_boot(self) -> None:
+        """Do something to the server before it has booted."""
 
     def _make_image(self) -> None:
         images = self.cloud.connection().image
@@ -153,6 +158,9 @@ class LiveTestCase(base.CloudTestCase):
         """The server runs on the source, and nothing is anywhere else."""
         self.server.wait('ACTIVE')
         self.assertEqual(base.SOURCE, self.server.host)
+        # Nova does not wait for the rollback on the destination.
+        daemons.wait_for('the destination to clear up', lambda: (
+            not self.server.disks(base.DESTINATION)), poll=0.5)
         self.assert_no_disks(self.server, base.DESTINATION)
         self.assertNotIn('_incoming', str(self.server.disks(base.SOURCE)))
         count = len(self.beats())
@@ -291,15 +299,16 @@ class TestLiveFault(LiveTestCase):
     options = base.cloud.config.merge(
         TLS, {'libvirt': {'live_migration_bandwidth': BANDWIDTH}})
 
-    def start_slow(self) -> None:
-        """Begin a live migration, and return while QEMU copies the disks."""
+    def before_boot(self):
+        """Have a disk that takes time to copy."""
         self.server.stop()
         self.source.run(
             ['qemu-io', '-f', 'qcow2', '-c', f'write -P 7 512M {NOISE}',
              f'{servers.POOL}/{self.server.id}_disk'], user='nova')
         self.server.start()
-        self.server.wait_boot()
-        self.wait_beats(BEATS)
+
+    def start_slow(self) -> None:
+        """Begin a live migration, and return while QEMU copies the disks."""
         self.last = self.beats()[-1]
         self.start_live_migration()
         copy = self.destination.path(

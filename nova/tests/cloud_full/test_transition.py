@@ -81,13 +81,10 @@ class TestSideBySide(TransitionTestCase):
         self.assert_counts(new, vda=2, vdb=2)
         for host in (base.SOURCE, base.DESTINATION):
             self.assert_in(servers.POOL, new, host)
-        self.assert_in(directory, old, base.DESTINATION)
-        old.confirm()
         new.revert()
-        self.assert_no_disks(old, base.SOURCE)
         self.assert_no_disks(new, base.DESTINATION)
-        self.assert_in(directory, old, base.DESTINATION)
         self.assert_in(servers.POOL, new, base.SOURCE)
+        self.assert_enters_the_pool(old, directory)
 
         self.restart(STREAMS, {'libvirt': {
             'use_storage_pools': False, 'vol_upload_migration': False}})
@@ -96,6 +93,20 @@ class TestSideBySide(TransitionTestCase):
         self.assert_counts(new, vda=3, vdb=3)
         self.assert_in(servers.POOL, new, base.SOURCE)
         self.assert_refused(new, 'vol_upload_migration = True on this host')
+
+    def assert_enters_the_pool(self, old, directory) -> None:
+        """The old server is in a pool once a migration is confirmed."""
+        self.assert_in(servers.POOL, old, base.DESTINATION)
+        old.revert()
+        self.assert_counts(old, vda=3, vdb=3)
+        self.assert_in(directory, old, base.SOURCE)
+        self.assert_no_disks(old, base.DESTINATION)
+        old.migrate(base.DESTINATION)
+        old.confirm()
+        self.assert_no_disks(old, base.SOURCE)
+        self.reboot(old)
+        self.assert_counts(old, vda=5, vdb=5)
+        self.assert_in(servers.POOL, old, base.DESTINATION)
 
 
 class TestNotYetThere(TransitionTestCase):

@@ -167,17 +167,22 @@ class LibvirtDriver(driver.LibvirtDriver):
         if CONF.libvirt.use_storage_pools:
             self._init_disks_pool()
             self._warn_of_clear_text()
-            self._end_live_migrations(host)
+            self._look_at_servers(host)
         if CONF.libvirt.vol_upload_migration:
             _native(local.end_pool, self._uri(), IMAGE_CACHE_POOL)
             self._mend_migrations(host)
 
-    def _end_live_migrations(self, host) -> None:
-        """Let files be a server's own that ended its way here meanwhile."""
-        for instance in objects.InstanceList.get_by_host(
-                nova_context.get_admin_context(), host):
+    def _look_at_servers(self, host) -> None:
+        """Let servers have the files that came while nova-compute was off.
+
+        Also count the servers whose disks are not in the pool yet.
+        """
+        instances = objects.InstanceList.get_by_host(
+            nova_context.get_admin_context(), host)
+        for instance in instances:
             if instance.task_state is None and self.instance_exists(instance):
                 local.drop_claims(layout.Layout.of(instance))
+        self._warn_of_files(instances)
 
     def _mend_migrations(self, host) -> None:
         """Put right what Nova leaves of migrations that it ended in.
@@ -203,6 +208,19 @@ class LibvirtDriver(driver.LibvirtDriver):
                     LOG.exception('The migration of the server, in which '
                                   'nova-compute ended, cannot be put right',
                                   instance=instance)
+
+    @staticmethod
+    def _warn_of_files(instances) -> None:
+        """Count the servers whose disks are not in the pool yet."""
+        count = sum(places.has_files() and not places.volumes()
+                    for places in map(layout.Layout.of, instances))
+        if count:
+            LOG.warning(
+                'Servers on this host with disks in %(path)s rather than in '
+                'storage pool %(pool)s: %(count)d. A cold migration to '
+                'another host with a pool moves copy-on-write disks into the '
+                'pool there', {'path': CONF.instances_path, 'count': count,
+                               'pool': CONF.libvirt.disks_pool})
 
     def _end_migration(self, context, instance, migration) -> None:
         """Let a migration fail, and this host be the server's again.
@@ -331,10 +349,12 @@ class LibvirtDriver(driver.LibvirtDriver):
         places = layout.Layout.of(instance)
         server = _Server(context, instance, network_info, block_device_info)
         is_here = dest == self.get_host_ip_addr()
+        enters_pool = not is_here and self._enters_pool(server, places, dest)
         if is_here and places.volumes():
             return self._copy_here_and_power_off(
                 server, places, flavor, timeout, retry_interval)
-        if is_here or not self._moves_over_libvirt(server, places, dest):
+        if is_here or not (enters_pool or self._moves_over_libvirt(
+                server, places, dest)):
             return super().migrate_disk_and_power_off(
                 context, instance, dest, flavor, network_info,
                 block_device_info, timeout, retry_interval)
@@ -347,8 +367,11 @@ class LibvirtDriver(driver.LibvirtDriver):
                 disk_info = self._disk_info(server)
                 files = places.plan(
                     disk_info, self._lost_bases(server, disk_info))
+                if enters_pool:
+                    files = places.into_pool(files)
                 self._check_vtpm(instance, places)
-                move = self._new_transfer(places, dest, files, instance.name)
+                move = self._new_transfer(
+                    places, dest, files, instance.name, uses_pool=enters_pool)
                 stack.callback(_native, move.close)
                 _native(move.check)
                 if move.there.is_shared:
@@ -1018,6 +1041,33 @@ class LibvirtDriver(driver.LibvirtDriver):
                 self._is_booted_from_volume(server.block_device_info) and
                 not places.has_files())
 
+    def _enters_pool(self, server, places, dest) -> bool:
+        """Whether a server's disks go from its directory into a pool.
+
+        All of them or none. Raw disks do not: libvirt reads the first bytes
+        of each volume, which a guest may have written. A server whose
+        destination has no pool migrates as if this host had none.
+        """
+        if not (CONF.libvirt.vol_upload_migration and
+                CONF.libvirt.use_storage_pools and places.has_files()
+                ) or places.volumes():
+            return False
+        try:
+            files = places.plan(self._disk_info(server))
+            if not all(map(layout.may_enter_pool, (
+                    file for file in files
+                    if file.name not in layout.COMPANIONS))):
+                return False
+            move = self._new_transfer(places, dest, [], '', uses_pool=True)
+            try:
+                return _native(move.enters_pool)
+            finally:
+                _native(move.close)
+        except errors.StorageError as error:
+            LOG.info('The disks of the server will not go into a pool: %s',
+                     error, instance=server.instance)
+            return False
+
     @staticmethod
     def _streams_files(places) -> bool:
         """Whether a server's instance directory is to go over libvirt."""
@@ -1118,16 +1168,17 @@ class LibvirtDriver(driver.LibvirtDriver):
     def _is_running(self, instance) -> bool:
         return self.get_info(instance).state == power_state.RUNNING
 
-    def _new_transfer(self, places, dest, files, name,
-                      claim=None) -> transfer.Transfer:
+    def _new_transfer(self, places, dest, files, name, claim=None,
+                      uses_pool=False) -> transfer.Transfer:
         """The transfer of a server's files to another host.
 
         :param files: the plan
         :param name: of the server's domain
         :param claim: the claim that the destination made, None to make one
+        :param uses_pool: whether disks go into the pool from elsewhere
         """
         claim = claim or layout.Claim.new(places.uuid)
-        uses_pool = not self._streams_files(places)
+        uses_pool = uses_pool or not self._streams_files(places)
         here, there = (
             site.Site(daemon.Daemon(host, uri), places,
                       CONF.libvirt.disks_pool, claim, uses_pool)

@@ -334,9 +334,12 @@ class Layout:
         :param there: where that host has the files
         :raises: StorageError if the record of this host cannot be read
         """
+        moved = {os.path.basename(disk.path) for disk in disks
+                 if disk.place == POOL}
         formats = {path: disk_format
                    for path, disk_format in self.formats().items()
-                   if os.path.dirname(path) == self.directory}
+                   if os.path.dirname(path) == self.directory and
+                   os.path.basename(path) not in moved}
         return formats | {there.path(disk): str(disk.format)
                           for disk in disks if disk.format}
 
@@ -362,6 +365,15 @@ class Layout:
                           if os.path.exists(file.path)),
                 *(File(BASE + os.path.basename(path), DIRECTORY, path,
                        has_hostile_head=True) for path in sorted(bases))]
+
+    def into_pool(self, files: list[File]) -> list[File]:
+        """Have the disks of the instance directory go into the pool.
+
+        :param files: see plan()
+        """
+        return [dataclasses.replace(
+            file, name=self.volume_name(file.name), place=POOL)
+            if may_enter_pool(file) else file for file in files]
 
     def _disk(self, info: dict[str, ty.Any]) -> File:
         path = info['path']
@@ -401,6 +413,11 @@ class Layout:
                 f'disk {path}',
                 'Find out which is true, and correct the other.')
         return recorded
+
+
+def may_enter_pool(file: File) -> bool:
+    """Whether a file is a disk whose header QEMU wrote."""
+    return file.format == 'qcow2' and file.name not in COMPANIONS
 
 
 def without_swap(

@@ -142,6 +142,15 @@ class Transfer:
             self.there.connect()
             return self.there.shares_directory(self._here.layout)
 
+    def enters_pool(self) -> bool:
+        """Whether the destination has a pool, and a directory of its own.
+
+        :raises: HostError
+        """
+        with self._located(self.there.daemon):
+            self.there.connect()
+            return not self.there.shares_directory(self._here.layout)
+
     def claim(self) -> None:
         """Take possession of the names on the destination.
 

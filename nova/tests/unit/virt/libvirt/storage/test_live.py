@@ -494,7 +494,7 @@ class EndTestCase(LiveTestCase):
         self.add_own_claim()
         self.exists.return_value = exists
         objects.InstanceList.get_by_host.return_value = [self.instance]
-        self.driver._end_live_migrations('source')
+        self.driver._look_at_servers('source')
         self.assertEqual(count, len(self.claims()))
 
     @ddt.data((True, 1), (False, 0))

@@ -1,0 +1,152 @@
+#    Licensed under the Apache License, Version 2.0 (the "License"); you may
+#    not use this file except in compliance with the License. You may obtain
+#    a copy of the License at
+#
+#         http://www.apache.org/licenses/LICENSE-2.0
+#
+#    Unless required by applicable law or agreed to in writing, software
+#    distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+#    WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+#    License for the specific language governing permissions and limitations
+#    under the License.
+
+import os
+from unittest import mock
+
+import ddt
+import fixtures
+from oslo_serialization import jsonutils
+from oslo_utils.fixture import uuidsentinel as uuids
+
+from nova import exception
+from nova.tests.unit.virt.libvirt import test_storage_migrate
+from nova.virt.libvirt import driver
+from nova.virt.libvirt.storage import layout
+from nova.virt.libvirt import storage_migrate
+
+
+@ddt.ddt
+class EnterPoolTestCase(test_storage_migrate.DriverTestCase):
+    """A server from before the pools, which migrates to a host with one."""
+
+    def setUp(self):
+        super().setUp()
+        self.useFixture(fixtures.MockPatchObject(
+            layout, 'backing_file', return_value=None))
+
+    def add(self, name='disk', disk_format='qcow2', data=b'QFI'):
+        path = self._add_file(name, data)
+        self._add_record({path: disk_format})
+        self.disk_info.return_value.append(
+            {'path': path, 'type': disk_format, 'backing_file': 'abc'})
+        return path
+
+    def novas(self):
+        return mock.patch.object(
+            driver.LibvirtDriver, 'migrate_disk_and_power_off')
+
+    def assert_stays_a_file(self):
+        with self.novas() as nova:
+            self._migrate()
+        nova.assert_called_once()
+        self._assert_nothing_on_destination()
+
+    def volume(self, name):
+        return f'{uuids.instance}_{name}'
+
+    def test_every_overlay_goes_into_the_pool(self):
+        self.add()
+        self.add('disk.eph0', data=b'ephemeral')
+        moved = jsonutils.loads(self._migrate())
+        for name, data in (('disk', b'QFI'), ('disk.eph0', b'ephemeral')):
+            content = self.dest.volume('nova-disks', self.volume(name)).content
+            self.assertEqual(data, content.read(0, 100))
+        self.assertEqual(
+            [f'/srv/disks/{self.volume(name)}'
+             for name in ('disk', 'disk.eph0')],
+            [info['path'] for info in moved])
+
+    def test_files_and_record_follow(self):
+        self.add()
+        self.add('disk.config', 'raw', b'config')
+        self.disk_info.return_value.pop()
+        self._migrate()
+        record = self.dest.files[f'{self.directory}/disk.info'].content
+        self.assertEqual(
+            {f'/srv/disks/{self.volume("disk")}': 'qcow2',
+             f'{self.directory}/disk.config': 'raw'},
+            jsonutils.loads(record.read(0, record.size)))
+        self.assertIn(f'{self.directory}/disk.config', self.dest.files)
+        self.assertNotIn(f'{self.directory}/disk', self.dest.files)
+
+    def test_source_keeps_its_files_for_a_revert(self):
+        self.add()
+        self._migrate()
+        self.assertCountEqual(
+            ['disk', 'disk.info'], os.listdir(self.directory + '_resize'))
+        self.assertEqual([], self._volumes())
+
+    def test_swap_disk_is_made_anew(self):
+        self.add()
+        self.add('disk.swap', 'raw')
+        self._migrate()
+        self.assertNotIn(self.volume('disk.swap'),
+                         self.dest.volume_names('nova-disks'))
+
+    def test_raw_disk_keeps_all_of_them_files(self):
+        self.add()
+        self.add('disk.eph0', 'raw')
+        self.assert_stays_a_file()
+
+    @ddt.data('use_storage_pools', 'vol_upload_migration')
+    def test_both_options_are_needed(self, option):
+        self.flags(**{option: False, 'group': 'libvirt'})
+        self.add()
+        self.assert_stays_a_file()
+        self.assertEqual([], self.hosts.opened)
+
+    def test_destination_without_a_pool_gets_files(self):
+        self.dest.pools.clear()
+        self.add()
+        with self.novas() as nova:
+            self._migrate()
+        nova.assert_called_once()
+        self.assertNotIn(self.directory, self.dest.directories)
+
+    def test_destination_without_a_pool_gets_files_over_libvirt(self):
+        self.flags(vol_upload_migration_legacy=True, group='libvirt')
+        self.dest.pools.clear()
+        self.add()
+        moved = jsonutils.loads(self._migrate())
+        self.assertEqual([f'{self.directory}/disk'],
+                         [info['path'] for info in moved])
+        self.assertIn(f'{self.directory}/disk', self.dest.files)
+
+    def test_destination_that_shares_the_directory_is_novas(self):
+        self.add()
+        with mock.patch('nova.virt.libvirt.storage.site.Site.'
+                        'shares_directory', return_value=True):
+            self.assert_stays_a_file()
+
+    def test_disk_that_nova_did_not_make_keeps_them_files(self):
+        self.add('snapshot')
+        self.assert_stays_a_file()
+
+    def test_failure_leaves_the_files_where_they_are(self):
+        path = self.add()
+        self.dest.fail('stream.send', after=0)
+        self.assertRaises(exception.InstanceFaultRollback, self._migrate)
+        self.assertTrue(os.path.exists(path))
+        self._assert_nothing_on_destination()
+
+    def test_servers_that_are_not_in_the_pool_are_counted(self):
+        self.add()
+        with mock.patch.object(storage_migrate.LOG, 'warning') as warning:
+            self.driver._warn_of_files([self.instance])
+        self.assertEqual(1, warning.call_args.args[1]['count'])
+
+    def test_server_in_the_pool_is_not_counted(self):
+        self._add_disk()
+        with mock.patch.object(storage_migrate.LOG, 'warning') as warning:
+            self.driver._warn_of_files([self.instance])
+        warning.assert_not_called()
