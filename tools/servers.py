@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # Where disks are on a host: Nova's own place, and the disks pool's.
 INSTANCES = '/var/lib/nova/instances'
 POOL = '/var/lib/libvirt/images/nova-disks'
-POOL_NAMES = ['nova-disks', 'nova-image-cache']
+POOL_NAMES = ['nova-disks']
 # What Nova keeps among the instance directories.
 VTPM = '/var/lib/libvirt/swtpm'
 NOT_OF_SERVERS = {'_base', 'compute_nodes', 'locks', 'snapshots'}

@@ -28,10 +28,13 @@ Create the disks of new servers as volumes of a libvirt storage pool.
 
 The root, ephemeral and swap disks of a new server become volumes
 ``{uuid}_{disk}`` of the pool named in ``disks_pool``. nova-compute defines,
-builds and starts this pool when it starts. As in the instance directory, the
-disks are qcow2 overlays on the image cache if ``use_cow_images`` is set, and
-raw otherwise. The config drive, the console log and ``disk.info`` stay in the
-instance directory.
+builds and starts this pool when it starts. The disks are qcow2 overlays on the
+image cache where Nova's own driver would make these. Where it would make raw
+disks (``images_type`` raw or flat, or ``use_cow_images`` off), they are full
+qcow2 images, preallocated as ``preallocate_images`` says: libvirt probes the
+first bytes of every file of a pool, and those of a raw disk are the guest's.
+The config drive, the console log and ``disk.info`` stay in the instance
+directory.
 
 The local disk that the host reports is the file system of
 ``disks_pool_path``. Servers with disks in the pool can be live migrated to

@@ -25,25 +25,36 @@ import typing as ty
 
 FIRST = 'Start of the disk'
 
+# The moments, in the order of the columns.
+CONTROL = 'in a pool, for comparison'
+PREFLIGHT = 'preflight'
+COPY = 'copy'
+UPLOADED = 'end of the upload'
+CONFIRM = 'confirm'
+REVERT = 'revert'
+DELETE = 'delete'
+RESTART = 'restart of the daemons'
+RETRY = 'retry after a crash'
+MOMENTS = (CONTROL, PREFLIGHT, COPY, UPLOADED, CONFIRM, REVERT, DELETE,
+           RESTART, RETRY)
+
 
 def record(moment: str, seen: dict[str, str]) -> None:
     """Add a column to the table, or replace that of this moment.
 
-    :param moment: of the migration
+    :param moment: one of MOMENTS
     :param seen: what came of each start of a disk
     """
     if 'NOVA_HOSTILE_TABLE' not in os.environ:
         return
     path = pathlib.Path(os.environ['NOVA_HOSTILE_TABLE'])
     rows = _rows(path)
-    moments = list(dict.fromkeys([
-        *(name for row in rows.values() for name in row), moment]))
     for kind, outcome in seen.items():
         rows.setdefault(kind, {})[moment] = outcome
     with path.open('w', newline='') as table:
         writer = csv.writer(table, lineterminator='\n')
-        writer.writerow([FIRST, *moments])
-        writer.writerows([kind, *(row.get(name, '') for name in moments)]
+        writer.writerow([FIRST, *MOMENTS])
+        writer.writerows([kind, *(row.get(name, '') for name in MOMENTS)]
                          for kind, row in rows.items())
 
 

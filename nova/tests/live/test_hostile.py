@@ -46,7 +46,6 @@ from tools import lab as nova_lab
 from tools import process_trace
 
 INSTANCES = '/var/lib/nova/instances'
-CONTROL = 'pool of such disks, for comparison'
 
 # A file system that answers nothing, as one on a server that is gone.
 HANGING = """\
@@ -108,11 +107,11 @@ KINDS = {
 class Client:
     """Another client of a daemon, which asks it something all the time.
 
-    :ivar slowest: seconds that an answer took, at most
+    :ivar seconds: how long each answer took
     """
 
     def __init__(self, connect: ty.Callable[[], libvirt.virConnect]):
-        self.slowest = 0.0
+        self.seconds: list[float] = []
         self._connect = connect
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._ask, daemon=True)
@@ -124,8 +123,15 @@ class Client:
     def __exit__(self, *error: object) -> None:
         self._over.set()
         self._thread.join(30)
-        if self._thread.is_alive():
-            self.slowest = 30.0
+
+    def check(self, test: base.LiveTestCase) -> None:
+        """Check that the daemon answered all the time, and soon."""
+        test.assertFalse(self._thread.is_alive())
+        # strace stops the daemon at each call, and the machine may be busy.
+        # Who hangs on a bait does so for ever.
+        slow = [seconds for seconds in self.seconds if seconds > 1]
+        test.assertLessEqual(len(slow), len(self.seconds) / 20, slow)
+        test.assertLess(max(self.seconds, default=30), 5)
 
     def _ask(self) -> None:
         connection = self._connect()
@@ -136,7 +142,7 @@ class Client:
                 # Others make and end pools.
                 with contextlib.suppress(libvirt.libvirtError):
                     pool.info()
-            self.slowest = max(self.slowest, time.monotonic() - started)
+            self.seconds.append(time.monotonic() - started)
 
 
 class HostileTestCase(base.LiveTestCase):
@@ -231,8 +237,8 @@ class HostileTestCase(base.LiveTestCase):
         opened = {path for trace in traces for path in trace.opened()}
         for host in hosts:
             opened |= self._open_fifos(host)
-        slowest = max(client.slowest for client in clients)
-        self.assertLess(slowest, 1)
+        for client in clients:
+            client.check(self)
         outcomes = {kind.name: 'opened' if kind.bait and kind.path in opened
                     else 'not opened' for kind in KINDS.values()}
         self.assertEqual({'not opened'}, set(outcomes.values()), outcomes)
@@ -267,15 +273,16 @@ class MomentTestCase(HostileTestCase):
 
     def test_migration(self):
         move = self._new_transfer()
-        with self.moment('preflight'):
+        with self.moment(hostile_table.PREFLIGHT):
             moves.start(move)
         settle = move.there.settle
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self.moment('copy'))
+            stack.enter_context(self.moment(hostile_table.COPY))
 
             def end_of_copy(files):
                 stack.close()
-                stack.enter_context(self.moment('end of the upload'))
+                stack.enter_context(
+                    self.moment(hostile_table.UPLOADED))
                 return settle(files)
 
             with mock.patch.object(move.there, 'settle', end_of_copy):
@@ -283,26 +290,26 @@ class MomentTestCase(HostileTestCase):
         self._assert_arrived()
         move.close()
         local.keep_directory(self.places)
-        with self.moment('confirm'):
+        with self.moment(hostile_table.CONFIRM):
             local.delete_kept(self.places)
             shutil.rmtree(self.places.kept_directory)
 
     def test_revert(self):
         self._migrate()
-        with self.moment('revert'):
+        with self.moment(hostile_table.REVERT):
             local.delete_all(self.there)
             local.recover_directory(self.places)
         self.assertFalse(os.path.exists(self.there.directory))
 
     def test_delete(self):
         self._migrate()
-        with self.moment('delete'):
+        with self.moment(hostile_table.DELETE):
             local.delete_all(self.there)
             shutil.rmtree(self.places.kept_directory)
 
     def test_restart_of_the_daemons(self):
         self._migrate()
-        with self.moment('restart of the daemon', daemons_stay=False):
+        with self.moment(hostile_table.RESTART, daemons_stay=False):
             for host in self.source, self.destination:
                 host.restart_libvirtd()
         self._assert_arrived()
@@ -320,7 +327,7 @@ class MomentTestCase(HostileTestCase):
                 sent.append(source)
             return copy(source, *args, **kwargs)
 
-        with self.moment('retry after a crash'):
+        with self.moment(hostile_table.RETRY):
             with mock.patch.object(stream, 'copy', crash):
                 self.assertRaises(KeyboardInterrupt, move.run)
             move.close()
@@ -348,7 +355,7 @@ class MomentTestCase(HostileTestCase):
                 move.there, 'settle', side_effect=KeyboardInterrupt):
             self.assertRaises(KeyboardInterrupt, move.run)
         move.close()
-        with self.moment('retry after a crash'):
+        with self.moment(hostile_table.RETRY):
             self._migrate()
         self._assert_arrived()
 
@@ -374,6 +381,6 @@ class ControlTestCase(base.LiveTestCase):
         opened = {opened_by[bait] for bait in trace.opened()
                   if bait in opened_by}
         self.assertEqual(set(opened_by.values()), opened)
-        hostile_table.record(CONTROL, {
+        hostile_table.record(hostile_table.CONTROL, {
             kind.name: 'opened' if kind.bait else 'no file is named'
             for kind in KINDS.values()})

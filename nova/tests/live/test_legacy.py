@@ -114,13 +114,14 @@ class DirectoryTestCase(base.LiveTestCase):
             path.name: (path.stat().st_uid, path.stat().st_gid,
                         path.stat().st_mode,
                         self.sha256(path) if path.is_file() else '')
-            for path in (there, *there.iterdir())}
+            for path in (there, *there.iterdir())
+            if path.name != layout.RECORD}
 
     def test_files_are_as_nova_s_own_transports_make_them(self):
         self._migrate()
         ours = self._arrived()
-        self.assertEqual({self.uuid, 'disk', 'disk.eph0', 'disk.info',
-                          'kernel', 'ramdisk'}, set(ours))
+        self.assertEqual({self.uuid, 'disk', 'disk.eph0', 'kernel',
+                          'ramdisk'}, set(ours))
         self.addCleanup(self.lab.ssh, False)
         self.lab.ssh(True)
         for transport in ('ssh', 'rsync'):
@@ -147,7 +148,8 @@ class DirectoryTestCase(base.LiveTestCase):
                 (self.destination.nova_uid, self.destination.nova_gid,
                  0o755 if path == there else 0o644),
                 (status.st_uid, status.st_gid, status.st_mode & 0o7777))
-            if path != there:
+            # The record has the paths of the destination as well.
+            if path.name not in (self.uuid, layout.RECORD):
                 self.assertEqual(self.sha256(self.local / path.name),
                                  self.sha256(path))
         self.assertEqual(4096, self.allocated(there / 'disk.eph0'))

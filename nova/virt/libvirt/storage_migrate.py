@@ -878,30 +878,6 @@ class LibvirtDriver(driver.LibvirtDriver):
             self._grow_ephemeral(instance, block_device_info)
         return created
 
-    def _try_fetch_image_cache(
-        self, image, fetch_func, context, filename, image_id, instance, size,
-        fallback_from_host=None,
-    ):
-        """Fetch a base image from Glance.
-
-        Nova gets what Glance has lost from a host, by ssh. Here it came along
-        with the disks.
-        """
-        if self._needs_no_ssh(instance):
-            fallback_from_host = None
-        super()._try_fetch_image_cache(
-            image, fetch_func, context, filename, image_id, instance, size,
-            fallback_from_host)
-
-    def _try_fetch_image(
-        self, context, path, image_id, instance, fallback_from_host=None,
-    ):
-        """Do the same with a kernel or ramdisk."""
-        if self._needs_no_ssh(instance):
-            fallback_from_host = None
-        super()._try_fetch_image(
-            context, path, image_id, instance, fallback_from_host)
-
     def _lost_bases(self, server, disk_info) -> list[str]:
         """Paths of base images that the destination cannot have of Glance."""
         found = {layout.backing_file(info['path']) for info in disk_info
@@ -925,13 +901,6 @@ class LibvirtDriver(driver.LibvirtDriver):
                      {'id': image_id, 'error': error})
             return False
         return image_meta['status'] == 'active'
-
-    @staticmethod
-    def _needs_no_ssh(instance) -> bool:
-        """Whether all that a server needs of other hosts is libvirt."""
-        return CONF.libvirt.vol_upload_migration and (
-            CONF.libvirt.vol_upload_migration_legacy or
-            bool(layout.Layout.of(instance).volumes()))
 
     def _grow_ephemeral(self, instance, block_device_info) -> None:
         """Let a server's only ephemeral disk be as big as its flavor says.

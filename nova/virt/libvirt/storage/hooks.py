@@ -136,13 +136,6 @@ HOOKS = {
         ('context', 'instance', 'instance_dir', 'disk_info',
          'fallback_from_host'),
         'Looks for disks where they are: in the pool.'),
-    '_try_fetch_image_cache': Hook(
-        ('image', 'fetch_func', 'context', 'filename', 'image_id',
-         'instance', 'size', 'fallback_from_host'),
-        'Fetches a base image that Glance lacks without ssh.'),
-    '_try_fetch_image': Hook(
-        ('context', 'path', 'image_id', 'instance', 'fallback_from_host'),
-        'Fetches a kernel or ramdisk that Glance lacks without ssh.'),
     '_is_path_shared_with': Hook(
         ('dest', 'path'),
         'Finds out without ssh whether two hosts share a directory.'),

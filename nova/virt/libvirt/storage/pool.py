@@ -313,6 +313,7 @@ def _is_shared_pool(error: BaseException) -> bool:
     """Whether somebody else made or removed a pool of a directory."""
     return isinstance(error, libvirt.libvirtError) and (
         error.get_error_code() in (libvirt.VIR_ERR_NO_STORAGE_POOL,
+                                   libvirt.VIR_ERR_OPERATION_INVALID,
                                    libvirt.VIR_ERR_OPERATION_FAILED))
 
 

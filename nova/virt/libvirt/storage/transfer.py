@@ -364,8 +364,10 @@ class Transfer:
         for file, sink in zip(files, sinks):
             with self._located(self.there.daemon, file.name):
                 head = self._here.head(file)
+                # A hole is there already.
+                data = head.rstrip(b'\0')
                 stream.copy(
-                    stream.MemorySource(head), sink, len(head), cancel=cancel,
+                    stream.MemorySource(data), sink, len(data), cancel=cancel,
                     stall_seconds=_stall_seconds())
                 self.heads[self.there.layout.path(file)] = layout.digest(head)
             if watch:

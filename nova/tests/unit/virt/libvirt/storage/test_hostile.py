@@ -470,36 +470,8 @@ class AdoptTestCase(HostileTestCase, test_storage_migrate.FinishMixin):
         self.assertFalse(os.path.exists(self.marker))
 
 
-@ddt.ddt
-class FetchTestCase(test_storage_migrate.DriverTestCase):
-    """Nothing of a server that streams is fetched over ssh."""
-
-    def _fallbacks(self):
-        """From which host Nova's code would get an image by ssh."""
-        backend = mock.Mock(spec_set=imagebackend.Qcow2)
-        with mock.patch.object(
-                driver.LibvirtDriver, '_try_fetch_image_cache') as base:
-            self.driver._try_fetch_image_cache(
-                backend, mock.sentinel.fetch_func, self.context, 'name',
-                uuids.image, self.instance, 7, 'dest')
-        with mock.patch.object(
-                driver.LibvirtDriver, '_try_fetch_image') as kernel:
-            self.driver._try_fetch_image(
-                self.context, '/kernel', uuids.kernel, self.instance, 'dest')
-        return {base.call_args.args[-1], kernel.call_args.args[-1]}
-
-    @ddt.data((True, True, None), (True, False, 'dest'),
-              (False, True, 'dest'))
-    @ddt.unpack
-    def test_server_with_files_needs_both_options(
-            self, upload, legacy, fallback):
-        self.flags(vol_upload_migration=upload,
-                   vol_upload_migration_legacy=legacy, group='libvirt')
-        self.assertEqual({fallback}, self._fallbacks())
-
-    def test_server_with_volumes_needs_one(self):
-        self._add_disk()
-        self.assertEqual({None}, self._fallbacks())
+class KernelTestCase(test_storage_migrate.DriverTestCase):
+    """What came along is not fetched."""
 
     def _kernel(self):
         self.flags(force_raw_images=False)

@@ -317,9 +317,23 @@ class PlanTestCase(LayoutTestCase):
         self.assertEqual([
             layout.File(f'{UUID}_disk', layout.POOL, disk, 'qcow2'),
             layout.File(f'{UUID}_disk.eph0', layout.POOL, local, 'raw'),
-            layout.File('kernel', layout.DIRECTORY, kernel),
-            layout.File('ramdisk', layout.DIRECTORY, ramdisk),
+            layout.File('kernel', layout.DIRECTORY, kernel,
+                        has_hostile_head=True),
+            layout.File('ramdisk', layout.DIRECTORY, ramdisk,
+                        has_hostile_head=True),
         ], self.places.plan(infos))
+
+    @ddt.data(('qcow2', 0), ('raw', layout.HEAD_BYTES))
+    @ddt.unpack
+    def test_head_that_a_guest_wrote(self, disk_format, length):
+        file, = self.places.plan([self._add_file('disk', disk_format)])
+        self.assertEqual(length, file.head_bytes)
+
+    def test_base_images_go_along(self):
+        base, = self.places.plan([], ['/_base/0123'])
+        self.assertEqual(
+            layout.File('base_0123', layout.DIRECTORY, '/_base/0123',
+                        has_hostile_head=True), base)
 
     @ddt.data('disk', 'disk.local', 'disk.eph0', 'disk.eph12', 'disk.config')
     def test_disk_that_nova_made(self, name):
@@ -350,7 +364,8 @@ class PlanTestCase(LayoutTestCase):
         path = self._write(
             os.path.join(self.places.directory, 'disk.config'))
         self.assertEqual(
-            [layout.File('disk.config', layout.DIRECTORY, path)],
+            [layout.File('disk.config', layout.DIRECTORY, path,
+                         has_hostile_head=True)],
             self.places.plan([]))
 
     def test_config_drive_needs_no_record(self):

@@ -497,8 +497,9 @@ class PoolTestCase(LocalTestCase):
                           local.ensure_pool, URI, 'disks', self.pool, True)
         self.assertTrue(self.host.connections[0].closed)
 
-    def test_cache_is_in_one_pool(self):
-        local.ensure_cache_pool(URI, 'ours', self.instances)
-        self.assertFalse(self.host.pools['ours'].autostart)
-        local.ensure_cache_pool(URI, 'others', self.instances)
-        self.assertEqual(['ours'], list(self.host.pools))
+    def test_pool_ends(self):
+        self.host.add_pool('ours')
+        for _attempt in range(2):
+            local.end_pool(URI, 'ours')
+            self.assertEqual({}, self.host.pools)
+        self.assertTrue(self.host.connections[-1].closed)

@@ -155,8 +155,10 @@ class RunTestCase(TransferTestCase):
 
         arrived = self._arrived()
         record = jsonutils.loads(arrived.pop(self.places.record_path))
-        claims = set(arrived) - set(self.contents)
-        self.assertEqual({b''}, {arrived.pop(claim) for claim in claims})
+        for claim in set(arrived) - set(self.contents):
+            self.assertIsNotNone(layout.Claim.parse(
+                uuids.server, os.path.basename(claim)))
+            self.assertEqual(b'', arrived.pop(claim))
         self.assertEqual(self.contents, arrived)
         self.assertEqual({
             '/srv/disks/' + self.places.volume_name(disk): 'raw'
