@@ -95,7 +95,7 @@ class SourceTestCase(_CheckTestCase):
         findings = self._run()
         self.assertEqual(
             dict.fromkeys(['user', 'options', 'libvirt', 'pool', 'access',
-                           'policy'], check.OK),
+                           'directory', 'policy'], check.OK),
             self._statuses(findings))
         self.assertEqual('nova-disks', self.checked.pool.name)
 
@@ -144,7 +144,7 @@ class SourceTestCase(_CheckTestCase):
     def test_pool_of_which_nova_conf_says_nothing(self):
         self.settings['pool_path'] = None
         self.assertEqual({check.OK}, {each.status for each in self._run()})
-        self.assertEqual('/disks', self.checked.pool_path)
+        self.assertEqual(self.disks, self.checked.pool_path)
 
     def test_pool_that_this_user_cannot_enter(self):
         place.check_access.side_effect = errors.Refused(
