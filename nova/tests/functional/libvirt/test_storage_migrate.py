@@ -325,11 +325,15 @@ class LiveMigrateTestCase(StorageMigrateTestCase):
     def test_disk_is_made_under_a_claim_and_its_format_recorded(self):
         server = self._boot()
         self._live_migrate(server, host='dest')
-        claim, = (path for path in self.during if '_incoming-' in path)
-        self.assertTrue(claim.endswith('@source'), claim)
+        claims = {path for path in self.during if path.endswith('@source')}
+        self.assertEqual(
+            [f'disks/{server["id"]}_incoming',
+             f'instances/{server["id"]}_arrived'],
+            sorted(path.partition('-'.join(['', *path.split('-')[-5:]]))[0]
+                   for path in claims))
         self.assertEqual(
             {f'disks/{self.disk}', f'instances/{server["id"]}/disk.info'},
-            set(self.during) - {claim})
+            set(self.during) - claims)
         record = f'instances/{server["id"]}/disk.info'
         self.assertEqual(
             {f'{self.seen}/disks/{self.disk}': 'qcow2'},
