@@ -171,8 +171,13 @@ class TestLegacy(SshMixin, base.CloudTestCase):
         self._move(self._create())
 
     def test_made_before_pools_were_switched_on(self):
+        """Raw disks stay files, and go Nova's own way."""
+        raw = {'DEFAULT': {'use_cow_images': False}}
+        self.cloud.restart_computes(base.cloud.config.merge(
+            base.cloud.STREAMS, self.options, raw))
         server = self._create()
-        self.cloud.restart_computes(base.cloud.STREAMS)
+        self.cloud.restart_computes(base.cloud.config.merge(
+            base.cloud.STREAMS, raw))
         self._move(server)
 
     def _create(self) -> servers.Server:
