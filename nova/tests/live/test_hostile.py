@@ -113,6 +113,7 @@ class Client:
     def __init__(self, connect: ty.Callable[[], libvirt.virConnect]):
         self.seconds: list[float] = []
         self._connect = connect
+        self._asked = threading.Event()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._ask, daemon=True)
 
@@ -121,6 +122,8 @@ class Client:
         return self
 
     def __exit__(self, *error: object) -> None:
+        # A moment may be shorter than the first question.
+        self._asked.wait(30)
         self._over.set()
         self._thread.join(30)
 
@@ -143,6 +146,7 @@ class Client:
                 with contextlib.suppress(libvirt.libvirtError):
                     pool.info()
             self.seconds.append(time.monotonic() - started)
+            self._asked.set()
 
 
 class HostileTestCase(base.LiveTestCase):
