@@ -71,9 +71,9 @@ set -e
 apt-get clean
 systemctl enable systemd-networkd systemd-network-generator
 systemctl mask apt-daily.timer apt-daily-upgrade.timer
-useradd --system --home-dir /var/lib/nova --create-home \
-    --shell /usr/sbin/nologin --groups libvirt,kvm nova
-install -d -o nova -g nova /var/lib/nova/instances
+useradd --system --home-dir /var/lib/nova --shell /usr/sbin/nologin \
+    --groups libvirt,kvm nova
+install -d -m 755 -o nova -g nova /var/lib/nova /var/lib/nova/instances
 python3 -m venv {venv}
 {venv}/bin/pip --quiet install --requirement /root/requirements.txt
 {venv}/bin/pip --quiet download --dest {wheels} {tools}

@@ -222,6 +222,20 @@ class Compute:
         self._process.communicate()
 
 
+@functools.cache
+def get_computes() -> list[Compute]:
+    """The drivers of this process, one on each stock host.
+
+    They start at once, and stay: where processors are emulated, starting one
+    takes a minute.
+    """
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        computes = list(pool.map(Compute.on_machine, get_machines()))
+    for each in computes:
+        atexit.register(each.stop)
+    return computes
+
+
 class StockTestCase(live.LiveTestCase):
     """A test on stock hosts.
 

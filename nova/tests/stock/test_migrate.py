@@ -36,7 +36,7 @@ class TestStockHosts(base.StockTestCase):
             self.assertIn('Library version', said)
 
     def test_server_goes_there_and_back(self):
-        here, there = map(self.start_compute, self.machines)
+        here, there = base.get_computes()
         uuid = self.spawn(here)
         image = self.disk_image(self.source, uuid)
         self.assertEqual('qcow2', image['format'])
@@ -62,7 +62,7 @@ class TestStockHosts(base.StockTestCase):
         self.assertEqual(f'libvirt-{uuid} (enforce)', said.strip())
 
     def test_restart_of_libvirtd_with_a_server(self):
-        here, there = map(self.start_compute, self.machines)
+        here, there = base.get_computes()
         uuid = self.spawn(here)
         for each in self.machines:
             each.run_as_root('systemctl restart libvirtd.service')
@@ -73,8 +73,8 @@ class TestStockHosts(base.StockTestCase):
         here.call('confirm', uuid=uuid)
 
     def test_check_command(self):
-        self.start_compute(self.source)
-        self.start_compute(self.destination)
+        # They make the pools.
+        base.get_computes()
         said = self.source.run(
             ['/openstack/venvs/nova/bin/nova-storage-migrate', 'check',
              self.destination.address], user='nova', check=False)

@@ -84,8 +84,8 @@ class TestMixed(base.StockTestCase):
     def test_server_goes_there_and_back(self):
         said = self.older.run(['virsh', 'version']).stdout
         self.assertIn('libvirt 9.0.0', said)
-        older, newer = map(self.start_compute,
-                           (self.older, self.machines[0]))
+        older = self.start_compute(self.older)
+        newer = base.get_computes()[0]
         uuid = self.spawn(older)
         self.migrate(uuid, older, newer)
         older.call('confirm', uuid=uuid)
