@@ -364,42 +364,16 @@ class LibvirtDriver(driver.LibvirtDriver):
                 copy = stack.enter_context(self._copying(instance))
                 self._check_enabled()
                 self._check_request(server, places, flavor)
-                disk_info = self._disk_info(server)
-                files = places.plan(
-                    disk_info, self._lost_bases(server, disk_info))
-                if enters_pool:
-                    files = places.into_pool(files)
-                self._check_vtpm(instance, places)
+                disk_info, files = self._plan(server, places, enters_pool)
                 move = self._new_transfer(
                     places, dest, files, instance.name, uses_pool=enters_pool)
                 stack.callback(_native, move.close)
-                _native(move.check)
-                if move.there.is_shared:
-                    _refuse_vtpm(instance, _(
-                        'hosts that share its instance directory'))
-                _native(move.claim)
+                self._check_and_claim(server, places, move)
             with self._put_back_on_error(server, copy, dest) as steps:
                 steps.push(self._discard_copy, instance, dest, move.discard)
-                copy.check()
-                watch = progress.Progress(context, instance, dest)
-                if self._can_precopy(instance, move):
-                    watch.watch(functools.partial(
-                        _native, move.precopy, copy.cancel, watch))
-                copy.check()
-                # The guest may have been shut down meanwhile.
-                steps.push(self._start_again, server, copy,
-                           self._is_running(instance), steps)
-                copy.off_since = time.monotonic()
-                self.power_off(instance, timeout, retry_interval)
-                self._detach_from_host(server)
-                if move.there.is_shared:
-                    local.remove_stale_directory(places)
-                    layout.write_record(
-                        places.record_path, places.formats() | move.formats())
-                else:
-                    watch.watch(functools.partial(
-                        _native, move.run, copy.cancel, watch))
-                    local.keep_directory(places)
+                self._copy_and_power_off(
+                    server, places, move, copy, steps, timeout,
+                    retry_interval)
         LOG.info('All files of the server are on %(host)s. It has been off '
                  'for %(seconds).1f s',
                  {'host': dest, 'seconds': copy.off_seconds},
@@ -408,6 +382,63 @@ class LibvirtDriver(driver.LibvirtDriver):
         moved = [dict(info, path=paths[info['path']]) for info in disk_info]
         local.add_heads(moved, move.heads)
         return jsonutils.dumps(moved)
+
+    def _plan(self, server, places, enters_pool) -> tuple[
+            list[dict[str, ty.Any]], list[layout.File]]:
+        """List what goes along: every disk is in it, or it is refused.
+
+        :param enters_pool: whether the disks go from files into the pool
+        :returns: what Nova says of the disks, and the files
+        :raises: StorageError
+        """
+        disk_info = self._disk_info(server)
+        files = places.plan(disk_info, self._lost_bases(server, disk_info))
+        if enters_pool:
+            files = places.into_pool(files)
+        return disk_info, files
+
+    def _check_and_claim(self, server, places, move) -> None:
+        """Check both hosts, and take possession of the destination's names.
+
+        :raises: MigrationPreCheckError, HostError
+        """
+        self._check_vtpm(server.instance, places)
+        _native(move.check)
+        if move.there.is_shared:
+            _refuse_vtpm(server.instance, _(
+                'hosts that share its instance directory'))
+        _native(move.claim)
+
+    def _copy_and_power_off(
+        self, server, places, move, copy, steps, timeout, retry_interval,
+    ) -> None:
+        """Copy all files: the disks while the server runs, then what changed.
+
+        On storage that both hosts share there is nothing to copy.
+
+        :param steps: where to put what has to be undone after an error
+        """
+        instance = server.instance
+        watch = progress.Progress(
+            server.context, instance, move.there.daemon.host)
+        copy.check()
+        if self._can_precopy(instance, move):
+            watch.watch(functools.partial(
+                _native, move.precopy, copy.cancel, watch))
+        copy.check()
+        # The guest may have been shut down meanwhile.
+        steps.push(self._start_again, server, copy,
+                   self._is_running(instance), steps)
+        copy.off_since = time.monotonic()
+        self.power_off(instance, timeout, retry_interval)
+        self._detach_from_host(server)
+        if move.there.is_shared:
+            local.remove_stale_directory(places)
+            layout.write_record(
+                places.record_path, places.formats() | move.formats())
+            return
+        watch.watch(functools.partial(_native, move.run, copy.cancel, watch))
+        local.keep_directory(places)
 
     def _copy_here_and_power_off(
         self, server, places, flavor, timeout, retry_interval,
