@@ -235,11 +235,9 @@ class TestSwitchOnPage(base.LiveTestCase):
             commands for classes, commands in read_blocks(SWITCH_PAGE)
             if classes == {'off'})
         disk = self.make_disk(
-            self.destination, f'{self.POOLS["nova-disks"]}/disk', units.Mi,
-            [])
+            self.destination, f'{self.PATH}/disk', units.Mi, [])
         error = self.assertRaises(lab.LabError, self.run_block, remove_disks)
-        self.assertIn(f"failed to remove '{self.POOLS['nova-disks']}'",
-                      str(error))
+        self.assertIn(f"failed to remove '{self.PATH}'", str(error))
         self.run_block('virsh pool-start nova-disks')
         self.find_pool()
         disk.unlink()
