@@ -731,11 +731,11 @@ class LibvirtDriver(driver.LibvirtDriver):
         :raises: MigrationPreCheckError if it sees the pool or the instance
             directory only; Nova could not tell what to delete
         """
-        places = layout.Layout.of(instance)
         notice = live.Notice.read(dest_check_data)
-        if notice is None or not places.volumes():
+        if notice is None or not layout.Layout.of(instance).volumes():
             return super()._is_shared_block_storage(
                 instance, dest_check_data, block_device_info)
+        places = layout.Layout.of(instance)
         is_shared = live.shares_pool(places, notice)
         if is_shared != dest_check_data.is_shared_instance_path:
             raise exception.MigrationPreCheckError(reason=_(
@@ -837,7 +837,7 @@ class LibvirtDriver(driver.LibvirtDriver):
 
     def live_migration_abort(self, instance):
         """Abort a live migration, also before QEMU has begun."""
-        copy = self._copies.get(instance.uuid)
+        copy = self._copies and self._copies.get(instance.uuid)
         if copy:
             self._stop_copy(copy, _('the live migration was aborted'))
         else:
