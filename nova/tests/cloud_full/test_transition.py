@@ -102,6 +102,7 @@ class TestSideBySide(TransitionTestCase):
         self.assert_in(directory, old, base.SOURCE)
         self.assert_no_disks(old, base.DESTINATION)
         old.migrate(base.DESTINATION)
+        self.assert_counts(old, vda=4, vdb=4)
         old.confirm()
         self.assert_no_disks(old, base.SOURCE)
         self.reboot(old)
