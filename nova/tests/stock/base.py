@@ -295,5 +295,6 @@ class StockTestCase(live.LiveTestCase):
 
     def files(self, of: host.Host, uuid: str) -> list[str]:
         """All that a host has of a server."""
+        # A host whose pool is of an earlier release lacks the second one.
         return of.run(['find', '/var/lib/nova', '/var/lib/libvirt/images',
-                       '-name', f'{uuid}*']).stdout.splitlines()
+                       '-name', f'{uuid}*'], check=False).stdout.splitlines()
