@@ -83,7 +83,17 @@ class DirectoryHost(libvirt_storage.FakeHost):
                     super(Entries, self.files).__delitem__(path)
             for path, file in here.items():
                 self._read(path, file)
+            self._find_directories(pool.path, directory)
         super().refresh(pool)
+
+    def _find_directories(self, path, directory):
+        here = {os.path.join(path, each.name)
+                for each in directory.iterdir() if each.is_dir()}
+        for each in list(self.directories):
+            if os.path.dirname(each) == path and each not in here:
+                super(Entries, self.directories).__delitem__(each)
+        for each in here:
+            self.directories.setdefault(each, libvirt_storage.FakeDirectory())
 
     def closed_upload(self, pool):
         for path, file in self.files.items():
