@@ -30,6 +30,7 @@ import nova.conf
 from nova.conf import storage_migrate as options  # noqa: F401 (registers)
 from nova import config
 from nova.virt.libvirt.storage import check
+from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import place
 from nova.virt.libvirt.storage import threads
 from nova.virt.libvirt import storage_migrate
@@ -147,9 +148,19 @@ def _check(
         yield from source.run()
         for host in hosts:
             if host not in ours:
-                yield from check.Destination(
-                    host, storage_migrate.destination_uri(host), source,
-                    settings, size).run()
+                yield from _check_destination(host, source, settings, size)
+
+
+def _check_destination(
+    host: str, source: check.Source, settings: check.Settings, size: int,
+) -> collections.abc.Iterator[check.Finding]:
+    try:
+        uri = storage_migrate.destination_uri(host)
+    except errors.StorageError as error:
+        yield check.Finding(host, check.FAIL, 'uri', error.reason,
+                            error.remedy.rstrip('.'))
+        return
+    yield from check.Destination(host, uri, source, settings, size).run()
 
 
 if __name__ == '__main__':

@@ -235,7 +235,7 @@ class BrokenTestCase(base.CertificateMixin, CheckTestCase):
     def test_libvirt_that_is_too_old(self):
         # There is but one version here: more than that is asked for.
         self._assert_broken('libvirt', 'its libvirt is version 9.',
-                            'At least 99.0.0', minimum=99_000_000)
+                            'Install 99.0.0 or later', minimum=99_000_000)
 
     def test_plain_tcp(self):
         self.addCleanup(self.destination.restart_libvirtd)

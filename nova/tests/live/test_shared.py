@@ -106,7 +106,7 @@ class SharedTestCase(base.LiveTestCase):
 
     def assert_refused(self, text):
         error = self.assertRaises(errors.HostError, self._check)
-        self.assertIn(text, str(error))
+        self.assertIn(text, error.reason)
         self.assertEqual(self.before, self._files())
 
     def test_same_path(self):

@@ -395,6 +395,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         files = places.plan(disk_info, self._lost_bases(server, disk_info))
         if enters_pool:
             files = places.into_pool(files)
+        layout.refuse_raw_volumes(files)
         return disk_info, files
 
     def _check_and_claim(self, server, places, move) -> None:

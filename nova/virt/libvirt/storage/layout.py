@@ -420,6 +420,20 @@ def may_enter_pool(file: File) -> bool:
     return file.format == 'qcow2' and file.name not in COMPANIONS
 
 
+def refuse_raw_volumes(files: list[File]) -> None:
+    """Refuse to take a raw disk into the pool of another host.
+
+    libvirtd there would probe what its guest wrote.
+
+    :raises: Refused
+    """
+    for file in files:
+        if file.place == POOL and file.format == 'raw':
+            raise errors.Refused(
+                f'disk {file.path} is a raw disk in a pool, as only an early '
+                f'release made them', 'Shelve and unshelve the server.')
+
+
 def without_swap(
     disk_info: list[dict[str, ty.Any]],
 ) -> list[dict[str, ty.Any]]:

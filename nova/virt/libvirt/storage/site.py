@@ -405,7 +405,7 @@ class Site:
         actual = self._place(file).find(file.name).length
         if actual != length:
             raise errors.StorageError(
-                f'{file.name} has {actual} bytes after {length} were written',
+                f'it has {actual} bytes after {length} were written',
                 'Find out what else writes there, and try again.')
 
     def settle(
@@ -797,5 +797,5 @@ def _check_room(place: str, available: int,
     room = available + sum(leftovers.values())
     if room < needed:
         raise errors.Refused(
-            f'{place} has {room} bytes available, and the files of the server '
+            f'{room} bytes available in {place}, and the files of the server '
             f'take up {needed}', 'Free some space, or choose another host.')

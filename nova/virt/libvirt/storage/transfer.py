@@ -112,6 +112,7 @@ class Transfer:
         self.there = there
         self.heads: dict[str, str] = {}
         self._here = here
+        self._places = here.layout
         self._files = files
         self._name = name
         self._bandwidth = bandwidth
@@ -126,12 +127,14 @@ class Transfer:
         """
         with self._located(self._here.daemon):
             self._here.connect()
+            # libvirt may spell the path of the pool another way.
+            self._here.layout = self._places
             needed = {place: sum(file.allocation() for file in self._files
                                  if file.place == place)
                       for place in (layout.POOL, layout.DIRECTORY)}
         with self._located(self.there.daemon):
             self.there.connect()
-            self.there.check(self._here.layout, self._name, needed)
+            self.there.check(self._places, self._name, needed)
 
     def shares_directory(self) -> bool:
         """Whether both hosts have the instance directory in common.
@@ -140,7 +143,7 @@ class Transfer:
         """
         with self._located(self.there.daemon):
             self.there.connect()
-            return self.there.shares_directory(self._here.layout)
+            return self.there.shares_directory(self._places)
 
     def enters_pool(self) -> bool:
         """Whether the destination has a pool, and a directory of its own.
@@ -211,6 +214,8 @@ class Transfer:
         """
         with self._located(self._here.daemon):
             self._here.connect()
+            # libvirt may spell the path of the pool another way.
+            self._here.layout = self._places
         with self._located(self.there.daemon):
             self.there.connect()
             self.there.join()

@@ -122,7 +122,7 @@ class DriverTestCase(test.NoDBTestCase):
             migration_context=objects.MigrationContext(migration_id=42),
             system_metadata={}, **attributes)
 
-    def _add_disk(self, name='disk', disk_format='raw', picture='A-B-'):
+    def _add_disk(self, name='disk', disk_format='qcow2', picture='A-B-'):
         volume = self.places.volume_name(name)
         self.content = libvirt_storage.Content.draw(picture)
         self.source.add_volume('nova-disks', volume, self.content)
@@ -178,7 +178,7 @@ class MigrateTestCase(DriverTestCase):
         volume = self._add_disk()
         with open(os.path.join(self.directory, 'disk.info'), 'w') as record:
             record.write(jsonutils.dumps({
-                os.path.join(self.pool_path, volume): 'raw',
+                os.path.join(self.pool_path, volume): 'qcow2',
                 os.path.join(self.directory, 'disk.config'): 'raw'}))
         result = jsonutils.loads(self._migrate())
 
@@ -187,7 +187,7 @@ class MigrateTestCase(DriverTestCase):
         self.assertEqual(
             self.content, self.source.volume('nova-disks', volume).content)
         self.assertEqual(
-            [{'path': '/srv/disks/' + volume, 'type': 'raw'}], result)
+            [{'path': '/srv/disks/' + volume, 'type': 'qcow2'}], result)
         self.assertEqual(
             [mock.call.power_off(self.instance, 7, 3),
              mock.call.unplug_vifs(
@@ -215,12 +215,12 @@ class MigrateTestCase(DriverTestCase):
         volume = self._add_disk()
         with open(os.path.join(self.directory, 'disk.info'), 'w') as record:
             record.write(jsonutils.dumps({
-                os.path.join(self.pool_path, volume): 'raw',
+                os.path.join(self.pool_path, volume): 'qcow2',
                 os.path.join(self.directory, 'disk.config'): 'raw'}))
         self._migrate()
         file = self.dest.files[os.path.join(self.directory, 'disk.info')]
         self.assertEqual(
-            {'/srv/disks/' + volume: 'raw',
+            {'/srv/disks/' + volume: 'qcow2',
              os.path.join(self.directory, 'disk.config'): 'raw'},
             jsonutils.loads(file.content.read(0, file.content.size)))
 
@@ -853,7 +853,7 @@ class FinishMixin:
 class FinishTestCase(FinishMixin, DriverTestCase):
 
     def test_volumes_are_flushed_and_the_claim_ends(self):
-        volume = self._add_disk()
+        volume = self._add_disk(disk_format='raw')
         self._claim()
         disk = os.path.join(self.pool_path, volume)
         drive = self._add_file('disk.config', b'drive')
@@ -876,7 +876,7 @@ class FinishTestCase(FinishMixin, DriverTestCase):
         self.assertIn(path, str(error))
 
     def test_raw_volume_is_not_converted_and_a_raw_file_is_nova_s(self):
-        volume = self._add_disk()
+        volume = self._add_disk(disk_format='raw')
         file = {'path': os.path.join(self.directory, 'disk'), 'type': 'raw'}
         with mock.patch('os.fsync'):
             rest = self._finish([

@@ -109,8 +109,8 @@ class PlanTestCase(base.DriverTestCase):
 
     def test_record_that_differs_from_the_domain(self):
         self._add_disk()
-        self._add_record({self.places.volume_path('disk'): 'qcow2'})
-        self._assert_refused('the domain says raw and disk.info qcow2')
+        self._add_record({self.places.volume_path('disk'): 'raw'})
+        self._assert_refused('the domain says qcow2 and disk.info raw')
 
     @ddt.data('', '{', '[]')
     def test_record_that_is_broken(self, content):
@@ -118,6 +118,10 @@ class PlanTestCase(base.DriverTestCase):
         with open(self.places.record_path, 'w') as record:
             record.write(content)
         self._assert_refused('empty or broken', self.places.record_path)
+
+    def test_raw_disk_in_the_pool(self):
+        self._add_disk(disk_format='raw')
+        self._assert_refused('is a raw disk in a pool', 'Shelve and unshelve')
 
     def test_instances_of_the_destination_are_elsewhere(self):
         self._add_disk()
@@ -146,7 +150,7 @@ class FinishTestCase(base.FinishMixin, base.DriverTestCase):
         self._assert_fails(path, path)
 
     def test_format_is_not_that_of_the_source(self):
-        volume = self._add_disk()
+        volume = self._add_disk(disk_format='raw')
         path = self.places.volume_path('disk')
         self._assert_fails(path, volume, 'was qcow2 on its source and is raw')
 
@@ -169,7 +173,7 @@ class FinishTestCase(base.FinishMixin, base.DriverTestCase):
         self.assertFalse(os.path.exists(self.places.record_path))
 
     def test_guest_does_not_decide_whether_its_raw_disk_grows(self):
-        self._add_disk()
+        self._add_disk(disk_format='raw')
         path = self.places.volume_path('disk')
         os.unlink(path)
         processutils.execute('qemu-img', 'create', '-f', 'qcow2', path, '1T')
@@ -301,8 +305,9 @@ class SharedConfirmTestCase(base.SameHostTestCase):
         with open(self.places.volume_path('disk.swap'), 'w'):
             pass
         before = self._volumes()
-        self.disk_info.return_value = [
-            {'path': self.places.volume_path('disk'), 'type': 'raw'}]
+        path = self.places.volume_path('disk')
+        self._add_record({path: 'qcow2'})
+        self.disk_info.return_value = [{'path': path, 'type': 'qcow2'}]
 
         with mock.patch.object(site.Site, '_find_shared', return_value=True):
             self._migrate(dest='dest')
@@ -467,7 +472,7 @@ class PoolIsInstancesPathTestCase(base.DriverTestCase):
 class RawVolumeTestCase(base.DriverTestCase):
 
     def test_pool_with_raw_volumes_does_not_start_by_itself(self):
-        self._add_disk()
+        self._add_disk(disk_format='raw')
         with mock.patch.object(base.storage_migrate.LOG, 'warning') as warning:
             self.driver._init_disks_pool()
         self.assertIn('raw disks of an earlier release',

@@ -363,13 +363,13 @@ class CheckTestCase(SiteTestCase):
 
     def test_no_room_for_the_disks(self):
         self.assert_refused(
-            f'storage pool disks has {self.dest.available} bytes available, '
+            f'{self.dest.available} bytes available in storage pool disks, '
             f'and the files of the server take up {self.dest.available + 1}',
             pool=self.dest.available + 1)
 
     def test_no_room_in_the_file_system_of_the_instances(self):
         self.assert_refused(
-            f'{self.instances} has {self.dest.available} bytes available',
+            f'{self.dest.available} bytes available in {self.instances}',
             directory=self.dest.available + 1)
 
     def test_room_that_a_crashed_attempt_takes_up_will_be_free(self):
@@ -659,7 +659,7 @@ class FilesTestCase(SiteTestCase):
             self.dest.files[path].content.truncate(0)
 
             self.assert_raises(
-                errors.StorageError, f'{each.name} has 0 bytes after 4097 '
+                errors.StorageError, 'it has 0 bytes after 4097 '
                 'were written', self.there.verify, each, 4097)
 
     def test_disk_that_lies_about_its_size(self):
