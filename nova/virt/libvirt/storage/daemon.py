@@ -53,6 +53,8 @@ _LOCAL = frozenset(['connect', 'isAlive', 'name', 'newStream'])
 _unanswered: dict[str, ty.Any] = {}
 
 
+OWES_ANSWER = 'an earlier call has got no answer yet'
+
 # How long to wait for the end of a connection to a daemon that hangs, seconds.
 CLOSE_SECONDS = 0.5
 
@@ -175,10 +177,14 @@ def open_connection(uri: str, keepalive: bool = True) -> 'Bounded':
         libvirt.VIR_CRED_REALM, libvirt.VIR_CRED_PASSPHRASE,
         libvirt.VIR_CRED_NOECHOPROMPT, libvirt.VIR_CRED_EXTERNAL]
     auth = [credentials, lambda creds, opaque: -1, None]
-    # A host that is down would cost what the kernel allows, minutes.
+    if _hangs(uri):
+        raise TimeoutError(OWES_ANSWER)
+    # A host that is down would cost what the kernel allows, minutes. An
+    # attempt that is given up holds no worker of a daemon.
     connection = Bounded(
-        _ask(uri, CONF.libvirt.vol_upload_migration_connect_timeout,
-             lambda: libvirt.openAuth(uri, auth, 0)),
+        threads.within(
+            CONF.libvirt.vol_upload_migration_connect_timeout,
+            lambda: libvirt.openAuth(uri, auth, 0)),
         uri, CONF.libvirt.vol_upload_migration_stall_timeout)
     if keepalive:
         start_keepalive(connection)
@@ -202,7 +208,7 @@ def _ask(
     :raises: TimeoutError
     """
     if _hangs(uri):
-        raise TimeoutError('an earlier call has got no answer yet')
+        raise TimeoutError(OWES_ANSWER)
     try:
         return threads.within(seconds, function)
     except threads.NoAnswer as error:

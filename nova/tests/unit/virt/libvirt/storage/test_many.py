@@ -34,7 +34,7 @@ class ManyTestCase(test_storage_migrate.DriverTestCase):
         super().setUp()
         self.paths = {}
         self.disk_info.side_effect = lambda instance, *args: [
-            {'path': self.paths[instance.uuid], 'type': 'raw'}]
+            {'path': self.paths[instance.uuid], 'type': 'qcow2'}]
         self.moving = [self._make_server(number)
                        for number in range(SERVERS)]
         # Copies stand still, each in its native threads, as they do where
@@ -55,7 +55,7 @@ class ManyTestCase(test_storage_migrate.DriverTestCase):
         self.paths[instance.uuid] = path
         with open(path, 'wb'):
             pass
-        layout.write_record(places.record_path, {path: 'raw'})
+        layout.write_record(places.record_path, {path: 'qcow2'})
         return instance
 
     def _migrate_one(self, instance):
