@@ -1444,10 +1444,10 @@ class BandwidthTestCase(_CopyTestCase):
     def test_waiting_for_a_turn_is_no_stall(self):
         """However many copies share the bandwidth, and however small it is."""
         paused = mock.Mock()
-        self.set_size('PAUSE_SECONDS', 0.2)
+        self.set_size('PAUSE_SECONDS', 0.7)
 
         result = self.copy(
-            Content.of(patterned(6 * stream.TURN_BYTES)), stall_seconds=0.3,
+            Content.of(patterned(6 * stream.TURN_BYTES)), stall_seconds=1,
             bandwidth=stream.Bandwidth(4 * stream.TURN_BYTES), paused=paused)
 
         self.assertGreater(result.seconds, 0.9)
