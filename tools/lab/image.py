@@ -75,7 +75,7 @@ useradd --system --home-dir /var/lib/nova --shell /usr/sbin/nologin \
     --groups libvirt,kvm nova
 install -d -m 755 -o nova -g nova /var/lib/nova /var/lib/nova/instances
 python3 -m venv {venv}
-{venv}/bin/pip --quiet install --requirement /root/requirements.txt
+{venv}/bin/pip --quiet install --requirement /root/requirements.txt {nova}
 {venv}/bin/pip --quiet download --dest {wheels} {tools}
 cp -r {venv}/etc/nova /etc/nova
 rm /root/requirements.txt
@@ -86,8 +86,9 @@ echo '/dev/vda / ext4 defaults 0 1' > /etc/fstab
 
 def fingerprint() -> str:
     """Names the recipe: another disk has another one."""
-    return hashlib.sha256(Path(__file__).read_bytes() +
-                          REQUIREMENTS.read_bytes()).hexdigest()[:16]
+    return hashlib.sha256(
+        Path(__file__).read_bytes() + REQUIREMENTS.read_bytes() +
+        cloud_venv.nova()[0].encode()).hexdigest()[:16]
 
 
 class Image:
@@ -134,7 +135,8 @@ class Image:
             shutil.copy(Path('/') / CA_BUNDLE, root / CA_BUNDLE)
             shutil.copy(REQUIREMENTS, root / 'root')
             _chroot(root, SETUP.format(
-                venv=VENV, wheels=WHEELS, tools=' '.join(BUILD_TOOLS)))
+                venv=VENV, wheels=WHEELS, tools=' '.join(BUILD_TOOLS),
+                nova=cloud_venv.nova()[0]))
         _write_files(root)
         for pattern, target in (('vmlinuz-*', self.kernel),
                                 ('initrd.img-*', self.ramdisk)):
