@@ -16,7 +16,7 @@
 from nova.tests.live import test_docs
 from nova.tests.stock import base
 
-PATH = '/srv/nova-disks'
+PATH = '/var/lib/nova/disks'
 POOL = 'elsewhere'
 RULES = '/etc/apparmor.d/local/usr.lib.libvirt.virt-aa-helper'
 PROFILE = '/etc/apparmor.d/usr.lib.libvirt.virt-aa-helper'

@@ -35,6 +35,9 @@ FORMER_NAME = 'disks'
 # What distributions label, and let virt-aa-helper read, for guests' disks.
 IMAGES = '/var/lib/libvirt/images'
 
+# Where virt-aa-helper may read any file, as Debian and Ubuntu have it.
+APPARMOR_READS = (IMAGES, '/media', '/mnt', '/opt', '/srv')
+
 # Where an administrator lets virt-aa-helper read more.
 APPARMOR_RULES = '/etc/apparmor.d/local/usr.lib.libvirt.virt-aa-helper'
 
@@ -105,16 +108,17 @@ def check_policy(capabilities: str, path: str) -> str:
     models = [model.text for model in etree.fromstring(
         capabilities.encode(), etree.XMLParser(
             resolve_entities=False)).findall('host/secmodel/model')]
-    if _is_below(path, IMAGES):
-        return ', '.join(ty.cast(list[str], models)) or 'none'
-    if 'apparmor' in models and not _has_rule(path):
+    if 'apparmor' in models and not (
+            any(_is_below(path, each) for each in APPARMOR_READS) or
+            _has_rule(path)):
         raise errors.Refused(
             f'AppArmor denies servers with an image of their own access to '
             f'it, with their disks in {path}',
             f'Add "{path}/** r," to {APPARMOR_RULES} and run '
             'apparmor_parser -r /etc/apparmor.d/usr.lib.libvirt.virt-aa-helper'
             f', or use a directory in {IMAGES}')
-    if 'selinux' in models and not _is_labelled(path):
+    if 'selinux' in models and not (
+            _is_below(path, IMAGES) or _is_labelled(path)):
         raise errors.Refused(
             f'SELinux has no label for disks of servers in {path}',
             f"Run semanage fcontext -a -t virt_image_t '{path}(/.*)?' and "

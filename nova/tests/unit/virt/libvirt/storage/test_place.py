@@ -144,6 +144,12 @@ class PolicyTestCase(test.NoDBTestCase):
         self.assertRaises(errors.Refused, self._check, 'apparmor',
                           '/var/lib/libvirt/images-2/disks')
 
+    def test_place_that_only_apparmor_allows(self):
+        self.assertEqual('apparmor, dac',
+                         self._check('apparmor', '/srv/nova-disks'))
+        self.assertRaises(errors.Refused, self._check, 'selinux',
+                          '/srv/nova-disks')
+
     def test_place_that_apparmor_denies(self):
         refusal = self._refusal('apparmor')
         for text in ('AppArmor denies', '/var/lib/nova/disks/** r,'):
