@@ -58,5 +58,6 @@ class TestPoolElsewhere(base.StockTestCase):
         self.spawn(compute)
 
     def check(self):
-        """What the command says of this host."""
-        return self.source.run(CHECK, user='nova', check=False).stdout
+        """What the command says, of this host before the other."""
+        return self.source.run([*CHECK, self.destination.address],
+                               user='nova', check=False).stdout
