@@ -21,17 +21,13 @@ function of FUNCTIONS with its arguments, and answers with what that returns.
 import os
 import sys
 
+from oslo_concurrency import processutils
 from oslo_serialization import jsonutils
 
-import nova.conf
-from nova import objects
 from nova.tests.live import moves
 from nova.virt.libvirt.storage import errors
-from nova.virt.libvirt.storage import image
 from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt.storage import threads
-
-CONF = nova.conf.CONF
 
 
 def main() -> None:
@@ -63,20 +59,13 @@ def migrate(uri: str, host: str, pool: str, uuid: str,
     return {'bytes': watch.results[name].length}
 
 
-def grow(pool_path: str, uuid: str, size: int) -> dict[str, str | int]:
-    """Let a server's root disk be as big as its new flavor says.
-
-    :returns: the format that it is taken for
-    """
-    CONF.set_override('instances_path', '/var/lib/nova/instances')
-    CONF.set_override('disks_pool_path', pool_path, group='libvirt')
-    disk = image.Backend(use_cow=False).by_name(
-        objects.Instance(uuid=uuid), 'disk')
-    disk.resize_image(size)
-    return {'format': disk.driver_format}
+def start_program() -> dict[str, str | int]:
+    """Start a program, as Nova does for an image."""
+    processutils.execute('qemu-img', '--version')
+    return {}
 
 
-FUNCTIONS = {'migrate': migrate, 'grow': grow}
+FUNCTIONS = {'migrate': migrate, 'start_program': start_program}
 
 if __name__ == '__main__':
     main()

@@ -19,9 +19,9 @@ are added once, by whoever knows them: see :class:`HostError`.
 
 import typing as ty
 
-# Nova truncates the message of a fault to 255 characters. Its own wording
-# ("Migration pre-check error: ...") takes up to 35 of them.
-MESSAGE_LENGTH = 220
+# Nova truncates the message of a fault to 255 characters. Its own wording,
+# "Migration pre-check error: ", takes 27 of them.
+MESSAGE_LENGTH = 228
 
 # What is left at least of a long reason, and of the name of a file, when a
 # message has to be shortened.
