@@ -431,12 +431,6 @@ def find_path(connection: 'libvirt.virConnect', name: str) -> str | None:
     return pool and _parse(pool.XMLDesc(0)).findtext('target/path')
 
 
-def is_active(connection: 'libvirt.virConnect', name: str) -> bool:
-    """Whether there is an active pool of that name."""
-    pool = _lookup(connection, name)
-    return pool is not None and bool(pool.isActive())
-
-
 def _lookup_path(
     connection: 'libvirt.virConnect', path: str,
 ) -> 'libvirt.virStoragePool | None':
