@@ -236,6 +236,16 @@ class Server:
         found.pop('disk.info', None)
         return found
 
+    def qemu_pids(self) -> list[int]:
+        """The processes that run its guest, on whichever host."""
+        found = []
+        for path in Path('/proc').glob('[0-9]*/cmdline'):
+            with contextlib.suppress(OSError):
+                words = path.read_bytes().split(b'\0')
+                if b'qemu-system' in words[0] and self.id.encode() in words:
+                    found.append(int(path.parent.name))
+        return found
+
     def checksums(self, host: str) -> dict[str, str]:
         """The sha256 of each of its disks on a host."""
         return {name: sha256(path)

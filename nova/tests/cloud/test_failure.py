@@ -178,8 +178,7 @@ class PrecopyTestCase(FailureTestCase):
     boots = 0
 
     def fail_when_copying(self, break_it) -> str:
-        pid = self.source.running('qemu-system-x86')
-        self.assertTrue(pid)
+        pid, = self.server.qemu_pids()
         message = super().fail_when_copying(break_it)
-        self.assertEqual(pid, self.source.running('qemu-system-x86'))
+        self.assertEqual([pid], self.server.qemu_pids())
         return message

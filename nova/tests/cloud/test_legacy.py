@@ -126,23 +126,6 @@ class TestOverlays(DirectoryTestCase):
         server.start()
         self.assert_counts(server, vda=3, vdb=3)
 
-        self.source.path(backing).unlink()
-        boot_files = {name: servers.sha256(self.destination.path(
-            self.path(server, name))) for name in BOOT_MODES}
-        server.live_migrate(base.SOURCE)
-        self.assertEqual(base.SOURCE, server.host)
-        self.assert_fetched(backing, self.destination, self.source)
-        for name, checksum in boot_files.items():
-            path = self.path(server, name)
-            self.assertIn(f'Fetching {path}',
-                          base.read_log(self.cloud, base.SOURCE))
-            self.assertEqual(
-                checksum, servers.sha256(self.source.path(path)))
-        self.assert_no_disks(server, base.DESTINATION)
-        server.stop()
-        server.start()
-        self.assert_counts(server, vda=4, vdb=4)
-
     @staticmethod
     def path(server: servers.Server, name: str) -> str:
         return f'{servers.INSTANCES}/{server.id}/{name}'
@@ -150,8 +133,6 @@ class TestOverlays(DirectoryTestCase):
     def assert_fetched(self, path: str, source, destination) -> None:
         """Check that a base image came whole from the other host."""
         there = destination.path(path)
-        self.assertIn(f'Fetching {path}',
-                      base.read_log(self.cloud, destination.name))
         self.assertEqual(servers.sha256(source.path(path)),
                          servers.sha256(there))
         self.assertEqual([], list(there.parent.glob('*.part')))
@@ -172,11 +153,11 @@ class TestRawToNovasOwnDriver(DirectoryTestCase):
         server.migrate(base.DESTINATION)
         self.assert_same_vtpm(server)
         # Nova's own driver leaves what says that all has arrived.
-        marker, = self.directory(server, base.DESTINATION).glob(
+        marker, = self.directory(server, base.DESTINATION).parent.glob(
             f'{server.id}_*')
+        self.addCleanup(marker.unlink)
         self.assertEqual(0, marker.stat().st_size)
-        self.assert_owned_by_nova(
-            server, base.DESTINATION, marker.name, 'swtpm')
+        self.assert_owned_by_nova(server, base.DESTINATION, 'swtpm')
         self.assert_keeps_password(server, base.DESTINATION)
         for disk in ('disk', 'disk.eph0'):
             self.assertEqual('raw', self.image_info(

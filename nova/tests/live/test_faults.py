@@ -41,6 +41,7 @@ from oslo_utils import units
 from nova.tests.live import fault_table
 from nova.tests.live import moves
 from nova.tests.live import test_transfer
+from nova.virt.libvirt.storage import daemon
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt.storage import site
@@ -212,6 +213,7 @@ class FaultTestCase(test_transfer.TransferTestCase):
         if self.ended and not self.discarded:
             outcome = fault_table.CLEARED
             # As the driver does every minute.
+            self.wait_answered()
             self.move.discard()
         self.assert_nothing_there()
         fault_table.record(
@@ -230,13 +232,20 @@ class FaultTestCase(test_transfer.TransferTestCase):
         heal()
         self.clear()
 
+    def wait_answered(self) -> None:
+        """Wait until the destination owes no answer that was given up."""
+        self.wait_for(lambda: not daemon._hangs(self._uri(self.destination)),
+                      seconds=60)
+
     def assert_next_attempt_works(self) -> None:
+        self.wait_answered()
         self.migrate()
         self.assertEqual(self.sha, self.sha256(self._path(self.destination)))
         self.clear()
 
     def clear(self) -> None:
         """Delete what arrived, as one who starts anew."""
+        self.wait_answered()
         move = self._transfer()
         moves.start(move)
         move.discard()
