@@ -104,8 +104,15 @@ class Libvirtd(namespaces.Namespaces):
 
         waiting.wait_for('libvirtd of ' + self.name, listens,
                          host.START_TIMEOUT, poll=0.02)
-        self.run(['virsh', '-c', 'qemu:///system', 'uri'],
-                 timeout=host.START_TIMEOUT)
+        # Its socket may come later than its port.
+        waiting.wait_for(
+            'an answer of libvirtd of ' + self.name, self._answers,
+            host.START_TIMEOUT, poll=0.1)
+
+    def _answers(self) -> bool:
+        return not self.run(
+            ['virsh', '-c', 'qemu:///system', 'uri'], check=False,
+            timeout=host.START_TIMEOUT).returncode
 
     def _start_modular(self) -> subprocess.Popen:
         """Start what there is in place of libvirtd.
