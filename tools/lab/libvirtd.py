@@ -135,3 +135,8 @@ class Libvirtd(namespaces.Namespaces):
         found = processes.find(pid for pid in pids if pid)
         processes.send(found, signal)
         self._wait_for_end(found, host.STOP_TIMEOUT)
+        # A thread that waits for a disk keeps the port open for a moment.
+        waiting.wait_for(
+            f'the port of libvirtd of {self.name} to be free',
+            lambda: not self.listens(host.TLS_PORT), host.STOP_TIMEOUT,
+            poll=0.02)
