@@ -225,8 +225,9 @@ class RefusedTestCase(base.CloudTestCase):
         self.assertIn(reason, message)
         self.assertIn(message.splitlines()[0],
                       base.read_log(self.cloud, base.SOURCE))
-        self.assertIn(f'host {self.destination.address} ({self.uri()})',
-                      message)
+        # The name of the host is left out where it makes the text too long:
+        # it is in the URI.
+        self.assertIn(self.uri(), message)
 
     def uri(self) -> str:
         """The URI that a message has to name."""

@@ -623,7 +623,7 @@ class SourceTestCase(FaultTestCase):
     def test_volume_is_truncated(self):
         self.at(COPYING, lambda: os.truncate(self.path, SIZE // 2 + 1))
         self.assert_fails('volume of the source is truncated', heal=self._mend,
-                          text='did the volume change its size?')
+                          text='the volume change its size?')
 
     def _mend(self):
         self._make_disk(SIZE, [(0, SIZE)])
