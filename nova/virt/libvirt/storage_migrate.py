@@ -1275,15 +1275,21 @@ class LibvirtDriver(driver.LibvirtDriver):
         admin = nova_context.get_admin_context()
         for uuid in local.list_arrived():
             try:
-                instance = objects.Instance.get_by_uuid(admin, uuid)
-                self._delete_if_abandoned(instance)
-            except exception.InstanceNotFound:
-                # Nothing says that it was a copy. Its directory may be one
-                # that Nova deletes later.
-                continue
+                self._clear_arrived(admin, uuid)
             except Exception:
                 LOG.exception('The copy of server %s here, whose migration '
                               'failed, cannot be deleted', uuid)
+
+    def _clear_arrived(self, context, uuid: str) -> None:
+        try:
+            instance = objects.Instance.get_by_uuid(context, uuid)
+        except exception.InstanceNotFound:
+            # Nothing says that it was a copy. Its directory may be one that
+            # Nova deletes later. Nova's own driver leaves the claim alone.
+            local.drop_lone_claims(
+                layout.Layout.of(objects.Instance(uuid=uuid)))
+        else:
+            self._delete_if_abandoned(instance)
 
     def _delete_if_abandoned(self, instance) -> None:
         places = layout.Layout.of(instance)

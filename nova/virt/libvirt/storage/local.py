@@ -213,6 +213,17 @@ def drop_claims(places: layout.Layout) -> None:
     _delete(places.claims())
 
 
+def drop_lone_claims(places: layout.Layout) -> None:
+    """Delete the claims if there is nothing else of the server here.
+
+    :raises: OSError
+    """
+    if not (_volumes(places) or places.kept() or
+            os.path.exists(places.directory) or
+            os.path.exists(places.kept_directory)):
+        drop_claims(places)
+
+
 def delete_volumes(places: layout.Layout) -> None:
     """Delete a server's volumes here, also those kept for a revert.
 

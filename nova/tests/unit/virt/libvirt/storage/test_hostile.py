@@ -308,6 +308,14 @@ class AbandonedTestCase(HostileTestCase):
         self.assertFalse(self._clear())
         self.assertTrue(os.path.exists(self.directory))
 
+    def test_mark_of_a_server_that_was_deleted_goes(self):
+        objects.Instance.get_by_uuid.side_effect = (
+            exception.InstanceNotFound(instance_id=uuids.instance))
+        os.rename(self.directory, self.places.kept_directory)
+        self.assertFalse(self._clear())
+        os.rename(self.places.kept_directory, f'{self.instances}/elsewhere')
+        self.assertTrue(self._clear())
+
     def test_one_that_fails_does_not_keep_the_others(self):
         with mock.patch.object(local, 'delete_all', side_effect=OSError):
             self.assertFalse(self._clear())
