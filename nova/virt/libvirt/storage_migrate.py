@@ -697,9 +697,9 @@ class LibvirtDriver(driver.LibvirtDriver):
         if not places.volumes():
             return super().check_can_live_migrate_source(
                 context, instance, dest_check_data, block_device_info)
-        disks = self._get_instance_disk_info(instance, block_device_info)
-        sent = self._list_sent(context, instance, disks)
         try:
+            disks = self._read_disk_info(instance, block_device_info)
+            sent = self._list_sent(context, instance, disks)
             notice = live.check(places, dest_check_data, disks)
             if sent:
                 destination_uri('destination')
@@ -1162,9 +1162,24 @@ class LibvirtDriver(driver.LibvirtDriver):
                 'starts again. Install libvirt 8.9.0 or later.'))
 
     def _disk_info(self, server) -> list[dict[str, ty.Any]]:
-        """What Nova says of the disks of a server that have to go along."""
-        return layout.without_swap(self._get_instance_disk_info(
+        """What Nova says of the disks of a server that have to go along.
+
+        :raises: Refused if nova-compute may not read one of them
+        """
+        return layout.without_swap(self._read_disk_info(
             server.instance, server.block_device_info))
+
+    def _read_disk_info(
+        self, instance, block_device_info,
+    ) -> list[dict[str, ty.Any]]:
+        try:
+            return self._get_instance_disk_info(instance, block_device_info)
+        except exception.InvalidDiskInfo as error:
+            # What libvirt makes for a snapshot belongs to QEMU alone.
+            raise errors.Refused(
+                f'a disk cannot be read: {str(error).partition(chr(10))[0]}',
+                'If it is of an external snapshot, merge it: virsh '
+                'blockcommit.') from error
 
     def _is_running(self, instance) -> bool:
         return self.get_info(instance).state == power_state.RUNNING

@@ -54,6 +54,14 @@ class PlanTestCase(base.DriverTestCase):
         self.disk_info.return_value = [{'path': overlay, 'type': 'qcow2'}]
         self._assert_refused(overlay, 'virsh blockcommit')
 
+    def test_overlay_that_nova_compute_cannot_read(self):
+        self._add_disk()
+        overlay = self.places.volume_path('disk') + '.snap'
+        self.disk_info.side_effect = exception.InvalidDiskInfo(
+            reason=f'qemu-img failed to execute on {overlay} : Unexpected '
+                   f'error while running command.\nCommand: {"a" * 300}')
+        self._assert_refused('.snap', 'virsh blockcommit')
+
     def test_overlay_that_has_the_name_of_the_disk(self):
         self._add_disk(disk_format='qcow2')
         path = self.places.volume_path('disk')
