@@ -40,14 +40,14 @@ class TestSnapshot(base.CloudTestCase):
         before = self.server.disks(base.SOURCE)
         self.server.migrate(base.DESTINATION, status=status)
         self.assertEqual(base.SOURCE, self.server.host)
-        self.assertIn('virsh blockcommit', self.server.failure())
+        self.assertIn('virsh blockcommit --shallow', self.server.failure())
         self.assertEqual(before, self.server.disks(base.SOURCE))
         self.assert_no_disks(self.server, base.DESTINATION)
 
     def test_running_server_moves_when_the_snapshot_is_merged(self):
         self._assert_refused('ACTIVE')
         self._virsh('blockcommit', self.server.id, 'vda', '--active',
-                    '--pivot', '--wait')
+                    '--shallow', '--pivot', '--wait')
         os.unlink(self.source.path(
             f'{servers.POOL}/{self.server.id}_disk.snap'))
         self.server.migrate(base.DESTINATION)

@@ -1179,7 +1179,7 @@ class LibvirtDriver(driver.LibvirtDriver):
             raise errors.Refused(
                 f'a disk cannot be read: {str(error).partition(chr(10))[0]}',
                 'If it is of an external snapshot, merge it: virsh '
-                'blockcommit.') from error
+                'blockcommit --shallow.') from error
 
     def _is_running(self, instance) -> bool:
         return self.get_info(instance).state == power_state.RUNNING

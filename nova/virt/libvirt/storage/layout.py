@@ -390,7 +390,7 @@ class Layout:
         if not _DISK_NAME.fullmatch(disk):
             raise errors.Refused(
                 f'disk {path} is not one that Nova made',
-                'Merge external snapshots: virsh blockcommit.')
+                'Merge external snapshots: virsh blockcommit --shallow.')
         _check_base(info)
         disk_format = self._checked_format(info, disk)
         return File(name, place, path, disk_format,
@@ -522,7 +522,7 @@ def _check_base(info: dict[str, ty.Any]) -> None:
     if base and not _is_same(os.path.dirname(base), cache_dir()):
         raise errors.Refused(
             f'disk {info["path"]} is an overlay on {base}, which Nova did not '
-            f'make', 'Merge external snapshots: virsh blockcommit.')
+            f'make', 'Merge external snapshots: virsh blockcommit --shallow.')
 
 
 def _list(directory: str, prefix: str) -> list[str]:

@@ -52,7 +52,7 @@ class PlanTestCase(base.DriverTestCase):
         self._add_disk()
         overlay = self.places.volume_path('disk') + '.snap'
         self.disk_info.return_value = [{'path': overlay, 'type': 'qcow2'}]
-        self._assert_refused(overlay, 'virsh blockcommit')
+        self._assert_refused(overlay, 'virsh blockcommit --shallow')
 
     def test_overlay_that_nova_compute_cannot_read(self):
         self._add_disk()
@@ -60,7 +60,7 @@ class PlanTestCase(base.DriverTestCase):
         self.disk_info.side_effect = exception.InvalidDiskInfo(
             reason=f'qemu-img failed to execute on {overlay} : Unexpected '
                    f'error while running command.\nCommand: {"a" * 300}')
-        self._assert_refused('.snap', 'virsh blockcommit')
+        self._assert_refused('.snap', 'virsh blockcommit --shallow')
 
     def test_overlay_that_has_the_name_of_the_disk(self):
         self._add_disk(disk_format='qcow2')
@@ -72,7 +72,7 @@ class PlanTestCase(base.DriverTestCase):
                 'qemu-img', 'create', '-f', 'qcow2', *arguments[:-1],
                 arguments[-1], *(['1M'] if arguments == [below] else []))
         self.disk_info.return_value[0]['backing_file'] = 'below'
-        self._assert_refused(below, 'virsh blockcommit')
+        self._assert_refused(below, 'virsh blockcommit --shallow')
 
     def test_disk_in_the_directory_of_a_server_with_a_swap_disk_in_the_pool(
             self):

@@ -414,7 +414,7 @@ class PlanTestCase(LayoutTestCase):
             except errors.Refused as error:
                 self.assertIn(info['path'], error.reason)
                 self.assertIn(base, error.reason)
-                self.assertIn('blockcommit', error.remedy)
+                self.assertIn('blockcommit --shallow', error.remedy)
                 return None
             finally:
                 look.assert_called_once_with(
