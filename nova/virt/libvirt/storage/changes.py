@@ -713,10 +713,10 @@ class _File:
         :raises: OSError
         """
         while start < end:
-            data = _seek(self.descriptor, start, os.SEEK_DATA, end)
+            data = stream.seek(self.descriptor, start, os.SEEK_DATA, end)
             if data > start:
                 yield data - start
-            start = _seek(self.descriptor, data, os.SEEK_HOLE, end)
+            start = stream.seek(self.descriptor, data, os.SEEK_HOLE, end)
             yield from self._data(data, start)
 
     def _data(self, start: int, end: int) -> stream.Chunks:
@@ -811,16 +811,6 @@ def _open_unnamed(directory: str) -> ty.BinaryIO:
     descriptor = native_os.open(
         directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     return native_os.fdopen(descriptor, 'rb', buffering=0)
-
-
-def _seek(file: int, offset: int, whence: int, end: int) -> int:
-    """The next data or hole of a file, ``end`` if none is before that."""
-    try:
-        return min(os.lseek(file, offset, whence), end)
-    except OSError as error:
-        if error.errno != errno.ENXIO:
-            raise
-        return end
 
 
 class _Source:

@@ -367,12 +367,12 @@ class FileSource:
 
     def _section(self, file: int, position: int, end: int) -> Chunks:
         """Yield the hole at the position, if there is one, and the data."""
-        start = _seek(file, position, os.SEEK_DATA, end)
+        start = seek(file, position, os.SEEK_DATA, end)
         if start == end and os.fstat(file).st_size < end:
             raise self._shrunk(position)
         if start > position:
             yield start - position
-        stop = _seek(file, start, os.SEEK_HOLE, end)
+        stop = seek(file, start, os.SEEK_HOLE, end)
         while start < stop:
             data = os.pread(file, min(MESSAGE_BYTES, stop - start), start)
             if not data:
@@ -627,6 +627,22 @@ def length_of(chunk: Chunk) -> int:
     return chunk if isinstance(chunk, int) else len(chunk)
 
 
+def seek(file: int, offset: int, whence: int, end: int) -> int:
+    """The next data or hole of a file, ``end`` if none is before that.
+
+    :param file: descriptor
+    :param offset: where to begin, in bytes
+    :param whence: SEEK_DATA or SEEK_HOLE
+    :raises: OSError
+    """
+    try:
+        return min(os.lseek(file, offset, whence), end)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return end
+
+
 def _is_readable(path: str, length: int) -> bool:
     """Whether this process may read a file, and it is of that length."""
     try:
@@ -637,16 +653,6 @@ def _is_readable(path: str, length: int) -> bool:
             return True
     except OSError:
         return False
-
-
-def _seek(file: int, offset: int, whence: int, end: int) -> int:
-    """The next data or hole of a file; ``end`` if none is before that."""
-    try:
-        return min(os.lseek(file, offset, whence), end)
-    except OSError as error:
-        if error.errno != errno.ENXIO:
-            raise
-        return end
 
 
 def _receive(stream: 'libvirt.virStream') -> Chunk:
