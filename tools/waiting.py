@@ -13,6 +13,10 @@
 """Waiting for something, with a bound."""
 
 from collections.abc import Callable
+from collections.abc import Iterator
+import contextlib
+import fcntl
+import os
 from typing import TypeVar
 
 import tenacity
@@ -43,3 +47,17 @@ def wait_for(what: str, probe: Callable[[], T], seconds: float = 60,
         return retrying(probe)
     except tenacity.RetryError:
         raise Failed(f'waited {seconds:.0f} s for {what}') from None
+
+
+@contextlib.contextmanager
+def locked(directory: str | os.PathLike) -> Iterator[None]:
+    """Hold the lock of a directory; the process before releases it first.
+
+    The end of the process releases it too, and nothing is left behind.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -21,7 +21,6 @@ disk is made once, and made again when its recipe changes.
 from collections.abc import Iterator
 from collections.abc import Mapping
 import contextlib
-import fcntl
 import hashlib
 import os
 from pathlib import Path
@@ -110,7 +109,7 @@ class Image:
         :raises waiting.Failed: with what the command that failed has said
         """
         self.cache.mkdir(parents=True, exist_ok=True)
-        with _locked(self.cache):
+        with waiting.locked(self.cache):
             if self.disk.exists():
                 return
             for old in self.cache.iterdir():
@@ -205,13 +204,3 @@ def _no_daemons(root: Path) -> Iterator[None]:
     policy.chmod(0o755)
     yield
     policy.unlink()
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

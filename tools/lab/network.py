@@ -12,11 +12,9 @@
 
 """The lab: its hosts, and the bridge between them and the machine."""
 
-from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
 import dataclasses
-import fcntl
 import ipaddress
 import json
 import os
@@ -251,17 +249,11 @@ class Lab:
                           '%s/%d' % (self.address, bits), 'dev', self.bridge)
         processes.execute('ip', 'link', 'set', self.bridge, 'up')
 
-    @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
-        """One up or down at a time, and nothing to clean up after it."""
+    def _lock(self) -> contextlib.AbstractContextManager[None]:
+        """One up or down at a time."""
         parent = self.directory.parent
         parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
+        return waiting.locked(parent)
 
     @staticmethod
     def _require_root() -> None:
