@@ -35,6 +35,7 @@ from nova import exception
 from nova import objects
 from nova.scheduler.client import report
 from nova import test
+from nova.tests import crashing
 from nova.tests import fixtures as nova_fixtures
 from nova.tests.fixtures import libvirt_storage
 from nova.virt import fake
@@ -48,10 +49,6 @@ from nova.virt.libvirt import storage_migrate
 
 CONF = cfg.CONF
 SIZE = 4 * units.Mi
-
-
-class Crash(BaseException):
-    """The end of nova-compute, which nothing may handle."""
 
 
 class DriverTestCase(test.NoDBTestCase):
@@ -1030,33 +1027,13 @@ class SameHostTestCase(DriverTestCase):
             'nova.virt.libvirt.storage_migrate._native',
             lambda function, *args: function(*args)))
 
-    def _crashes(self, name, nth, function):
-        """Whether nova-compute ends in a function of its.
-
-        :param name: of a function of os, at the nth call of which it does
-        """
-        original = getattr(os, name)
-        calls = itertools.count()
-
-        def crash(*args, **kwargs):
-            if next(calls) == nth:
-                raise Crash()
-            return original(*args, **kwargs)
-
-        with mock.patch(f'os.{name}', crash):
-            try:
-                function()
-            except Crash:
-                return True
-        return False
-
     def test_revert_may_end_anywhere_and_begin_again(self):
         self._crash_in_this_thread()
         for name in 'replace', 'unlink', 'rename':
             for nth in itertools.count():
                 self._resize()
                 self._change_copies()
-                crashed = self._crashes(name, nth, self._revert)
+                crashed = crashing.crashes(name, nth, self._revert)
                 self._nova_reverts()
                 self.assertEqual(self.before, self._state())
                 if not crashed:
@@ -1072,7 +1049,7 @@ class SameHostTestCase(DriverTestCase):
     def test_nova_compute_may_end_anywhere(self):
         self._crash_in_this_thread()
         for nth in itertools.count():
-            crashed = self._crashes('rename', nth, self._resize)
+            crashed = crashing.crashes('rename', nth, self._resize)
             self._nova_reverts()
             self.assertEqual(self.before, self._state())
             if not crashed:

@@ -21,16 +21,13 @@ from oslo_utils.fixture import uuidsentinel as uuids
 
 from nova import objects
 from nova import test
+from nova.tests import crashing
 from nova.tests.fixtures import libvirt_storage
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt.storage import local
 
 URI = 'qemu:///system'
-
-
-class Crash(BaseException):
-    """The end of nova-compute, which nothing may handle."""
 
 
 class LocalTestCase(test.NoDBTestCase):
@@ -85,22 +82,6 @@ class LocalTestCase(test.NoDBTestCase):
                     with open(path) as file:
                         state[path] = file.read()
         return state
-
-    def _crashes(self, name, nth, function):
-        """Whether nova-compute ends at the nth call of a function of os."""
-        original, calls = getattr(os, name), itertools.count()
-
-        def crash(*args, **kwargs):
-            if next(calls) == nth:
-                raise Crash()
-            return original(*args, **kwargs)
-
-        with mock.patch(f'os.{name}', crash):
-            try:
-                function()
-            except Crash:
-                return True
-        return False
 
     def _deleted(self, function, *args):
         """The names of the files that a function deletes, in order."""
@@ -223,7 +204,7 @@ class AdoptTestCase(LocalTestCase):
         for name in 'fsync', 'unlink':
             for nth in itertools.count():
                 disk, claims = self._volume(), [self._claim(), self._claim()]
-                crashed = self._crashes(
+                crashed = crashing.crashes(
                     name, nth, lambda: self._adopt(self._info()))
                 self._adopt(self._info())
                 self.assertEqual(
@@ -388,7 +369,7 @@ class DirectoryTestCase(LocalTestCase):
         for name in 'rename', 'fsync', 'unlink', 'rmdir':
             for nth in itertools.count():
                 self._stale()
-                crashed = self._crashes(
+                crashed = crashing.crashes(
                     name, nth, lambda: local.keep_directory(self.places))
                 local.recover_directory(self.places)
                 self.assertEqual('current', self._read(self.directory))
@@ -457,8 +438,8 @@ class KeepTestCase(LocalTestCase):
     def test_either_may_end_anywhere_and_begin_again(self):
         for name in 'rename', 'replace', 'unlink', 'rmdir', 'mkdir':
             for nth in itertools.count():
-                first = self._crashes(name, nth, self._resize)
-                second = not first and self._crashes(
+                first = crashing.crashes(name, nth, self._resize)
+                second = not first and crashing.crashes(
                     name, nth, self._restore)
                 self._restore()
                 self.assertEqual(self.before, self._state(), (name, nth))
