@@ -40,7 +40,7 @@ def punch(file, start, length):
 
 
 class Copy:
-    """What a destination has after the passes of a copy."""
+    """The disk of a destination host after the passes of a copy."""
 
     def __init__(self, tracked):
         self.tracked = tracked

@@ -171,7 +171,7 @@ class FailureTestCase(FaultTestCase):
 
 
 class PrecopyTestCase(FailureTestCase):
-    """What breaks before the server is powered off does not stop it."""
+    """A fault before the server is powered off does not stop it."""
 
     options: cloud.config.Options = {
         'DEFAULT': FaultTestCase.options['DEFAULT']}

@@ -35,8 +35,8 @@ IMAGE = 'guest-beats'
 # so many MiB/s.
 NOISE = '256M'
 BANDWIDTH = 16
-# What the guest has written to each disk when it was heard to have beaten so
-# often.
+# Number of heartbeats on the console after which the guest has written to each
+# disk.
 BEATS = 3
 
 
@@ -180,7 +180,7 @@ def writable(path):
 class TestLive(LiveTestCase):
     """Overlays."""
 
-    # By disk, whether it has a base image before and after a migration.
+    # Whether each disk has a base image before and after a migration.
     before = {'disk': True, 'disk.eph0': True, 'disk.swap': True}
     after = {'disk': True, 'disk.eph0': False, 'disk.swap': False}
 
@@ -229,7 +229,7 @@ class TestLiveRefused(LiveTestCase):
     """A destination that cannot take the server stays as it is."""
 
     def refused(self) -> str:
-        """What the source says."""
+        """Log of the source host during a live migration that is refused."""
         size = base.log_size(self.cloud, base.SOURCE)
         self.assertRaises(exceptions.BadRequestException,
                           self.start_live_migration)
@@ -295,7 +295,7 @@ class TestLiveStockSource(LiveTestCase):
 
 
 class TestLiveFault(LiveTestCase):
-    """What breaks on the way leaves the server as it was."""
+    """A fault during a live migration leaves the server as it was."""
 
     options = base.cloud.config.merge(
         TLS, {'libvirt': {'live_migration_bandwidth': BANDWIDTH}})

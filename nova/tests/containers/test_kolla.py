@@ -252,7 +252,7 @@ class Written:
 
 class KollaTestCase(pages.PageMixin, base.LiveTestCase):
 
-    # What nova_compute has, if not all of kolla's.
+    # The volumes of nova_compute, if they are not all of kolla's.
     volumes: dict[str, str] | None = None
 
     def start(self, **layout):
