@@ -29,7 +29,10 @@ extensions = [
     'oslo_config.sphinxconfiggen',
     'oslo_config.sphinxext',
     'reno.sphinxext',
+    'sphinx.ext.graphviz',
 ]
+
+graphviz_output_format = 'svg'
 
 # The entry point in setup.cfg provides the options.
 config_generator_config_file = str(
