@@ -155,7 +155,7 @@ class Demonstration:
 
     def resize_and_revert(self) -> None:
         """Resize to bigger disks, which goes to host1, and go back."""
-        # Unlike a migration, a resize can not be told where to go.
+        # Unlike a migration, a resize cannot be told where to go.
         with (self.moved('openstack server resize, to bigger disks'),
               self.server.only('host1')):
             self.openstack('server resize --flavor large-ephemeral')

@@ -42,7 +42,7 @@ disks_pool_path = /var/lib/nova/{pool}
 GOOD = {
     'user', 'options', 'libvirt', 'pool', 'access', 'directory',
     'policy', 'uri', 'name', 'port',
-    'our certificate', 'its certificate', 'encryption', 'owner', 'space',
+    'our certificate', 'its certificate', 'encryption', 'preflight',
     'shared storage', 'probe copy'}
 
 
@@ -223,12 +223,13 @@ class BrokenTestCase(base.CertificateMixin, CheckTestCase):
                               f'uid={self.destination.nova_uid}', 'tmpfs',
                               self.path])
         self.addCleanup(self.destination.run, ['umount', self.path])
-        self._assert_broken('space', '8 MiB are free', 'Free some space')
+        self._assert_broken('preflight', 'bytes available in storage pool',
+                            'Free some space')
 
     def test_pool_of_a_wrong_owner(self):
         os.chown(self.destination.path(self.path), 0, 0)
         nova = f'{self.destination.nova_uid}:{self.destination.nova_gid}'
-        self._assert_broken('owner', f'{self.path} there belongs to uid 0',
+        self._assert_broken('preflight', f'{self.path} there belongs to uid 0',
                             f'chown {nova} {self.path}')
         self._assert_nothing_left()
 

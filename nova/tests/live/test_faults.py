@@ -568,7 +568,7 @@ class DestinationVolumeTestCase(FaultTestCase):
 
 @ddt.ddt
 class SourceDiskFailsTestCase(MountedPoolTestCase):
-    """The kernel can not read what the disk of the source has any more."""
+    """The kernel cannot read the disk of the source any more."""
 
     # Beyond it is at least a third of the volume.
     kept = 32 * units.Mi
@@ -722,7 +722,7 @@ class RandomFaultsTestCase(FaultTestCase):
         length = choice.randrange(1, 24 * units.Mi)
         self._make_random_disk(choice, length)
         fault = choice.choice(FAULTS)
-        # What is not there can not be damaged.
+        # A file that is not there cannot be damaged.
         moment = choice.choice([CHECKING] + 6 * [COPYING] + (
             [] if fault in ('delete', 'truncate') else [CREATING]))
         seconds = choice.uniform(0.1, 8)

@@ -102,7 +102,7 @@ _HOST_NAME = re.compile(r'[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?')
 
 
 class _Server(ty.NamedTuple):
-    """What Nova hands over of a server that it migrates."""
+    """A server that Nova migrates, as it hands it over."""
     context: ty.Any
     instance: ty.Any
     network_info: ty.Any
@@ -275,7 +275,6 @@ class LibvirtDriver(driver.LibvirtDriver):
             copy.over.wait(max(0, deadline - time.monotonic()))
         super().cleanup_host(host)
 
-    @hooks.as_nova_declares
     @hooks.as_nova_declares
     def spawn(self, context, instance, *args, **kwargs):
         """Start a new server, or an old one anew on this host.
@@ -551,8 +550,8 @@ class LibvirtDriver(driver.LibvirtDriver):
         if instance.old_flavor is not None:
             super()._finish_revert_migration_vtpm(context, instance)
             return
-        # What Nova's own way over ssh had moved. Without it the server would
-        # start with a new vTPM.
+        # Nova's own way over ssh had moved it here. Without it the server
+        # would start with a new vTPM.
         saved = os.path.join(
             layout.Layout.of(instance).saved_vtpm_path, instance.uuid)
         if os.path.exists(saved):
@@ -1136,7 +1135,7 @@ class LibvirtDriver(driver.LibvirtDriver):
                     'kept': path,
                     'disk': places.volume_path(places.disk_name(path))})
         local.recover_directory(places)
-        # That of its way here, if Nova's own driver finished that.
+        # A claim stays if Nova's own driver finished the migration to here.
         local.drop_claims(places)
         root_shrinks = (
             flavor.root_gb < instance.flavor.root_gb and
@@ -1162,7 +1161,7 @@ class LibvirtDriver(driver.LibvirtDriver):
                 'starts again. Install libvirt 8.9.0 or later.'))
 
     def _disk_info(self, server) -> list[dict[str, ty.Any]]:
-        """What Nova says of the disks of a server that have to go along.
+        """Nova's list of the disks of a server that have to go along.
 
         :raises: Refused if nova-compute may not read one of them
         """
@@ -1175,11 +1174,10 @@ class LibvirtDriver(driver.LibvirtDriver):
         try:
             return self._get_instance_disk_info(instance, block_device_info)
         except exception.InvalidDiskInfo as error:
-            # What libvirt makes for a snapshot belongs to QEMU alone.
+            # The overlay of a snapshot belongs to QEMU alone.
             raise errors.Refused(
                 f'a disk cannot be read: {str(error).partition(chr(10))[0]}',
-                'If it is of an external snapshot, merge it: virsh '
-                'blockcommit --shallow.') from error
+                layout.MERGE_REMEDY) from error
 
     def _is_running(self, instance) -> bool:
         return self.get_info(instance).state == power_state.RUNNING
@@ -1275,7 +1273,7 @@ class LibvirtDriver(driver.LibvirtDriver):
             self._leftovers.add(instance.uuid, host, discard)
 
     def get_available_resource(self, nodename):
-        """What Nova asks for every minute, and a time to clear up."""
+        """Tell the resources; clear up, since Nova asks every minute."""
         if self._leftovers:
             threads.spawn(self._leftovers.retry)
         if local.list_arrived():
@@ -1393,7 +1391,7 @@ def check_hooks(nova_driver: type) -> None:
              'wanted': hooks.supported()})
 
 
-# What may block runs off the eventlet hub, if there is one.
+# Calls that may block run off the eventlet hub, if there is one.
 _native = threads.off_hub
 
 

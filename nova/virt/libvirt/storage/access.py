@@ -18,7 +18,7 @@ from urllib import parse
 
 from nova.virt.libvirt.storage import errors
 
-# What a URI says that names a host and no transport.
+# Transport of a URI that names a host and no transport.
 DEFAULT_TRANSPORT = 'tls'
 
 # Why a transport is not what disks should go over. Those are the server's
@@ -40,7 +40,7 @@ WEAKNESS_REMEDY = (
     'Let libvirt on all compute hosts listen for TLS, and set '
     '[libvirt]vol_upload_migration_uri to qemu+tls://%s/system')
 
-# What libvirt's error says, and what helps. Nothing but the text tells them
+# Patterns of libvirt's errors, and a remedy for each. Only the text tells them
 # apart: most are VIR_ERR_AUTH_FAILED or VIR_ERR_SYSTEM_ERROR.
 REMEDIES = (
     ('GSSAPI.*expired|No Kerberos credentials',
@@ -101,13 +101,13 @@ def check_uri(uri: str) -> None:
 
 
 def weakness(uri: str) -> str | None:
-    """What is wrong with the transport of a URI, None if nothing is."""
+    """The weakness of the transport of a URI, None if it has none."""
     name = transport(uri)
     return None if name == 'tls' else WEAKNESSES.get(name, SSH_WEAKNESS)
 
 
 def transport(uri: str) -> str:
-    """What a URI goes over: tls, tcp, ssh and so on."""
+    """The transport of a URI: tls, tcp, ssh and so on."""
     _driver, plus, name = uri.partition(':')[0].partition('+')
     return name if plus else DEFAULT_TRANSPORT
 
@@ -129,7 +129,7 @@ def cause(error: Exception) -> str:
 
 
 def remedy(error: Exception) -> str:
-    """What an operator should do where libvirt did not connect."""
+    """The remedy for a connection that libvirt did not make."""
     for pattern, text in REMEDIES:
         if re.search(pattern, str(error)):
             return text

@@ -39,7 +39,7 @@ USER_DIRECTORY = '~/.pki/libvirt'
 # Seconds that a host may take for each answer.
 TIMEOUT = 10
 
-# What libvirt's server sends when it took the client's certificate.
+# libvirt's server sends this when it has taken the client's certificate.
 ACCEPTED = b'\x01'
 
 # Codes of OpenSSL, see X509_STORE_CTX_get_error(3).
@@ -152,7 +152,7 @@ class Peer:
         path = self._files.ca
         try:
             context.load_verify_locations(path)
-            # What is not readable is named by no error of OpenSSL's.
+            # No error of OpenSSL's names the file that cannot be read.
             for path in (self._files.certificate, self._files.key):
                 with open(path, 'rb'):
                     pass
@@ -177,7 +177,7 @@ class Peer:
         try:
             return connection.recv(1)
         except (ssl.SSLError, ConnectionError):
-            # That is how a refusal shows with TLS 1.3.
+            # A refusal looks like this with TLS 1.3.
             return b''
 
     def _untrusted(
@@ -209,7 +209,7 @@ class Peer:
 
 
 def names(certificate: x509.Certificate) -> list[str]:
-    """What a certificate says that its host is called."""
+    """The names that a certificate gives its host."""
     try:
         extension = certificate.extensions.get_extension_for_class(
             x509.SubjectAlternativeName)

@@ -69,8 +69,8 @@ BLOCK_BYTES = 64 * units.Ki
 # unchanged with a probability of 2**-96: the hash is keyed.
 DIGEST_BYTES = 12
 
-# What all hashes of a file may take, whichever is more. Larger disks have
-# larger blocks.
+# Memory for all hashes of a file, whichever is more. Larger disks have larger
+# blocks.
 TABLE_BYTES = 16 * units.Mi
 TABLE_BYTES_PER_TIB = 48 * units.Mi
 
@@ -175,7 +175,7 @@ class Passes:
 
 
 class Changes(ty.Protocol):
-    """What changed in a file since it was last copied.
+    """The changes in a file since it was last copied.
 
     Copy ``source()`` as a whole first. Then, as often as it helps, look() and
     copy ``source(ranges)`` over the first copy, after that has been given the
@@ -206,7 +206,7 @@ class Changes(ty.Protocol):
         ...
 
     def source(self, ranges: Ranges | None = None) -> stream.Source:
-        """What to copy: all of the file, or what the last look has found.
+        """The bytes to copy: all of the file, or what the last look found.
 
         The bytes of the ranges come one after the other. Read it to its end,
         and once.
@@ -527,7 +527,7 @@ class Clone:
         self.skip = skip
         self._directory = directory
         self._file = _File(path)
-        # What was copied last, and what is to be copied next.
+        # self._file was copied last; self._next is to be copied next.
         self._next: _File | None = None
         with contextlib.ExitStack() as stack:
             stack.callback(self._file.close)
@@ -695,7 +695,7 @@ class _File:
         :param told: its path as errors tell it, if it is another
         """
         self.path = told or path
-        # Not os.open(): eventlet's would make a hub in a native thread.
+        # Avoid os.open(): eventlet's makes a hub in a native thread.
         self._file = (open_file or _open)(path)
         self.descriptor = self._file.fileno()
 
@@ -792,7 +792,7 @@ class _File:
 
 
 def _place(logical: int, physical: int, length: int, flags: int) -> ty.Any:
-    """What is equal in two files for equal bytes at one offset."""
+    """A key that two files have in common where they share bytes."""
     if flags & _EXTENT_VAGUE or not physical:
         return object()
     if flags & _EXTENT_ENCODED:

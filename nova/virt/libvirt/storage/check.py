@@ -48,7 +48,7 @@ OK = 'ok'
 WARN = 'warn'
 FAIL = 'fail'
 
-# By the transport of a URI.
+# Default ports of the transports of a URI.
 PORTS = {'tls': 16514, 'tcp': 16509}
 
 # Bytes of the probe copy.
@@ -71,7 +71,7 @@ _LOG_REMEDY = "Look into libvirt's log on both hosts"
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What came of one check.
+    """The result of one check.
 
     :ivar host: what was looked at, as it was named
     :ivar status: OK, WARN: migrations work, FAIL: they do not
@@ -154,7 +154,7 @@ class Checks:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What nova.conf says.
+    """The settings of nova.conf that count.
 
     :ivar uri: libvirt URI of this host
     :ivar pool: name of the disks pool
@@ -280,7 +280,7 @@ class Source(Checks):
             return place.check_policy(
                 self._connection.getCapabilities(), self.pool.path)
         except errors.Refused as error:
-            # What is missing may come in another way than the ones known.
+            # A rule may allow it that this check does not know.
             raise Problem(error.reason, error.remedy, WARN)
 
 
@@ -299,15 +299,19 @@ class Destination(Checks):
         self._source = source
         self._settings = settings
         self._connection: ty.Any = None
+        self._pool: storage_pool.Pool
         self._size = size
         self._uri = parse.urlsplit(uri)
         self._name = self._uri.hostname or ''
         self._transport = access.transport(uri)
-        self._pool: storage_pool.Pool
-        self._shares_directory = False
         self._port = self._uri.port or PORTS.get(self._transport, 0)
-        self._probe_name = f'nova-check-{uuidutils.generate_uuid()}'
-        self._site = self._new_site()
+        uuid = uuidutils.generate_uuid()
+        self._places = layout.Layout(
+            uuid, source.pool_path,
+            os.path.join(settings.instances_path, uuid))
+        self._site = server_site.Site(
+            daemon.Daemon(host, uri), self._places, settings.pool,
+            layout.Claim.new(self._places.uuid))
 
     def run(self) -> ty.Iterator[Finding]:
         """Yield what is found, one after the other."""
@@ -317,25 +321,13 @@ class Destination(Checks):
             yield from self._run_until_failure([
                 ('libvirt', self._connect),
                 ('encryption', self._encryption),
-                ('pool', self._look_at_pool)])
-            if self._failed:
-                return
-            yield from self._run([('owner', self._owner),
-                                  ('space', self._space)])
-            if not self._failed:
+                ('pool', self._look_at_pool),
+                ('preflight', self._preflight),
+                ('shared storage', self._shared)])
+            if not self._failed and not self._site.is_shared:
                 yield from self._run_probe()
         finally:
             _close(self._site)
-
-    def _new_site(self) -> server_site.Site:
-        """The places of a server that is not there, on the host."""
-        return server_site.Site(
-            daemon.Daemon(self.host, self._uri.geturl()),
-            layout.Layout(
-                self._probe_name, self._source.pool_path,
-                os.path.join(self._settings.instances_path,
-                             self._probe_name)),
-            self._settings.pool, layout.Claim.new(self._probe_name))
 
     def _check_uri(self) -> str:
         uri = self._uri.geturl()
@@ -424,92 +416,66 @@ class Destination(Checks):
             f'{self._transport} {weakness}', access.WEAKNESS_REMEDY, WARN)
 
     def _look_at_pool(self) -> str:
-        # A refresh finds out who owns its directory.
-        storage_pool.Pool.lookup(
-            self._connection, self._settings.pool).refresh()
         self._pool = storage_pool.Pool.lookup(
             self._connection, self._settings.pool)
         return _describe(self._pool)
 
-    def _owner(self) -> str:
-        pool, path = self._pool, self._settings.instances_path
-        try:
-            with _marker(path) as marker:
-                nova, files = self._look_into(path)
-        except libvirt.libvirtError as error:
-            raise Problem(
-                f'the directory {path} there cannot be looked at: {error}',
-                'Set [DEFAULT]instances_path to the same on both hosts')
-        self._shares_directory = marker in files
-        owner = pool.permissions.owner
-        if owner != nova.owner:
-            raise Problem(
-                f'{pool.path} there belongs to uid {owner}, and {path}, '
-                f'which is of nova-compute, to uid {nova.owner}',
-                f'chown {nova.owner}:{nova.group} {pool.path} on {self.host}')
-        if pool.permissions.mode & 0o700 != 0o700:
-            raise Problem(
-                f'{pool.path} there has mode {pool.permissions.mode:04o}',
-                f'chmod 0755 {pool.path} on {self.host}')
-        return (f'uid {owner}, mode {pool.permissions.mode:04o}, as '
-                f'nova-compute there')
-
-    def _look_into(
-        self, path: str,
-    ) -> tuple[storage_pool.Permissions, set[str]]:
-        """Who owns a directory there, and what is in it."""
-        with storage_pool.at(self._connection, path=path,
-                             name=self._probe_name) as directory:
-            directory.refresh()
-            return directory.permissions, {
-                file.name for file in directory.volumes()}
-
-    def _space(self) -> str:
-        available = self._pool.available
+    def _preflight(self) -> str:
+        """Check what is checked before a migration."""
         needed = max(self._size, PROBE_BYTES)
-        if available < needed:
-            raise Problem(
-                f'{_readable(available)} are free in {self._pool.path}, '
-                f'{_readable(needed)} are needed',
-                f'Free some space on {self.host}, or choose another host')
-        return f'{_readable(available)} free'
+        with self._stand_in():
+            self._site.check(
+                self._places, self._places.uuid, {layout.POOL: needed})
+        return (f'nothing is in the way of a server, '
+                f'{_readable(self._pool.available)} free')
+
+    @contextlib.contextmanager
+    def _stand_in(self) -> ty.Iterator[None]:
+        """Files on this host as those of a server.
+
+        The destination sees them if both hosts share the storage.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                os.mkdir(self._places.directory)
+                stack.callback(os.rmdir, self._places.directory)
+                if self._source.pool is not None:
+                    stack.enter_context(tempfile.NamedTemporaryFile(
+                        prefix=self._places.prefix,
+                        dir=self._places.pool_path))
+            except OSError as error:
+                raise Problem(
+                    f'{error.filename} cannot be made here: {error.strerror}',
+                    DIRECTORY_REMEDY) from error
+            yield
+
+    def _shared(self) -> str:
+        if self._source.pool is None:
+            raise Problem('unknown, as this host has no pool',
+                          'See above', WARN)
+        if self._site.is_shared:
+            return 'pool and instance directories, nothing will be copied'
+        return 'none, disks will be copied'
 
     def _run_probe(self) -> ty.Iterator[Finding]:
         """Look what becomes of a volume, and delete it in any case."""
         try:
-            yield from self._run_until_failure([
-                ('shared storage', self._shared)])
-            if not self._failed:
-                yield self._try('probe copy', self._probe, PROBE_SECONDS)
+            yield self._try('probe copy', self._probe, PROBE_SECONDS)
         finally:
             removal = self._try('probe copy', self._remove_probe)
             if removal.status != OK:
                 yield removal
 
-    def _shared(self) -> str:
-        self._site.create(layout.File(
-            self._probe_name, layout.POOL, ''), PROBE_BYTES)
-        if self._source.pool is None:
-            raise Problem('unknown, as this host has no pool',
-                          'See above', WARN)
-        self._source.pool.refresh()
-        shares_pool = bool(self._source.pool.volumes(self._probe_name))
-        if shares_pool != self._shares_directory:
-            both = self._source.pool.path, self._settings.instances_path
-            shared, other = both if shares_pool else reversed(both)
-            raise Problem(
-                f'{shared} is on storage that both hosts share, and {other} '
-                f'is not', 'Share both, or give each host its own of both')
-        if shares_pool:
-            return 'pool and instance directories, nothing will be copied'
-        return 'none, disks will be copied'
-
     def _probe(self) -> str:
+        """Copy a file as a migration does: under a claim."""
+        file = layout.File(f'{self._places.prefix}disk', layout.POOL, '')
+        self._site.claim()
+        volume = self._site.create(file, PROBE_BYTES).libvirt_volume
         source = stream.MemorySource(os.urandom(PROBE_BYTES))
-        volume = self._pool.volume(self._probe_name).libvirt_volume
         result = stream.copy(
             source, stream.VolumeSink(volume, length=PROBE_BYTES),
             PROBE_BYTES)
+        self._site.verify(file, PROBE_BYTES)
         stream.compare(source, volume, PROBE_BYTES)
         speed = PROBE_BYTES / result.seconds
         text = (f'{PROBE_BYTES // units.Mi} MiB written at '
@@ -521,18 +487,14 @@ class Destination(Checks):
         return text
 
     def _remove_probe(self) -> str:
-        """Over a connection of its own: the other may be what is broken."""
-        cleaner = self._new_site()
         try:
-            cleaner.connect()
-            cleaner.clear_pool()
+            self._site.discard()
         except Exception as error:
             raise Problem(
-                f'volume {self._probe_name} is left there: {error}',
-                f'virsh vol-delete --pool {self._settings.pool} '
-                f'{self._probe_name} on {self.host}')
-        finally:
-            cleaner.close()
+                f'files of {self._places.uuid} are left there: {error}',
+                f'Delete the volumes with that prefix in pool '
+                f'{self._settings.pool} and the directory '
+                f'{self._places.directory} on {self.host}')
         return 'deleted'
 
 
@@ -585,7 +547,7 @@ def _reach(host: str, port: int) -> None:
 
 
 def _close(connection: ty.Any) -> None:
-    # That it hangs was told of the step before: this is not to end the rest.
+    # The step before has reported a connection that hangs: go on.
     if connection is not None:
         with contextlib.suppress(TimeoutError):
             threads.within(STEP_SECONDS, connection.close)

@@ -280,7 +280,8 @@ class Bounded:
             return attribute
 
         def ask(*args: ty.Any) -> ty.Any:
-            # By name: the frames of an error keep nothing of libvirt's.
+            # Look it up by name: no frame of an error then keeps an object of
+            # libvirt's.
             return getattr(self._wrapped, name)(*args)
 
         def call(*args: ty.Any) -> ty.Any:

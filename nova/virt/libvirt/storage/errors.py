@@ -23,7 +23,7 @@ import typing as ty
 # "Migration pre-check error: ", takes 27 of them.
 MESSAGE_LENGTH = 228
 
-# What is left at least of a long reason, and of the name of a file, when a
+# Characters that a long reason, and the name of a file, keep at least when a
 # message has to be shortened.
 _SHORT_REASON = 60
 _SHORT_NAME = 16

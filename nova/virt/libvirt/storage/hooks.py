@@ -11,9 +11,9 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-"""What the driver counts on in Nova's own, in every release it supports.
+"""The parts of Nova's driver that this one relies on, in every release.
 
-None of it is an interface that Nova promises to keep. nova-compute checks it
+None of them is an interface that Nova promises to keep. nova-compute checks it
 as it starts, and the documentation lists it.
 """
 

@@ -112,7 +112,7 @@ def _is_image(path: str) -> bool:
 
 
 class _PoolVolume(imagebackend.Image):
-    """What all disks in a pool have in common."""
+    """The common base of the image types in a pool."""
 
     # Nova finds out once per class whether the file system of its disks can
     # preallocate. The pool may be on another one.

@@ -35,15 +35,15 @@ class ImageCacheManager(imagecache.ImageCacheManager):
 
     def _list_backing_images(self):
         images = super()._list_backing_images()
-        # Not every base image that is in use is that of a server here: what
-        # is kept for the revert of a migration is of one on another host.
+        # Disks that are kept for the revert of a migration use base images,
+        # too. Their servers are on other hosts, and Nova does not list them.
         for path in self._list_bases_of_volumes():
             if path not in images:
                 images.append(path)
             if path in self.unexplained_images:
                 self.unexplained_images.remove(path)
-            # Of ephemeral and swap disks Nova has lists of their own, at
-            # which it looks next.
+            # Nova has lists of its own for ephemeral and swap disks, and
+            # looks at them next.
             name = {os.path.basename(path)}
             self.used_ephemeral_images |= name & self.back_ephemeral_images
             self.used_swap_images |= name & self.back_swap_images

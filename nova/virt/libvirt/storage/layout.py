@@ -81,6 +81,10 @@ VTPM = 'swtpm'
 FILE_MODE = 0o644
 DIRECTORY_MODE = 0o755
 
+# The remedy for disks that libvirt made for a snapshot. Without "--shallow"
+# it would go on into the base image that other servers share.
+MERGE_REMEDY = 'Merge external snapshots: virsh blockcommit --shallow.'
+
 _SWAP = 'disk.swap'
 _DISK_NAME = re.compile(r'disk(\.local|\.eph\d+|\.swap|\.config)?')
 
@@ -390,7 +394,7 @@ class Layout:
         if not _DISK_NAME.fullmatch(disk):
             raise errors.Refused(
                 f'disk {path} is not one that Nova made',
-                'Merge external snapshots: virsh blockcommit --shallow.')
+                MERGE_REMEDY)
         _check_base(info)
         disk_format = self._checked_format(info, disk)
         return File(name, place, path, disk_format,
@@ -495,7 +499,7 @@ def record_bytes(formats: dict[str, str]) -> bytes:
 
 
 def digest(head: bytes) -> str:
-    """What stands for the first bytes of a file."""
+    """The digest of the first bytes of a file."""
     return hashlib.sha256(head).hexdigest()
 
 
@@ -522,7 +526,7 @@ def _check_base(info: dict[str, ty.Any]) -> None:
     if base and not _is_same(os.path.dirname(base), cache_dir()):
         raise errors.Refused(
             f'disk {info["path"]} is an overlay on {base}, which Nova did not '
-            f'make', 'Merge external snapshots: virsh blockcommit --shallow.')
+            'make', MERGE_REMEDY)
 
 
 def _list(directory: str, prefix: str) -> list[str]:

@@ -54,7 +54,7 @@ class _Host:
 
 
 class Leftovers:
-    """What failed migrations had to leave on other hosts.
+    """The leftovers of failed migrations on other hosts.
 
     A host that does not answer is asked less and less often, and for one
     server at a time, each in its turn. After a day it is not asked any more.

@@ -50,7 +50,7 @@ OWN_BASES = ('ephemeral', 'swap')
 
 @dataclasses.dataclass(frozen=True)
 class Notice:
-    """What the hosts of a live migration tell each other.
+    """The notice that the hosts of a live migration give each other.
 
     :ivar path: directory of the pool on the destination host
     :ivar marker: name of an empty file in that pool, there during the check

@@ -32,7 +32,8 @@ CONF = nova.conf.CONF
 # Default of earlier releases, below [DEFAULT]state_path.
 FORMER_NAME = 'disks'
 
-# What distributions label, and let virt-aa-helper read, for guests' disks.
+# Directory that distributions label for guests' disks, and let virt-aa-helper
+# read.
 IMAGES = '/var/lib/libvirt/images'
 
 # Where virt-aa-helper may read any file, as Debian and Ubuntu have it.

@@ -69,7 +69,7 @@ _retry_busy = tenacity.retry(
 
 @dataclasses.dataclass(frozen=True)
 class Permissions:
-    """Who owns the files of a volume or pool, and their mode.
+    """Owner and mode of the files of a volume or pool.
 
     :ivar owner: numeric user id on the volume's host
     :ivar group: numeric group id on the volume's host
@@ -88,7 +88,7 @@ class Permissions:
 
 @dataclasses.dataclass(frozen=True)
 class Directory:
-    """What libvirt tells of a directory on its host.
+    """A directory on the host of a libvirt daemon.
 
     :ivar path: the directory
     :ivar permissions: who owns it
@@ -335,13 +335,13 @@ def within(
     :param name: of a transient pool, if there is no other
     :param function: called with the pool; again if the pool ended
     """
-    with at(connection, path=path, name=name) as pool:
+    with _at(connection, path=path, name=name) as pool:
         pool.refresh()
         return function(pool)
 
 
 @contextlib.contextmanager
-def at(
+def _at(
     connection: 'libvirt.virConnect', *, path: str, name: str,
 ) -> ty.Iterator[Pool]:
     """The pool of a directory, or one that is made and ended again.

@@ -76,6 +76,10 @@ class Place:
         self.owner = owner
         self._inner: dict[str, storage_pool.Pool] = {}
 
+    def look_at_owner(self) -> None:
+        """Let files that are made belong to who owned it at the last look."""
+        self.owner = storage_pool.Pool(self._pool.libvirt_pool).permissions
+
     def files(self, prefix: str = '') -> list[storage_pool.Volume]:
         """The files whose names begin with ``prefix``, as they are now."""
         self._pool.refresh()
@@ -321,6 +325,7 @@ class Site:
         found = self._find()
         self._check_names(found)
         if self._pool is not None:
+            self._check_owner(self._pool)
             _check_room(f'storage pool {self._pool_name}', self._pool.room(),
                         self._pool.sizes(self.layout.prefix),
                         needed.get(server_layout.POOL, 0))
@@ -463,10 +468,6 @@ class Site:
             sink.open()
         return sink
 
-    def clear_pool(self) -> None:
-        """Delete the server's volumes, whosever they are."""
-        self._disks.clear(self.layout.uuid)
-
     def discard(self) -> None:
         """Delete all that this attempt made on the host.
 
@@ -544,6 +545,24 @@ class Site:
                 f'another domain there, {other}, has the name {name}',
                 'Rename or undefine it.')
 
+    def _check_owner(self, pool: Place) -> None:
+        """Check that nova-compute there may take over what arrives.
+
+        :raises: Refused
+        """
+        pool.look_at_owner()
+        nova, found = self._instances().permissions, pool.owner
+        if found.owner != nova.owner:
+            raise errors.Refused(
+                f'{pool.path} there belongs to uid {found.owner}, and '
+                f'{self.layout.parent}, which is of nova-compute, to uid '
+                f'{nova.owner}',
+                f'Run there: chown {nova.owner}:{nova.group} {pool.path}')
+        if found.mode & 0o700 != 0o700:
+            raise errors.Refused(
+                f'{pool.path} there has mode {found.mode:04o}',
+                f'Run there: chmod 0755 {pool.path}')
+
     def _find_shared(self, here: server_layout.Layout) -> bool:
         """Whether what the server has here is there already.
 
@@ -583,7 +602,7 @@ class Site:
             return bool(self._disks.files(os.path.basename(marker.name)))
 
     def _find(self) -> '_Found':
-        """What the host has of the server, in both places."""
+        """Look at the server's files in both places."""
         return self._on_parent(self._look)
 
     def _look(self, parent: storage_pool.Pool) -> '_Found':
@@ -654,7 +673,7 @@ class Site:
         pool = storage_pool.Pool.attach(
             self.daemon.connection, name=self.layout.transient_pool,
             path=self.layout.directory)
-        # That of an attempt that died may be there, and remember its files.
+        # The pool of a dead attempt may exist, and list files that are gone.
         pool.refresh()
         return Place(pool, self._owner())
 
@@ -743,7 +762,7 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    """What a host has of a server.
+    """The names of a server's files on a host.
 
     :ivar uuid: of the server
     :ivar names: in the directory of the instance directories

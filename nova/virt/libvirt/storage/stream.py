@@ -184,7 +184,7 @@ class Sink(ty.Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a copy did.
+    """The result of a copy.
 
     :ivar length: bytes of the file, holes included
     :ivar wire: bytes of data that were sent, holes not included
@@ -356,7 +356,7 @@ class FileSource:
         position = self._offset
         end = self._offset + length
         try:
-            # Not os.open(): that of eventlet makes a hub in this thread.
+            # Avoid os.open(): eventlet's makes a hub in this thread.
             with open(self.path, 'rb', buffering=0) as file:
                 while position < end:
                     for chunk in self._section(file.fileno(), position, end):

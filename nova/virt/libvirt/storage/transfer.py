@@ -51,9 +51,10 @@ _FILE_REMEDY = 'Check the file, and the kernel log on this host.'
 
 
 class Watch(ty.Protocol):
-    """Whom a transfer tells how far it is.
+    """The receiver of a transfer's progress.
 
-    All is called in the thread that copies: it must return soon and not log.
+    All methods are called in the thread that copies: they must return soon
+    and not log.
     """
 
     def begin(self, total: int) -> None:

@@ -711,8 +711,38 @@ class ShutdownTestCase(DriverTestCase):
         self.cleanup.assert_called_once_with('source')
 
 
+class CrashMixin:
+    """Starts nova-compute, which ended in a migration."""
+
+    @mock.patch.object(report, 'report_client_singleton', autospec=True)
+    @mock.patch.object(storage_migrate, 'check_hooks', mock.Mock())
+    @mock.patch.object(driver.LibvirtDriver, 'init_host', mock.Mock())
+    @mock.patch.object(objects.Migration, 'get_by_id_and_instance',
+                       autospec=True)
+    def _start(self, task_state, find, placement):
+        """Start with a server in a migration, as nova-compute ended in it."""
+        self.instance.vm_state = vm_states.ACTIVE
+        self.instance.task_state = task_state
+        self.migration.configure_mock(uuid=uuids.migration, status='before')
+        if self.instance.migration_context:
+            find.return_value = self.migration
+        self.servers.return_value = [self.instance]
+        self.driver.init_host('source')
+        for call in self.servers.call_args_list:
+            self.assertEqual('source', call.args[1])
+        for call in find.call_args_list:
+            self.assertEqual((42, uuids.instance), call.args[1:])
+        return placement.return_value.move_allocations
+
+    def _assert_state(self, vm_state, task_state, migration):
+        self.assertEqual(
+            (vm_state, task_state, migration),
+            (self.instance.vm_state, self.instance.task_state,
+             self.migration.status))
+
+
 @ddt.ddt
-class CrashTestCase(DriverTestCase):
+class CrashTestCase(CrashMixin, DriverTestCase):
 
     @mock.patch.object(driver.LibvirtDriver, 'finish_revert_migration')
     @ddt.data(
@@ -752,32 +782,6 @@ class CrashTestCase(DriverTestCase):
         self.instance.old_flavor = self.instance.flavor
         self.driver._finish_revert_migration_vtpm(self.context, self.instance)
         nova.assert_called_once_with(self.context, self.instance)
-
-    @mock.patch.object(report, 'report_client_singleton', autospec=True)
-    @mock.patch.object(storage_migrate, 'check_hooks', mock.Mock())
-    @mock.patch.object(driver.LibvirtDriver, 'init_host', mock.Mock())
-    @mock.patch.object(objects.Migration, 'get_by_id_and_instance',
-                       autospec=True)
-    def _start(self, task_state, find, placement):
-        """Start with a server in a migration, as nova-compute ended in it."""
-        self.instance.vm_state = vm_states.ACTIVE
-        self.instance.task_state = task_state
-        self.migration.configure_mock(uuid=uuids.migration, status='before')
-        if self.instance.migration_context:
-            find.return_value = self.migration
-        self.servers.return_value = [self.instance]
-        self.driver.init_host('source')
-        for call in self.servers.call_args_list:
-            self.assertEqual('source', call.args[1])
-        for call in find.call_args_list:
-            self.assertEqual((42, uuids.instance), call.args[1:])
-        return placement.return_value.move_allocations
-
-    def _assert_state(self, vm_state, task_state, migration):
-        self.assertEqual(
-            (vm_state, task_state, migration),
-            (self.instance.vm_state, self.instance.task_state,
-             self.migration.status))
 
     def test_copy_fails_and_the_allocation_is_the_server_s_again(self):
         move_allocations = self._start(task_states.RESIZE_MIGRATING)
@@ -914,7 +918,7 @@ class FinishTestCase(FinishMixin, DriverTestCase):
         self.assertEqual([], self.hosts.opened)
 
 
-class SameHostTestCase(DriverTestCase):
+class SameHostMixin:
     """A resize on the same host, whose files are real ones here."""
 
     OLD = {'disk': 'old', 'disk.local': 'old local', 'disk.swap': 'old swap'}
@@ -989,6 +993,9 @@ class SameHostTestCase(DriverTestCase):
 
         self.useFixture(fixtures.MonkeyPatch(
             'oslo_concurrency.processutils.execute', fail))
+
+
+class SameHostTestCase(SameHostMixin, DriverTestCase):
 
     def test_originals_are_kept_and_copies_are_in_their_place(self):
         info = self._resize()

@@ -299,7 +299,7 @@ class LeftoverTestCase(base.FinishMixin, base.DriverTestCase):
         self.assertFalse(self.driver._leftovers)
 
 
-class SharedConfirmTestCase(base.SameHostTestCase):
+class SharedConfirmTestCase(base.SameHostMixin, base.DriverTestCase):
     """A kept directory that an earlier failure left behind."""
 
     def test_confirm_on_shared_storage_deletes_nothing(self):
@@ -335,11 +335,6 @@ class SharedConfirmTestCase(base.SameHostTestCase):
         self._revert()
         with open(path) as disk:
             self.assertEqual('live data', disk.read())
-
-    for _name in list(vars(base.SameHostTestCase)):
-        if _name.startswith('test_'):
-            vars()[_name] = None
-    del _name
 
 
 class RetryTestCase(base.DriverTestCase):
@@ -390,17 +385,12 @@ class RetryTestCase(base.DriverTestCase):
         self._assert_nothing_on_destination()
 
 
-class InterruptedTestCase(base.CrashTestCase):
+class InterruptedTestCase(base.CrashMixin, base.DriverTestCase):
 
     def test_nova_does_not_confirm_what_was_not_finished(self):
         self.flags(resize_confirm_window=1)
         self._start(task_states.RESIZE_FINISH)
         self._assert_state(vm_states.ERROR, None, 'error')
-
-    for _name in list(vars(base.CrashTestCase)):
-        if _name.startswith('test_'):
-            vars()[_name] = None
-    del _name
 
 
 class BoundTestCase(base.DriverTestCase):

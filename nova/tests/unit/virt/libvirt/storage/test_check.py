@@ -170,10 +170,12 @@ class DestinationTestCase(_CheckTestCase):
         list(self.checked_source.run())
         self.volumes = self.dest.volume_names('nova-disks')
 
-    def _run(self, uri='qemu+tls://dest/system', size=0):
-        findings = list(check.Destination(
-            'dest', uri, self.checked_source,
-            check.Settings(**self.settings), size).run())
+    def _destination(self, uri='qemu+tls://dest/system', size=0):
+        return check.Destination('dest', uri, self.checked_source,
+                                 check.Settings(**self.settings), size)
+
+    def _run(self, *args, **kwargs):
+        findings = list(self._destination(*args, **kwargs).run())
         self.assertEqual(
             self.volumes, self.dest.volume_names('nova-disks'))
         self.assertTrue(all(connection.closed
@@ -185,8 +187,8 @@ class DestinationTestCase(_CheckTestCase):
     def test_good_host(self):
         findings = self._run(size=units.Gi)
         self.assertEqual(
-            dict.fromkeys(['uri', 'libvirt', 'encryption', 'pool', 'owner',
-                           'space', 'shared storage', 'probe copy'],
+            dict.fromkeys(['uri', 'libvirt', 'encryption', 'pool',
+                           'preflight', 'shared storage', 'probe copy'],
                           check.OK),
             self._statuses(findings))
         self.assertRegex(
@@ -235,17 +237,13 @@ class DestinationTestCase(_CheckTestCase):
 
     def test_pool_that_is_not_there(self):
         del self.dest.pools['nova-disks']
-        findings = list(check.Destination(
-            'dest', 'qemu+tls://dest/system', self.checked_source,
-            check.Settings(**self.settings), 0).run())
+        findings = list(self._destination().run())
         self._only_failure(findings, 'there is no storage pool nova-disks',
                            'use_storage_pools')
 
     def test_pool_that_is_not_active(self):
         self.dest.pools['nova-disks'].active = False
-        findings = list(check.Destination(
-            'dest', 'qemu+tls://dest/system', self.checked_source,
-            check.Settings(**self.settings), 0).run())
+        findings = list(self._destination().run())
         self._only_failure(findings, 'not active',
                            'virsh pool-start nova-disks')
 
@@ -253,7 +251,7 @@ class DestinationTestCase(_CheckTestCase):
         self.dest.directories['/srv/disks'].owner = 0
         self._only_failure(
             self._run(), '/srv/disks there belongs to uid 0', 'uid 64060',
-            'chown 64060:64061 /srv/disks on dest')
+            'Run there: chown 64060:64061 /srv/disks')
 
     def test_pool_that_its_owner_cannot_use(self):
         self.dest.directories['/srv/disks'].mode = 0o500
@@ -265,9 +263,7 @@ class DestinationTestCase(_CheckTestCase):
 
     def test_pool_that_somebody_has_of_the_instances_is_used(self):
         self.dest.add_pool('theirs', self.instances, 64060, 64061, 0o755)
-        findings = list(check.Destination(
-            'dest', 'qemu+tls://dest/system', self.checked_source,
-            check.Settings(**self.settings), 0).run())
+        findings = list(self._destination().run())
         self.assertEqual({check.OK}, {each.status for each in findings})
         self.assertEqual({'nova-disks', 'theirs'}, set(self.dest.pools))
 
@@ -275,26 +271,32 @@ class DestinationTestCase(_CheckTestCase):
     def test_no_room(self, size):
         available = 0 if not size else units.Gi
         with mock.patch.object(type(self.dest), 'available', available):
-            self._only_failure(self._run(size=size), 'are free',
+            self._only_failure(self._run(size=size), 'bytes available',
                                'Free some space')
 
     def _share_pool(self):
-        volumes = check.storage_pool.Pool.volumes
-
-        def shared(pool, prefix=''):
-            return volumes(pool, prefix) + (
-                [mock.sentinel.volume]
-                if pool is self.checked_source.pool else [])
-
-        self.useFixture(fixtures.MockPatchObject(
-            check.storage_pool.Pool, 'volumes', shared))
+        self._share(self.disks, '/srv/disks')
 
     def _share_directory(self):
+        self._share(self.instances, self.instances)
+        mkdir = os.mkdir
+
+        def shared(path, *args):
+            mkdir(path, *args)
+            self.dest.add_directory(path)
+
+        self.useFixture(fixtures.MonkeyPatch('os.mkdir', shared))
+
+    def _share(self, here, there):
+        """Let the destination see the files that are made in a directory."""
         make = check.tempfile.NamedTemporaryFile
 
         def shared(**kwargs):
             file = make(**kwargs)
-            self.dest.add_file(file.name)
+            if kwargs['dir'] == here:
+                path = os.path.join(there, os.path.basename(file.name))
+                self.dest.add_file(path)
+                self.addCleanup(self.dest.files.pop, path, None)
             return file
 
         self.useFixture(fixtures.MockPatchObject(
@@ -303,22 +305,25 @@ class DestinationTestCase(_CheckTestCase):
     def test_shared_storage(self):
         self._share_pool()
         self._share_directory()
-        findings = self._run()
+        findings = list(self._destination().run())
         self.assertEqual({check.OK}, {each.status for each in findings})
-        self.assertIn('nothing will be copied', str(findings[-2]))
+        self.assertIn('nothing will be copied', str(findings[-1]))
         self.assertEqual([], os.listdir(self.instances))
+        self.assertEqual([], os.listdir(self.disks))
 
     def test_only_the_pool_is_shared(self):
         self._share_pool()
         self._only_failure(
-            self._run(), f'{self.disks} is on storage that both hosts share, '
-            f'and {self.instances} is not', 'Share both')
+            list(self._destination().run()),
+            'both hosts share storage pool nova-disks and not instance '
+            f'directory {self.instances}', 'Share both')
 
     def test_only_the_instance_directories_are_shared(self):
         self._share_directory()
         self._only_failure(
-            self._run(), f'{self.instances} is on storage that both hosts '
-            f'share, and {self.disks} is not')
+            list(self._destination().run()),
+            f'both hosts share instance directory {self.instances}/',
+            'Share both')
 
     def test_probe_that_fails_is_deleted(self):
         self.dest.fail('stream.send', after=units.Mi)
@@ -326,7 +331,8 @@ class DestinationTestCase(_CheckTestCase):
 
     def test_probe_that_comes_back_wrong(self):
         def corrupt():
-            name, = self.dest.volume_names('nova-disks')
+            name, = [name for name in self.dest.volume_names('nova-disks')
+                     if name.endswith('_disk')]
             self.dest.volume('nova-disks', name).content.write(
                 units.Mi, bytes(units.Ki))
 
@@ -336,22 +342,27 @@ class DestinationTestCase(_CheckTestCase):
 
     def test_probe_that_cannot_be_deleted(self):
         self.dest.fail('vol.delete')
-        findings = list(check.Destination(
-            'dest', 'qemu+tls://dest/system', self.checked_source,
-            check.Settings(**self.settings), 0).run())
-        name, = self.dest.volume_names('nova-disks')
+        destination = self._destination()
+        findings = list(destination.run())
+        self.assertEqual(2, len(self.dest.volume_names('nova-disks')))
+        uuid = destination._places.uuid
         self._only_failure(
-            findings, f'volume {name} is left there',
-            f'virsh vol-delete --pool nova-disks {name} on dest')
+            findings, f'files of {uuid} are left there',
+            'Delete the volumes with that prefix in pool nova-disks and the '
+            f'directory {self.instances}/{uuid} on dest')
+
+    def test_user_who_cannot_write_to_the_instances(self):
+        os.rmdir(self.instances)
+        self.addCleanup(os.mkdir, self.instances)
+        self._only_failure(self._run(), f'{self.instances}/', 'as the user of '
+                           'nova-compute')
 
     def test_step_that_hangs(self):
         self.useFixture(fixtures.MonkeyPatch(
             'nova.virt.libvirt.storage.check.STEP_SECONDS', 0.2))
         fault = self.dest.block('conn.getLibVersion')
         self.addCleanup(fault.release)
-        findings = list(check.Destination(
-            'dest', 'qemu+tls://dest/system', self.checked_source,
-            check.Settings(**self.settings), 0).run())
+        findings = list(self._destination().run())
         self._only_failure(findings, 'no answer within 0.2 seconds')
 
     def test_end_that_hangs(self):
@@ -361,9 +372,7 @@ class DestinationTestCase(_CheckTestCase):
         self.addCleanup(done.set)
         with mock.patch.object(site.Site, 'close',
                                lambda self: done.wait(10)):
-            self._only_failure(list(check.Destination(
-                'dest', 'qemu+tls://dest/system', self.checked_source,
-                check.Settings(**self.settings), 0).run()),
+            self._only_failure(list(self._destination().run()),
                 'no answer within 2 seconds')
 
     def test_error_of_several_lines(self):

@@ -13,6 +13,7 @@
 
 import os
 import typing as ty
+from unittest import mock
 
 import ddt
 import fixtures
@@ -356,6 +357,15 @@ class CheckTestCase(SiteTestCase):
 
         self.assert_refused(
             f'instance directory {self.directory} is there already')
+
+    def test_pool_that_nova_there_does_not_own(self):
+        nova = self.dest.directories[self.instances].owner
+        for attributes, reason in (
+                ({'owner': nova + 1}, f'belongs to uid {nova + 1}'),
+                ({'mode': 0o500}, 'has mode 0500')):
+            pool = self.dest.directories[self.dest.pools['disks'].path]
+            with mock.patch.multiple(pool, **attributes):
+                self.assert_refused(reason)
 
     def test_room_that_is_just_enough(self):
         self.check(self.there, pool=self.dest.available,
