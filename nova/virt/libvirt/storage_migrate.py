@@ -1228,10 +1228,10 @@ class LibvirtDriver(driver.LibvirtDriver):
             # Saved by Nova with the state that it gives to the server next.
             server.instance.progress = 0
             steps.rewind()
-            failure = exception.MigrationError(reason='. '.join([
-                copy.reason or str(error),
-                *(str(second) for second in steps.failures
-                  if isinstance(second, errors.NotRestored))]))
+            failure = exception.MigrationError(reason=errors.StorageError(
+                copy.reason or error, '. '.join(
+                    str(second) for second in steps.failures
+                    if isinstance(second, errors.NotRestored))).shown())
             if copy.deleted or steps.failures:
                 raise failure from error
             raise exception.InstanceFaultRollback(failure) from error

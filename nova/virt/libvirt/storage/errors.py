@@ -145,7 +145,8 @@ def _fit(places: list[str], reason: str, remedy: str) -> str:
     :param places: where it happened, in shorter and shorter words
     """
     reason = ' '.join(reason.split()).rstrip('.')
-    end = f'. {remedy}' if remedy else ''
+    stop = '' if reason.endswith(('?', '!')) else '.'
+    end = f'{stop} {remedy}' if remedy else ''
     needed = len(end) + min(len(reason), _SHORT_REASON)
     place = next((place for place in places
                   if len(place) + needed <= MESSAGE_LENGTH), places[-1])

@@ -1072,11 +1072,12 @@ class SameHostTestCase(SameHostMixin, DriverTestCase):
         self.calls.power_on.assert_called_once()
 
     def test_server_does_not_start_from_half_a_copy(self):
-        self._fail_to_copy('_disk.local')
+        self._fail_to_copy('_disk.local', OSError('no room ' + 'x' * 300))
         with mock.patch('os.replace', side_effect=OSError('gone')):
             error = self.assertRaises(exception.MigrationError, self._resize)
         self.assertIn('no room', str(error))
         self.assertIn('could not be put back: gone', str(error))
+        self.assertLessEqual(len(str(error)), 255)
         self.calls.power_on.assert_not_called()
         self._nova_reverts()
         self.assertEqual(self.before, self._state())

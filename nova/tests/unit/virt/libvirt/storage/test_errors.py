@@ -37,6 +37,12 @@ class ErrorTestCase(test.NoDBTestCase):
         self.assertIn('aa...zz', text)
         self.assertTrue(text.endswith('. Put it out.'), text)
 
+    def test_question_needs_no_full_stop(self):
+        self.assertEqual(
+            'd: does it burn? Put it out.',
+            str(errors.HostError('d', 'd', 'does it burn?', 'Put it out.'))
+            .replace('host d (d)', 'd'))
+
     def test_attributes(self):
         error = errors.CopyError('source', '/a/disk', 7, 'no /a/disk')
         self.assertEqual(('source', '/a/disk', 7),
