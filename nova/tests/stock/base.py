@@ -26,6 +26,7 @@ import hashlib
 import io
 from pathlib import Path
 import subprocess
+import sys
 from typing import Any
 
 from oslo_serialization import jsonutils
@@ -48,6 +49,7 @@ RUNNER = '/usr/local/lib/nova-test-compute.py'
 NOVA_CONF = '/etc/nova/nova.conf'
 POOL = 'nova-disks'
 IMAGE = '/var/lib/nova/image.raw'
+VENV = Path(sys.prefix)
 
 # The same on all hosts. There is no system on it: a guest starts, and that is
 # all that is asked of it.
@@ -236,24 +238,25 @@ def get_computes() -> list[Compute]:
     return computes
 
 
-class StockTestCase(live.LiveTestCase):
-    """A test on stock hosts.
+class ComputeMixin:
+    """For tests that have nova-compute's driver on hosts."""
 
-    :ivar source: the first of them
-    :ivar destination: the second
-    """
+    def configure(self, of: live.nova_lab.Host,
+                  *layers: cloud_config.Options) -> None:
+        """Give a host of the live tests its /etc/nova, as a stock host has it.
 
-    def setUp(self) -> None:
-        super().setUp()
-        self.machines = get_machines()
-        self.source, self.destination = self.machines
-        self.denied = {each: each.denials() for each in self.machines}
-        self.addCleanup(self.assert_nothing_denied)
-
-    def assert_nothing_denied(self) -> None:
-        """AppArmor had nothing to refuse in this test."""
-        self.assertEqual(self.denied, {
-            each: each.denials() for each in self.machines})
+        :param layers: what differs from the documented options
+        """
+        etc = of.path('/etc/nova')
+        processes.execute('cp', '-r', VENV / 'etc/nova', etc)
+        self.addCleanup(processes.execute, 'rm', '-r', etc)
+        (etc / 'rootwrap.conf').write_text(
+            cloud_config.render(cloud_config.rootwrap(VENV)))
+        (etc / 'nova.conf').write_text(nova_conf(of, *layers))
+        of.set_sudoers(cloud_config.sudoers(VENV))
+        self.addCleanup(of.path('/etc/sudoers.d/nova').unlink)
+        of.run(['sh', '-c', MAKE_IMAGE])
+        self.addCleanup(of.path(IMAGE).unlink)
 
     def start_compute(self, of: host.Host) -> Compute:
         """Start the driver on a host, for this test."""
@@ -279,6 +282,26 @@ class StockTestCase(live.LiveTestCase):
         self.addCleanup(target.call, 'destroy', uuid=uuid)
         self.assertEqual('running', target.call(
             'finish', uuid=uuid, disk_info=disk_info))
+
+
+class StockTestCase(ComputeMixin, live.LiveTestCase):
+    """A test on stock hosts.
+
+    :ivar source: the first of them
+    :ivar destination: the second
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.machines = get_machines()
+        self.source, self.destination = self.machines
+        self.denied = {each: each.denials() for each in self.machines}
+        self.addCleanup(self.assert_nothing_denied)
+
+    def assert_nothing_denied(self) -> None:
+        """AppArmor had nothing to refuse in this test."""
+        self.assertEqual(self.denied, {
+            each: each.denials() for each in self.machines})
 
     def disk_image(self, of: host.Host, uuid: str) -> dict[str, Any]:
         """What qemu-img says of the root disk of a server."""

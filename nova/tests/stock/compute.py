@@ -19,9 +19,10 @@ arguments, and answers with what that returns, or with the error.
 
 The driver, libvirt and QEMU are real. The conductor is not: it knows the one
 migration that is under way, and forgets what it is told to save. Glance has
-the one image that lies on the host.
+the one image that lies on the host. Servers have what describe() was told.
 """
 
+import dataclasses
 import os
 import shlex
 import shutil
@@ -51,6 +52,20 @@ IMAGE = '/var/lib/nova/image.raw'
 IMAGE_ID = '155d900f-4e14-4e4c-a73d-069cbf4541e6'
 MIGRATION_ID = 1
 MEMORY_MIB = 64
+
+
+@dataclasses.dataclass
+class Server:
+    """What servers have.
+
+    :ivar ephemerals: GiB of each ephemeral disk
+    :ivar properties: of the image
+    """
+    ephemerals: list[int] = dataclasses.field(default_factory=list)
+    properties: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+SERVER = Server()
 
 
 class Conductor:
@@ -98,6 +113,10 @@ class Compute:
         self.driver = storage_migrate.LibvirtDriver(fake.FakeVirtAPI())
         self.driver.init_host(source)
 
+    def describe(self, **server: Any) -> None:
+        """Say what servers have from now on, see Server."""
+        vars(SERVER).update(vars(Server(**server)))
+
     def spawn(self, uuid: str) -> str:
         """Make a server and start it."""
         instance = make_instance(self.context, uuid)
@@ -141,6 +160,10 @@ class Compute:
         self.driver.destroy(
             self.context, instance, network_info(), block_devices())
 
+    def stop(self, uuid: str) -> None:
+        """Power a server off."""
+        self.driver.power_off(make_instance(self.context, uuid))
+
     def state(self, uuid: str) -> str:
         """Whether a server runs, as the driver sees it."""
         info = self.driver.get_info(make_instance(self.context, uuid))
@@ -150,19 +173,20 @@ class Compute:
 def make_instance(context: Any, uuid: str,
                   host: str | None = None) -> 'objects.Instance':
     """The server, as the manager would have it from the conductor."""
+    ephemeral_gb = sum(SERVER.ephemerals)
     flavor = objects.Flavor(
         id=1, name='tiny', flavorid='1', memory_mb=MEMORY_MIB, vcpus=1,
-        root_gb=1, ephemeral_gb=0, swap=0, rxtx_factor=1, vcpu_weight=0,
-        disabled=False, is_public=True, extra_specs={})
+        root_gb=1, ephemeral_gb=ephemeral_gb, swap=0, rxtx_factor=1,
+        vcpu_weight=0, disabled=False, is_public=True, extra_specs={})
     return objects.Instance(
-        context, id=1, uuid=uuid, host=host or CONF.host,
+        context, id=int(uuid[:7], 16), uuid=uuid, host=host or CONF.host,
         node=CONF.host, flavor=flavor, old_flavor=flavor, new_flavor=flavor,
         image_ref=IMAGE_ID, kernel_id='', ramdisk_id='', display_name='tiny',
         hostname='tiny', user_id='user',
         project_id='project', memory_mb=MEMORY_MIB, vcpus=1, root_gb=1,
-        ephemeral_gb=0, os_type=None, architecture=None, vm_mode=None,
-        vm_state=vm_states.ACTIVE, task_state=None, power_state=1,
-        progress=0, auto_disk_config=False, config_drive='',
+        ephemeral_gb=ephemeral_gb, os_type=None, architecture=None,
+        vm_mode=None, vm_state=vm_states.ACTIVE, task_state=None,
+        power_state=1, progress=0, auto_disk_config=False, config_drive='',
         root_device_name='/dev/vda', default_ephemeral_device=None,
         default_swap_device=None, key_data=None, key_name=None,
         user_data=None, access_ip_v4=None, access_ip_v6=None,
@@ -174,7 +198,9 @@ def make_instance(context: Any, uuid: str,
         trusted_certs=None, vcpu_model=None, resources=None,
         keypairs=objects.KeyPairList(objects=[]), metadata={},
         tags=objects.TagList(objects=[]),
-        system_metadata={'image_disk_format': 'raw'},
+        system_metadata={'image_disk_format': 'raw', **{
+            f'image_{name}': value
+            for name, value in SERVER.properties.items()}},
         migration_context=objects.MigrationContext(
             instance_uuid=uuid, migration_id=MIGRATION_ID,
             old_numa_topology=None, new_numa_topology=None,
@@ -200,7 +226,7 @@ def image_meta() -> 'objects.ImageMeta':
     return objects.ImageMeta.from_dict({
         'id': IMAGE_ID, 'disk_format': 'raw', 'container_format': 'bare',
         'size': os.path.getsize(IMAGE), 'min_disk': 0, 'min_ram': 0,
-        'properties': {}})
+        'properties': SERVER.properties})
 
 
 def network_info() -> Any:
@@ -209,8 +235,14 @@ def network_info() -> Any:
 
 
 def block_devices() -> dict[str, Any]:
-    """A root disk, and nothing else."""
-    return {'root_device_name': '/dev/vda', 'image': [], 'ephemerals': [],
+    """A root disk, and the ephemeral ones."""
+    ephemerals = [
+        {'num': number, 'virtual_name': f'ephemeral{number}', 'size': size,
+         'guest_format': None, 'device_type': 'disk',
+         'disk_bus': 'virtio', 'device_name': f'/dev/vd{"bcd"[number]}'}
+        for number, size in enumerate(SERVER.ephemerals)]
+    return {'root_device_name': '/dev/vda', 'image': [],
+            'ephemerals': ephemerals,
             'swap': None, 'block_device_mapping': []}
 
 

@@ -14,17 +14,12 @@
 """A host with Debian 12's libvirt, and one with Debian 13's."""
 
 import os
-from pathlib import Path
-import sys
 
 from nova.tests.live import test_docs
 from nova.tests.stock import base
 
-from tools import cloud_config
 from tools.lab import host
 from tools import processes
-
-VENV = Path(sys.prefix)
 
 
 class TestMixed(base.StockTestCase):
@@ -67,19 +62,6 @@ class TestMixed(base.StockTestCase):
         for side in 'server', 'client':
             of.set_certificate(side)
         of.restart_libvirtd()
-
-    def configure(self, of):
-        """Give a host its /etc/nova, as a stock host has it."""
-        etc = of.path('/etc/nova')
-        processes.execute('cp', '-r', VENV / 'etc/nova', etc)
-        self.addCleanup(processes.execute, 'rm', '-r', etc)
-        (etc / 'rootwrap.conf').write_text(
-            cloud_config.render(cloud_config.rootwrap(VENV)))
-        (etc / 'nova.conf').write_text(base.nova_conf(of))
-        of.set_sudoers(cloud_config.sudoers(VENV))
-        self.addCleanup(of.path('/etc/sudoers.d/nova').unlink)
-        of.run(['sh', '-c', base.MAKE_IMAGE])
-        self.addCleanup(of.path(base.IMAGE).unlink)
 
     def test_server_goes_there_and_back(self):
         said = self.older.run(['virsh', 'version']).stdout

@@ -91,9 +91,6 @@ KEEPS_VTPM = (8, 9, 0)
 # the base images, whose first bytes a user may have chosen.
 IMAGE_CACHE_POOL = 'nova-image-cache'
 
-# Prefixes of the base images that Nova makes by itself where they are missing.
-MADE_BASES = ('ephemeral_', 'swap_')
-
 # How long nova-compute waits when it stops until all servers whose copies it
 # stopped are running again, in seconds. Nova keeps 20 for that and the rest.
 PUT_BACK_SECONDS = 15
@@ -325,6 +322,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         is_unfinished = local.has_kept_directory(places) or places.claims()
         if is_unfinished and instance.host == CONF.host:
             local.recover_directory(places)
+            _native(local.take_bases, places)
             if places.claims():
                 self._end_transient_pool(places)
                 local.drop_claims(places)
@@ -910,11 +908,13 @@ class LibvirtDriver(driver.LibvirtDriver):
         return created
 
     def _lost_bases(self, server, disk_info) -> list[str]:
-        """Paths of base images that the destination cannot have of Glance."""
+        """Paths of base images that the destination cannot have of Glance.
+
+        Those included that this host has made for itself.
+        """
         found = {layout.backing_file(info['path']) for info in disk_info
                  if info['type'] == 'qcow2' and info.get('backing_file')}
-        bases = [base for base in found if base and not os.path.basename(
-            base).startswith(MADE_BASES)]
+        bases = [base for base in found if base]
         image_id = server.instance.image_ref
         name = imagecache.cache_name(image_id) if image_id else ''
         if any(os.path.basename(base) == name for base in bases) and (

@@ -70,6 +70,10 @@ BOOT_FILES = ('kernel', 'ramdisk')
 # Prefix of the name of a base image that goes along in the instance directory.
 BASE = 'base_'
 
+# Prefixes of the names of base images that each host makes for itself. No two
+# hosts make the same file system: an overlay on that of another host is lost.
+OWN_BASES = ('ephemeral', 'swap')
+
 # Files in the instance directory that go along as they are.
 COMPANIONS = ('disk.config', *BOOT_FILES)
 
@@ -116,6 +120,12 @@ class File:
     def head_bytes(self) -> int:
         """Length of the start of the file that has to arrive last."""
         return HEAD_BYTES if self.has_hostile_head else 0
+
+    @property
+    def is_own_base(self) -> bool:
+        """Whether it is a base image that the source host made for itself."""
+        return self.name.startswith(
+            tuple(BASE + prefix for prefix in OWN_BASES))
 
     def allocation(self) -> int:
         """Bytes that the file takes up on the source host."""
@@ -417,6 +427,17 @@ class Layout:
                 f'disk {path}',
                 'Find out which is true, and correct the other.')
         return recorded
+
+
+def room(files: list[File]) -> dict[str, int]:
+    """Bytes that files take up on the destination, by place.
+
+    A base image of the source host's own is there for a while beside its copy
+    in the disk that stands on it.
+    """
+    return {place: sum(file.allocation() for file in files
+                       if file.place == place or file.is_own_base)
+            for place in (POOL, DIRECTORY)}
 
 
 def may_enter_pool(file: File) -> bool:

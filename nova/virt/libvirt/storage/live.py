@@ -42,11 +42,6 @@ from nova.virt.libvirt.storage import local
 # No Cinder volume has such a serial number.
 SERIAL = 'nova-storage-migrate/pool'
 
-# Prefixes of the names of base images that each host makes for itself. QEMU
-# copies an overlay without its base image, and two hosts never make the same
-# file system: XFS and Btrfs do not mount a mixture of two.
-OWN_BASES = ('ephemeral', 'swap')
-
 
 @dataclasses.dataclass(frozen=True)
 class Notice:
@@ -215,7 +210,7 @@ def list_sent(disks: list[dict[str, ty.Any]], read_only: ty.Collection[str],
     return [os.path.basename(disk['path']) for disk in disks
             if disk['path'] in read_only or disk.get('backing_file') and (
                 disk['backing_file'] in lost or
-                disk['backing_file'].startswith(OWN_BASES))]
+                disk['backing_file'].startswith(layout.OWN_BASES))]
 
 
 @contextlib.contextmanager

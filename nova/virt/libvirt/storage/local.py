@@ -36,6 +36,7 @@ import nova.conf
 from nova.virt.libvirt.storage import daemon
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import layout
+from nova.virt.libvirt.storage import overlay
 from nova.virt.libvirt.storage import pool as storage_pool
 
 CONF = nova.conf.CONF
@@ -66,9 +67,41 @@ def adopt(places: layout.Layout, disks: list[dict[str, ty.Any]]) -> None:
             _check_arrived(places, info)
     if claims or any(is_volume(places, info) for info in disks):
         _flush(places)
-        for path, image in places.bases().items():
-            _move_into_cache(image, path)
+        take_bases(places)
         drop_claims(places)
+
+
+def take_bases(places: layout.Layout) -> None:
+    """Let the disks of a server have the base images that came along.
+
+    One of Glance goes into the image cache. One that the source host made for
+    itself does not: the cache may have another of the same name, on which
+    other disks stand. The overlays on it become images of their own.
+
+    Goes on where an earlier call ended.
+
+    :raises: StorageError, OSError
+    """
+    for path, base in places.bases().items():
+        name = os.path.basename(path)
+        if name.startswith(layout.OWN_BASES):
+            for disk in _overlays(places, {name, os.path.basename(base)}):
+                overlay.flatten(disk, base)
+                layout.flush(disk)
+            os.unlink(base)
+        else:
+            _move_into_cache(base, path)
+
+
+def _overlays(places: layout.Layout, names: set[str]) -> list[str]:
+    """Paths of the disks that stand on a base image.
+
+    :param names: of the base image
+    """
+    images = [path for path, disk_format in places.formats().items()
+              if disk_format == 'qcow2' and os.path.isfile(path)]
+    return [path for path in images
+            if os.path.basename(layout.backing_file(path) or '') in names]
 
 
 def heads(disks: list[dict[str, ty.Any]]) -> dict[str, str]:

@@ -130,9 +130,7 @@ class Transfer:
             self._here.connect()
             # libvirt may spell the path of the pool another way.
             self._here.layout = self._places
-            needed = {place: sum(file.allocation() for file in self._files
-                                 if file.place == place)
-                      for place in (layout.POOL, layout.DIRECTORY)}
+            needed = layout.room(self._files)
         with self._located(self.there.daemon):
             self.there.connect()
             self.there.check(self._places, self._name, needed)

@@ -34,6 +34,7 @@ from nova import exception
 from nova.tests.fixtures import libvirt_storage
 from nova.tests.unit.virt.libvirt import test_storage_migrate as base
 from nova.virt.libvirt import driver
+from nova.virt.libvirt.storage import local
 from nova.virt.libvirt.storage import site
 
 BOOTS_FROM_VOLUME = {
@@ -258,8 +259,10 @@ class LeftoverTestCase(base.FinishMixin, base.DriverTestCase):
     def test_hard_reboot_makes_the_files_the_servers_own(self):
         self._leave()
         os.rename(self.directory, self.places.kept_directory)
-        with mock.patch.object(driver.LibvirtDriver, '_hard_reboot') as nova:
+        with (mock.patch.object(driver.LibvirtDriver, '_hard_reboot') as nova,
+              mock.patch.object(local, 'take_bases') as take_bases):
             self.driver._hard_reboot(self.context, self.instance, [], None)
+        take_bases.assert_called_once_with(self.places)
         nova.assert_called_once_with(self.context, self.instance, [], None)
         self.assertEqual([self.places.volume_name('disk')], self._volumes())
         self.assertTrue(os.path.exists(self.places.record_path))

@@ -29,9 +29,11 @@ from nova.tests.unit.virt.libvirt.storage import test_directory
 from nova.tests.unit.virt.libvirt import test_storage_migrate
 from nova.virt.libvirt import driver
 from nova.virt.libvirt import imagebackend
+from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import image
 from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt.storage import local
+from nova.virt.libvirt.storage import overlay
 from nova.virt.libvirt import storage_migrate
 
 BAIT = '/proc/kmsg'
@@ -380,10 +382,10 @@ class BaseImageTestCase(HostileTestCase):
         self._assert_arrived(name)
         self.glance.assert_not_called()
 
-    def test_base_that_nova_makes_does_not(self):
+    def test_so_does_one_that_this_host_made_for_itself(self):
         name = self._overlay('ephemeral_1_0706d66')
         self._migrate()
-        self.assertNotIn(name, self._arrived())
+        self._assert_arrived(name)
         self.glance.assert_not_called()
 
     def test_glance_is_asked_before_the_server_is_off(self):
@@ -412,6 +414,7 @@ class BaseImageTestCase(HostileTestCase):
             storage_migrate.IMAGE_CACHE_POOL, self.source.pools)
 
 
+@ddt.ddt
 class AdoptTestCase(HostileTestCase, test_storage_migrate.FinishMixin):
     """This host is the destination."""
 
@@ -461,6 +464,42 @@ class AdoptTestCase(HostileTestCase, test_storage_migrate.FinishMixin):
         with mock.patch('os.link', cross):
             self._finish(self.disks)
         self._assert_in_cache()
+
+    @ddt.data('ephemeral_1_0706d66', 'swap_64')
+    def test_base_of_the_source_s_own_does_not_get_into_the_cache(self, name):
+        base = self._add_file(layout.BASE + name, HOSTILE)
+        os.mkdir(layout.cache_dir())
+        with open(os.path.join(layout.cache_dir(), name), 'wb') as file:
+            file.write(b'of this host')
+        overlays = {self._add_file(disk, b''): f'/elsewhere/{backing}'
+                    for disk, backing in (
+                        ('disk.eph0', name), ('disk.eph1', name),
+                        ('disk', '0123'), ('disk.eph2', layout.BASE + name))}
+        self._add_record(dict.fromkeys(overlays, 'qcow2'))
+        with (mock.patch.object(overlay, 'flatten') as flatten,
+              mock.patch.object(layout, 'backing_file', overlays.get)):
+            flushed = self._flushed([])
+        flattened = [os.path.join(self.directory, disk) for disk in (
+            'disk.eph0', 'disk.eph1', 'disk.eph2')]
+        self.assertCountEqual([mock.call(path, base) for path in flattened],
+                              flatten.call_args_list)
+        self.assertLessEqual(set(flattened), set(flushed))
+        self.assertFalse(os.path.exists(base))
+        self.assertEqual([name], os.listdir(layout.cache_dir()))
+        self.assertFalse(os.path.exists(self.marker))
+
+    def test_base_that_cannot_be_copied_fails_the_migration(self):
+        base = self._add_file(layout.BASE + 'ephemeral_1_0706d66', HOSTILE)
+        self._add_record({self._add_file('disk.eph0', b''): 'qcow2'})
+        failure = errors.StorageError('no room', 'Revert it.')
+        with (mock.patch.object(overlay, 'flatten', side_effect=failure),
+              mock.patch.object(layout, 'backing_file',
+                                return_value='/x/ephemeral_1_0706d66')):
+            error = self.assertRaises(
+                exception.MigrationError, self._finish, [])
+        self.assertIn('no room', str(error))
+        for path in base, self.marker:
+            self.assertTrue(os.path.exists(path))
 
     def test_head_that_is_not_what_was_sent_is_an_error(self):
         path = self._add_file('disk.eph0', HOSTILE)

@@ -11,6 +11,7 @@
 #    under the License.
 
 
+import dataclasses
 import os
 from unittest import mock
 
@@ -328,6 +329,21 @@ class PlanTestCase(LayoutTestCase):
     def test_head_that_a_guest_wrote(self, disk_format, length):
         file, = self.places.plan([self._add_file('disk', disk_format)])
         self.assertEqual(length, file.head_bytes)
+
+    def test_own_base_needs_room_beside_its_copy_in_the_disk(self):
+        path = os.path.join(
+            self.useFixture(fixtures.TempDir()).path, 'ephemeral_1_a')
+        with open(path, 'wb') as file:
+            file.write(b'a' * 8192)
+            file.flush()
+            os.fsync(file.fileno())
+        files = self.places.plan([], [path])
+        size = os.stat(path).st_blocks * 512
+        self.assertEqual({layout.POOL: size, layout.DIRECTORY: size},
+                         layout.room(files))
+        other = dataclasses.replace(files[0], name='base_0123')
+        self.assertEqual({layout.POOL: 0, layout.DIRECTORY: size},
+                         layout.room([other]))
 
     def test_base_images_go_along(self):
         base, = self.places.plan([], ['/_base/0123'])
