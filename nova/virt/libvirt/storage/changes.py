@@ -34,6 +34,7 @@ import fcntl
 import hashlib
 import os
 import struct
+import time
 import typing as ty
 
 from oslo_utils import units
@@ -73,6 +74,16 @@ DIGEST_BYTES = 12
 # blocks.
 TABLE_BYTES = 16 * units.Mi
 TABLE_BYTES_PER_TIB = 48 * units.Mi
+
+# How many threads read a disk again when its guest is off, and waits for that.
+# While the guest runs there is one: the guest needs the processors, too.
+LAST_READERS = 4
+
+# A disk is read again in sections of at least this size, and in no more of
+# them than this, each of which has at most so many ranges.
+SECTION_BYTES = 64 * units.Mi
+MOST_SECTIONS = 256
+MOST_SECTION_RANGES = 512
 
 # The room that a clone leaves in a file system, so that guests can go on.
 RESERVED_BYTES = units.Gi
@@ -295,14 +306,8 @@ class Hashes:
             with _source_errors(self._file.path):
                 _within(stall_seconds, self._file.settle)
         self.length = self._file.length
-        comparison = _Comparison(
-            self._file.path, self._table, self.skip, self.length)
-        length = max(0, self.length - self.skip)
-        stream.copy(
-            _Source(self._file.path, 'file',
-                    [self._file.chunks(self.skip, self.length)]),
-            comparison, length, cancel=cancel, stall_seconds=stall_seconds)
-        return comparison.ranges
+        look = _Look(self._file, self._table, self.skip, self.length)
+        return look.run(LAST_READERS if last else 1, cancel, stall_seconds)
 
     def source(self, ranges: Ranges | None = None) -> stream.Source:
         # The copy is cut off at this length, too.
@@ -326,41 +331,110 @@ class Hashes:
         self._file.close()
 
 
-class _Comparison:
-    """Takes a file, as the sink of a copy, and finds what has changed in it.
+class _Look:
+    """Reads a file again, in several threads, and finds what has changed."""
 
-    :ivar ranges: what has changed
-    """
-    sparse = True
+    def __init__(self, file: '_File', table: '_Table', skip: int, length: int):
+        """Divide the file into sections of whole blocks.
 
-    def __init__(self, path: str, table: '_Table', skip: int, length: int):
-        self.path = path
-        self.ranges = Ranges()
+        :param skip: bytes at the start of the file to leave out
+        :param length: bytes of the file, with those
+        """
+        self._file = file
         self._table = table
         self._skip = skip
         self._length = length
-        self._cutter = _Cutter(0, table.block)
+        size = max(SECTION_BYTES, (length - skip) // MOST_SECTIONS)
+        self._size = size + -size % table.block
+        # All threads take their next section from here.
+        self._starts = iter(range(skip, length, self._size))
+        self._found: dict[int, Ranges] = {}
+        # Bytes read so far, or about: grows as long as anything moves.
+        self._read = 0
+        self._error: Exception | None = None
 
-    def data(self, data: bytes) -> None:
-        self._compare(self._cutter.add(data))
+    def run(
+        self, readers: int, cancel: stream.CancelEvent | None,
+        stall_seconds: float,
+    ) -> Ranges:
+        """Read all sections, and tell what has changed in them.
 
-    def hole(self, length: int) -> None:
-        self._compare(self._cutter.add(length))
+        Blocks the calling native thread, as stream.copy() does.
 
-    def finish(self) -> None:
-        self._compare(self._cutter.end())
+        :raises: CopyError, Cancelled
+        """
+        if cancel is not None and cancel.is_set():
+            raise errors.Cancelled()
+        self._wait([self._start() for _ in range(readers)], cancel,
+                   stall_seconds)
+        ranges = Ranges()
+        for _start, found in sorted(self._found.items()):
+            for start, end in found:
+                ranges.add(start, end)
+        return ranges
 
-    def abort(self) -> None:
-        pass
+    def _start(self) -> ty.Any:
+        thread = threads.native_threading().Thread(
+            target=self._read_sections, name='changes-read', daemon=True)
+        thread.start()
+        return thread
 
-    def _compare(
-        self, blocks: ty.Iterator[tuple[int, int, 'Block']],
+    def _wait(
+        self, readers: list[ty.Any], cancel: stream.CancelEvent | None,
+        stall_seconds: float,
+    ) -> None:
+        last_move, read = time.monotonic(), 0
+        while self._error is None and any(
+                reader.is_alive() for reader in readers):
+            next(filter(lambda reader: reader.is_alive(), readers),
+                 readers[0]).join(stream.POLL_SECONDS)
+            now = time.monotonic()
+            if self._read != read:
+                last_move, read = now, self._read
+            if cancel is not None and cancel.is_set():
+                self._fail(errors.Cancelled())
+            elif now - last_move > stall_seconds:
+                self._fail(errors.CopyError(
+                    'source', self._file.path, read,
+                    f'nothing moved for {stall_seconds} seconds'))
+        if self._error is not None:
+            for reader in readers:
+                reader.join(stream.END_SECONDS / len(readers))
+            raise self._error
+
+    def _fail(self, error: Exception) -> None:
+        """Make all threads stop. The first error is kept."""
+        self._error = self._error or error
+
+    def _read_sections(self) -> None:
+        try:
+            for start in self._starts:
+                self._found[start] = self._compare(
+                    start, min(start + self._size, self._length))
+        except Exception as error:
+            self._fail(error)
+
+    def _compare(self, start: int, end: int) -> Ranges:
+        """Find what has changed in a section."""
+        ranges = Ranges(MOST_SECTION_RANGES)
+        cutter = _Cutter(start - self._skip, self._table.block)
+        with _source_errors(self._file.path, start):
+            for chunk in self._file.chunks(start, end):
+                if self._error is not None:
+                    break
+                self._add(ranges, cutter.add(chunk))
+                self._read += stream.length_of(chunk)
+        self._add(ranges, cutter.end())
+        return ranges
+
+    def _add(
+        self, ranges: Ranges, blocks: ty.Iterator[tuple[int, int, 'Block']],
     ) -> None:
         size = self._table.block
         for block in blocks:
             for number in self._table.differing(*block):
                 start = self._skip + number * size
-                self.ranges.add(start, min(start + size, self._length))
+                ranges.add(start, min(start + size, self._length))
 
 
 # Bytes of a block, or None if all of them are zeros.
@@ -837,12 +911,12 @@ class _Source:
 
 
 @contextlib.contextmanager
-def _source_errors(path: str) -> ty.Iterator[None]:
+def _source_errors(path: str, done: int = 0) -> ty.Iterator[None]:
     """Tell errors of a look as those of a copy are told."""
     try:
         yield
     except OSError as error:
-        raise errors.CopyError('source', path, 0, error) from error
+        raise errors.CopyError('source', path, done, error) from error
 
 
 _T = ty.TypeVar('_T')

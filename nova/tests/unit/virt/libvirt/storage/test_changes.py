@@ -24,6 +24,7 @@ from nova import test
 from nova.tests import changing_disk
 from nova.virt.libvirt.storage import changes
 from nova.virt.libvirt.storage import errors
+from nova.virt.libvirt.storage import threads
 
 BLOCK = changing_disk.BLOCK
 
@@ -194,6 +195,109 @@ class HashesTestCase(changing_disk.EngineTests, test.NoDBTestCase):
         room = -(-size // table.block) * changes.DIGEST_BYTES
         self.assertLessEqual(
             room, max(16 * units.Mi, 48 * units.Mi * size // units.Ti))
+
+
+class SectionsTestCase(HashesTestCase):
+    """A disk is read again in many sections, as a large one is."""
+
+    def setUp(self):
+        super().setUp()
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.changes.SECTION_BYTES', BLOCK))
+
+    def _patch_chunks(self, chunks):
+        """Let something else yield the sections of a disk."""
+        read = changes._File.chunks
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.changes._File.chunks',
+            lambda file, start, end: chunks(read(file, start, end), start)))
+
+    def _follow_copied(self, blocks=16):
+        """Track a disk that was copied."""
+        tracked = self.follow(self.open_disk(os.urandom(blocks * BLOCK)))
+        changing_disk.Copy(tracked)
+        return tracked
+
+    def test_the_last_look_reads_sections_at_once(self):
+        barrier = threads.native_threading().Barrier(
+            changes.LAST_READERS, timeout=60)
+
+        def meet(chunks, start):
+            barrier.wait()
+            yield from chunks
+
+        tracked = self._follow_copied(2 * changes.LAST_READERS)
+        self._patch_chunks(meet)
+        self.assertEqual([], list(tracked.look(last=True)))
+
+    def test_one_section_at_a_time_while_the_guest_runs(self):
+        readers = set()
+
+        def note(chunks, start):
+            readers.add(threads.native_threading().get_ident())
+            yield from chunks
+
+        tracked = self._follow_copied()
+        self._patch_chunks(note)
+        tracked.look()
+        self.assertEqual(1, len(readers))
+
+    def test_there_are_never_many_sections(self):
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.changes.MOST_SECTIONS', 4))
+        starts = []
+
+        def note(chunks, start):
+            starts.append(start)
+            yield from chunks
+
+        tracked = self._follow_copied(20)
+        self._patch_chunks(note)
+        tracked.look()
+        self.assertEqual([0, 5 * BLOCK, 10 * BLOCK, 15 * BLOCK], starts)
+
+    def test_an_error_of_one_section_is_that_of_the_look(self):
+        def fail(chunks, start):
+            if start == 7 * BLOCK:
+                raise OSError(errno.EIO, 'Input/output error')
+            yield from chunks
+
+        tracked = self._follow_copied()
+        self._patch_chunks(fail)
+        error = self.assertRaises(
+            errors.CopyError, tracked.look, last=True)
+        self.assertIn(
+            f'source failed after {7 * BLOCK} bytes: [Errno 5]', str(error))
+
+    def _hang(self):
+        """Let the disk hang when half of it has been read.
+
+        :returns: set when it does
+        """
+        hangs, go_on = (
+            threads.native_threading().Event() for _index in range(2))
+        self.addCleanup(go_on.set)
+
+        def hang(chunks, start):
+            if start == 8 * BLOCK:
+                hangs.set()
+                go_on.wait(60)
+            yield from chunks
+
+        self._patch_chunks(hang)
+        return hangs
+
+    def test_a_disk_that_hangs(self):
+        tracked = self._follow_copied()
+        self._hang()
+        error = self.assertRaises(
+            errors.CopyError, tracked.look, last=True, stall_seconds=0.3)
+        self.assertIn('nothing moved for 0.3 seconds', str(error))
+
+    def test_cancel_a_look_that_hangs(self):
+        tracked = self._follow_copied()
+        self.assertRaises(
+            errors.Cancelled, tracked.look, last=True, cancel=self._hang())
 
 
 class TrackTestCase(test.NoDBTestCase):
