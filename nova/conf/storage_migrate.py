@@ -48,6 +48,8 @@ with disks in the pool keep working too.
 Related options:
 
 * ``images_type`` must be one of ``default``, ``raw``, ``flat`` and ``qcow2``.
+  With ``rbd``, leave this option off: disks in Ceph need no storage pool of
+  libvirt to migrate without SSH.
 * ``vol_upload_migration``: without it, a server with disks in a pool cannot
   be cold migrated or resized to another host.
 """),
@@ -99,6 +101,10 @@ For a server with disks in a storage pool, nova-compute creates new volumes in
 the pool of the destination host over a remote libvirt connection, and copies
 the data through libvirt's volume streams. Neither host needs an SSH daemon,
 key or login for this.
+
+For a server that has all its disks in Ceph (``images_type = rbd``) or in
+Cinder, no disk is copied. Its kernel, ramdisk, config drive and vTPM state go
+over libvirt, if it has any of them in files.
 
 Servers with disks in the instance directory are migrated over SSH, unless
 ``vol_upload_migration_legacy`` is set too.

@@ -350,8 +350,8 @@ class LibvirtDriver(driver.LibvirtDriver):
         if is_here and places.volumes():
             return self._copy_here_and_power_off(
                 server, places, flavor, timeout, retry_interval)
-        if is_here or not (enters_pool or self._moves_over_libvirt(
-                server, places, dest)):
+        if is_here or not (
+                enters_pool or self._moves_over_libvirt(places, dest)):
             return super().migrate_disk_and_power_off(
                 context, instance, dest, flavor, network_info,
                 block_device_info, timeout, retry_interval)
@@ -480,6 +480,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         instance.progress = 0
         disks = jsonutils.loads(disk_info)
         places = layout.Layout.of(instance)
+        self._check_root(migration, instance, disks, block_device_info)
         try:
             _native(local.adopt, places, disks)
         except (errors.StorageError, OSError) as error:
@@ -489,6 +490,31 @@ class LibvirtDriver(driver.LibvirtDriver):
             context, migration, instance, jsonutils.dumps(others),
             network_info, image_meta, resize_instance, allocations,
             block_device_info, power_on, **later)
+
+    def _check_root(
+        self, migration, instance, disks, block_device_info,
+    ) -> None:
+        """Check that the root disk of a server that arrives is not lost.
+
+        Nova would make a new one of the image where this host does not have
+        the storage that the source host has.
+
+        :raises: MigrationError
+        """
+        if self._is_booted_from_volume(block_device_info):
+            return
+        if self.image_backend.backend().is_shared_block_storage():
+            is_here = self.image_backend.by_name(instance, 'disk').exists()
+        else:
+            places = layout.Layout.of(instance)
+            is_here = any(places.disk_name(info['path']) == 'disk'
+                          for info in disks)
+        if not is_here:
+            raise exception.MigrationError(reason=_(
+                'this host does not see the root disk of the server. Set '
+                '[libvirt]images_type, images_rbd_pool and '
+                'images_rbd_ceph_conf as on host %s.') %
+                migration.source_compute)
 
     def _is_novas(self, places, info) -> bool:
         """Whether Nova's code may convert a disk that arrived.
@@ -554,6 +580,24 @@ class LibvirtDriver(driver.LibvirtDriver):
             layout.Layout.of(instance).saved_vtpm_path, instance.uuid)
         if os.path.exists(saved):
             libvirt_utils.restore_vtpm_dir(saved)
+
+    @hooks.as_nova_declares
+    def cleanup(self, context, instance, network_info,
+                block_device_info=None, destroy_disks=True, *args, **kwargs):
+        """Also delete the instance directory that came with a migration.
+
+        Nova keeps that of a server with disks in Ceph in a revert. It would
+        be in the way when the server comes again.
+        """
+        super().cleanup(context, instance, network_info, block_device_info,
+                        destroy_disks, *args, **kwargs)
+        places = layout.Layout.of(instance)
+        # Where the source host kept it beside this one, Nova deletes it.
+        if (CONF.libvirt.vol_upload_migration and not destroy_disks and
+                instance.task_state == task_states.RESIZE_REVERTING and
+                self.image_backend.backend().is_shared_block_storage() and
+                not os.path.exists(places.kept_directory)):
+            self._delete_leftovers(instance, places)
 
     def delete_instance_files(self, instance):
         """Delete a server's files on this host, and its volumes.
@@ -717,9 +761,12 @@ class LibvirtDriver(driver.LibvirtDriver):
 
     def _list_read_only(self, instance) -> set[str]:
         """Paths of the disks that the guest cannot write."""
-        return {disk.source_path
-                for disk in self._host.get_guest(instance).get_all_disks()
+        return {disk.source_path for disk in self._list_disks(instance)
                 if disk.readonly}
+
+    def _list_disks(self, instance) -> list[ty.Any]:
+        """The disks of a server's domain, as Nova reads its XML."""
+        return self._host.get_guest(instance).get_all_disks()
 
     def _is_shared_block_storage(
         self, instance, dest_check_data, block_device_info=None,
@@ -827,7 +874,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         with (self._copying(instance) as copy,
               live.files_to_send(places, notice.sent) as files):
             move = self._new_transfer(
-                places, dest, files, instance.name, claim)
+                places, dest, files, instance.name, claim, uses_pool=True)
             try:
                 _native(move.send, copy.cancel)
             finally:
@@ -990,9 +1037,11 @@ class LibvirtDriver(driver.LibvirtDriver):
         if CONF.libvirt.images_type not in image.IMAGE_TYPES:
             raise exception.InvalidConfiguration(_(
                 '[libvirt]use_storage_pools cannot be used with '
-                '[libvirt]images_type = %(type)s. Set it to one of '
-                '%(types)s.') % {'type': CONF.libvirt.images_type,
-                                 'types': ', '.join(image.IMAGE_TYPES)})
+                '[libvirt]images_type = %(type)s. Set it to one of %(types)s, '
+                'or switch use_storage_pools off: [libvirt]'
+                'vol_upload_migration alone migrates disks in Ceph without '
+                'SSH.') % {'type': CONF.libvirt.images_type,
+                           'types': ', '.join(image.IMAGE_TYPES)})
         if os.path.realpath(CONF.libvirt.disks_pool_path) == os.path.realpath(
                 CONF.instances_path):
             raise exception.InvalidConfiguration(_(
@@ -1025,21 +1074,16 @@ class LibvirtDriver(driver.LibvirtDriver):
                 {'pool': CONF.libvirt.disks_pool, 'raw': ', '.join(raw)})
         return bool(raw)
 
-    def _moves_over_libvirt(self, server, places, dest) -> bool:
+    def _moves_over_libvirt(self, places, dest) -> bool:
         """Whether a server is one to migrate without Nova's own code.
 
-        One with volumes in the pool always is, if only to be refused. One
-        that has no disks of its own, only Cinder's, is if that is enabled,
-        and one with an instance directory if that is, and is not shared.
+        One with volumes in the pool always is, if only to be refused. Any
+        other is if its instance directory is to go over libvirt, and is not
+        shared.
         """
-        if places.volumes():
-            return True
-        if self._streams_files(places):
-            return not self._is_path_shared_with(dest, places.directory)
-        return (CONF.libvirt.vol_upload_migration and
-                CONF.libvirt.use_storage_pools and
-                self._is_booted_from_volume(server.block_device_info) and
-                not places.has_files())
+        return bool(places.volumes()) or (
+            self._streams_files(places) and
+            not self._is_path_shared_with(dest, places.directory))
 
     def _enters_pool(self, server, places, dest) -> bool:
         """Whether a server's disks go from its directory into a pool.
@@ -1071,10 +1115,8 @@ class LibvirtDriver(driver.LibvirtDriver):
     @staticmethod
     def _streams_files(places) -> bool:
         """Whether a server's instance directory is to go over libvirt."""
-        return (CONF.libvirt.vol_upload_migration and
-                CONF.libvirt.vol_upload_migration_legacy and
-                CONF.libvirt.images_type not in NOT_STREAMED and
-                not places.volumes())
+        return (_avoids_ssh(places) and not places.volumes() and
+                CONF.libvirt.images_type not in NOT_STREAMED)
 
     def _is_path_shared_with(self, dest, path):
         """Whether this host and another have a directory in common.
@@ -1083,14 +1125,13 @@ class LibvirtDriver(driver.LibvirtDriver):
 
         :raises: InstanceFaultRollback if the other host does not say
         """
-        if not (CONF.libvirt.vol_upload_migration and
-                CONF.libvirt.vol_upload_migration_legacy):
+        places = layout.Layout(
+            os.path.basename(path), CONF.libvirt.disks_pool_path, path)
+        if not _avoids_ssh(places):
             return super()._is_path_shared_with(dest, path)
         if dest == self.get_host_ip_addr():
             return True
         with _refused_on_error(None):
-            places = layout.Layout(
-                os.path.basename(path), CONF.libvirt.disks_pool_path, path)
             move = self._new_transfer(places, dest, [], '')
             try:
                 return _native(move.shares_directory)
@@ -1163,8 +1204,15 @@ class LibvirtDriver(driver.LibvirtDriver):
     def _disk_info(self, server) -> list[dict[str, ty.Any]]:
         """Nova's list of the disks of a server that have to go along.
 
-        :raises: Refused if nova-compute may not read one of them
+        :raises: Refused if nova-compute may not read one of them, or if
+            there is one that is nobody's
         """
+        volumes = {volume['mount_device'].rpartition('/')[2]
+                   for volume in virt_driver.block_device_info_get_mapping(
+                       server.block_device_info)}
+        for disk in self._list_disks(server.instance):
+            if disk.target_dev not in volumes:
+                _refuse_unknown(server.instance, disk)
         return layout.without_swap(self._read_disk_info(
             server.instance, server.block_device_info))
 
@@ -1421,6 +1469,36 @@ def _is_unfinished(instance, places: layout.Layout) -> bool:
     """
     return any(claim.source in ('', instance.host)
                for claim in places.claims().values())
+
+
+def _avoids_ssh(places: layout.Layout) -> bool:
+    """Whether a server without disks in a pool is to migrate without SSH.
+
+    One whose disks are all in Ceph or in Cinder is: hardly a file goes along.
+    Disks in the instance directory have an option of their own.
+    """
+    return CONF.libvirt.vol_upload_migration and (
+        CONF.libvirt.vol_upload_migration_legacy or not places.has_files())
+
+
+def _refuse_unknown(instance, disk) -> None:
+    """Refuse a server with a disk that would be left behind.
+
+    Nova lists files and devices. Of all others only those that it made in
+    its own pool in Ceph are on the other host too.
+
+    :param disk: of its domain, and none of Cinder's
+    :raises: Refused
+    """
+    name = disk.source_name or ''
+    is_in_ceph = disk.source_protocol == 'rbd' and name.startswith(
+        f'{CONF.libvirt.images_rbd_pool}/{instance.uuid}_')
+    if disk.source_type in (None, 'file', 'block') or is_in_ceph:
+        return
+    raise errors.Refused(
+        f'disk {disk.target_dev} ({disk.source_protocol or disk.source_type} '
+        f'{name}) is neither of Cinder nor in [libvirt]images_rbd_pool',
+        'If nobody needs it, hard reboot the server.')
 
 
 def _is_on_one_host(migration) -> bool:

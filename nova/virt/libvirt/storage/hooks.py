@@ -118,6 +118,11 @@ HOOKS = {
         ('context', 'data'), 'Looks for that marker.'),
     'check_instance_shared_storage_cleanup': Hook(
         ('context', 'data'), 'Deletes that marker.'),
+    'cleanup': Hook(
+        ('context', 'instance', 'network_info', 'block_device_info',
+         'destroy_disks'),
+        'Deletes the instance directory of a server with disks in Ceph whose '
+        'migration is reverted.'),
     'delete_instance_files': Hook(
         ('instance',),
         'Deletes the volumes of a server, and stops their copy.'),

@@ -297,6 +297,11 @@ class Layout:
                  for path in _list(self.directory, 'disk')}
         return bool(names - {'disk.config', RECORD})
 
+    def has_state(self) -> bool:
+        """Whether more goes along than disks and companions."""
+        return os.path.exists(self.record_path) or os.path.exists(
+            self.vtpm_path)
+
     def claims(self) -> dict[str, Claim]:
         """The claims on the server's files here, by path."""
         found = {}

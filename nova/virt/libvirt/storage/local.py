@@ -44,6 +44,9 @@ CONF = nova.conf.CONF
 # Key in what a source says of its first disk: the digests of files' heads.
 _HEADS = 'nova_storage_migrate_heads'
 
+# Stands for the first disk of a server that has none of its own.
+_NO_DISK = {'path': '', 'type': 'none'}
+
 # Formats that are recorded, those of disks that are files.
 _FILE_FORMATS = ('qcow2', 'raw')
 
@@ -114,8 +117,9 @@ def add_heads(disks: list[dict[str, ty.Any]], digests: dict[str, str]) -> None:
 
     Nova's own driver ignores this.
     """
-    if disks and digests:
-        disks[0] = disks[0] | {_HEADS: digests}
+    if digests:
+        first = disks[0] if disks else _NO_DISK
+        disks[:1] = [first | {_HEADS: digests}]
 
 
 def _check_head(path: str, digest: str) -> None:

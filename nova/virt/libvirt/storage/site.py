@@ -314,13 +314,14 @@ class Site:
 
         :param here: where the files are on the source host
         :param name: of the server's domain
-        :param needed: bytes that the files of each place take up
+        :param needed: bytes that the files of each place take up, nothing if
+            there are none
         :raises: Refused, libvirtError, TimeoutError
         """
         self._instances()
         self._check_domain(name)
         self.is_shared = self._find_shared(here)
-        if self.is_shared:
+        if self.is_shared or not needed:
             return
         found = self._find()
         self._check_names(found)

@@ -118,6 +118,9 @@ class Transfer:
         self._name = name
         self._bandwidth = bandwidth
         self._early: dict[str, _Early] = {}
+        # All disks may be in Ceph or in Cinder. Whatever is in the instance
+        # directory there is in nobody's way then, as with Nova's own driver.
+        self._is_empty = not (files or here.layout.has_state())
 
     def check(self) -> None:
         """Connect to both hosts; check that the other can take the server.
@@ -130,7 +133,7 @@ class Transfer:
             self._here.connect()
             # libvirt may spell the path of the pool another way.
             self._here.layout = self._places
-            needed = layout.room(self._files)
+            needed = {} if self._is_empty else layout.room(self._files)
         with self._located(self.there.daemon):
             self.there.connect()
             self.there.check(self._places, self._name, needed)
@@ -158,7 +161,7 @@ class Transfer:
 
         :raises: HostError
         """
-        if not self.there.is_shared:
+        if not (self.there.is_shared or self._is_empty):
             with self._located(self.there.daemon):
                 self.there.claim()
 
@@ -192,6 +195,8 @@ class Transfer:
         :param cancel: stops the copy when set
         :raises: HostError, Cancelled
         """
+        if self._is_empty:
+            return
         with self._located(self._here.daemon):
             files = [*self._files, *self._here.vtpm(), self._record()]
             total = sum(map(self._here.length, files))
@@ -231,6 +236,8 @@ class Transfer:
 
         :raises: HostError
         """
+        if self._is_empty:
+            return
         with self._located(self.there.daemon):
             self.there.discard()
 

@@ -77,6 +77,9 @@ class DriverTestCase(test.NoDBTestCase):
         self.directory = self.places.directory
         os.mkdir(self.directory)
         self._patch_driver()
+        self.disks = self.useFixture(fixtures.MockPatchObject(
+            storage_migrate.LibvirtDriver, '_list_disks',
+            return_value=[])).mock
         self.save = self.useFixture(fixtures.MockPatchObject(
             objects.Instance, 'save')).mock
         self.migration = mock.Mock(spec=objects.Migration)
@@ -306,6 +309,9 @@ class MigrateTestCase(DriverTestCase):
     def test_server_with_files_takes_novas_path(self, pools, upload, nova):
         self.flags(use_storage_pools=pools, vol_upload_migration=upload,
                    group='libvirt')
+        path = self._add_file('disk', b'what the guest wrote')
+        self._add_record({path: 'raw'})
+        self.disk_info.return_value = [{'path': path, 'type': 'raw'}]
         self.assertEqual(nova.return_value, self._migrate())
         nova.assert_called_once()
         self.assertEqual([], self.hosts.opened)
@@ -316,7 +322,8 @@ class MigrateTestCase(DriverTestCase):
         self._migrate(block_device_info={
             'block_device_mapping': [root], 'ephemerals': [],
             'root_device_name': '/dev/vda'})
-        self.assertIn(self.directory + '/disk.info', self.dest.files)
+        self.calls.power_off.assert_called_once()
+        self._assert_nothing_on_destination()
 
 
 class PrecopyTestCase(DriverTestCase):
@@ -820,13 +827,14 @@ class CrashTestCase(CrashMixin, DriverTestCase):
 class FinishMixin:
     """Finishes a migration on this host."""
 
-    def _finish(self, disk_info):
+    def _finish(self, disk_info, **kwargs):
+        migration = mock.Mock(source_compute='gone')
         with mock.patch.object(
                 driver.LibvirtDriver, 'finish_migration') as nova:
             self.driver.finish_migration(
-                self.context, mock.sentinel.migration, self.instance,
+                self.context, migration, self.instance,
                 jsonutils.dumps(disk_info), mock.sentinel.network_info,
-                mock.sentinel.image_meta, False, {})
+                mock.sentinel.image_meta, False, {}, **kwargs)
         return jsonutils.loads(nova.call_args.args[3])
 
     def _claim(self, source='gone', directory=None):
@@ -866,7 +874,7 @@ class FinishTestCase(FinishMixin, DriverTestCase):
 
     def test_progress_ends(self):
         self.instance.progress = 100
-        self._finish([])
+        self._finish([{'path': 'disk', 'type': 'qcow2'}])
         self.assertEqual(0, self.instance.progress)
 
     def test_volume_that_is_not_there_is_an_error(self):
@@ -1423,7 +1431,9 @@ class StartTestCase(DriverTestCase):
 
     def test_image_type_that_has_no_files_is_refused(self):
         self.flags(images_type='rbd', group='libvirt')
-        self.assertRaises(exception.InvalidConfiguration, self._init_host)
+        error = self.assertRaises(
+            exception.InvalidConfiguration, self._init_host)
+        self.assertIn('vol_upload_migration alone migrates', str(error))
 
     def test_nothing_happens_with_the_options_off(self):
         self.flags(use_storage_pools=False, vol_upload_migration=False,

@@ -163,6 +163,7 @@ class MigrateTestCase(DirectoryTestCase):
     def test_both_options_are_needed(self, upload, legacy):
         self.flags(vol_upload_migration=upload,
                    vol_upload_migration_legacy=legacy, group='libvirt')
+        self._add_files()
         with mock.patch.object(
                 driver.LibvirtDriver, '_is_path_shared_with') as nova:
             self.assertEqual(self.nova.return_value, self._migrate())

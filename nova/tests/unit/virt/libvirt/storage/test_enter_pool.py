@@ -129,6 +129,7 @@ class EnterPoolTestCase(test_storage_migrate.DriverTestCase):
             self.assert_stays_a_file()
 
     def test_disk_that_nova_did_not_make_keeps_them_files(self):
+        self.add()
         self.add('snapshot')
         self.assert_stays_a_file()
 

@@ -135,7 +135,8 @@ class LaterTestCase(test_storage_migrate.DriverTestCase):
         with mock.patch.object(driver.LibvirtDriver, 'finish_migration',
                                autospec=False) as nova:
             self.driver.finish_migration(
-                self.context, mock.sentinel.migration, self.instance, '[]',
+                self.context, mock.sentinel.migration, self.instance,
+                '[{"path": "disk", "type": "qcow2"}]',
                 mock.sentinel.network_info, mock.sentinel.image_meta, False,
                 {}, share_info=mock.sentinel.shares)
         self.assertEqual(

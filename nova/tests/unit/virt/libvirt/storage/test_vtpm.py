@@ -179,7 +179,7 @@ class FinishTestCase(VtpmMixin, test_storage_migrate.FinishMixin,
         with open(state, 'w'):
             pass
         self._claim()
-        flushed = self._flushed([])
+        flushed = self._flushed([{'path': 'disk', 'type': 'none'}])
         self.assertLessEqual(
             {state, saved, os.path.dirname(saved), self.directory}, flushed)
 
