@@ -96,7 +96,8 @@ class MigrateTestCase(HostileTestCase):
 
     def test_nor_is_what_goes_beside_a_pool(self):
         self.flags(use_storage_pools=True, group='libvirt')
-        self.dest.add_pool('nova-disks', '/srv/disks')
+        self.dest.add_pool(
+            'nova-disks', '/srv/disks', mode=0o755, **test_directory.NOVA)
         self._add_disk(disk_format='qcow2')
         self._add_file('kernel', HOSTILE)
         self._migrate()

@@ -92,7 +92,8 @@ class PoolTestCase(VtpmMixin, test_storage_migrate.DriverTestCase):
     def setUp(self):
         super().setUp()
         self.volume = self._add_disk()
-        self.dest.directories['/srv/disks'].owner = 7
+        for path in ('/srv/disks', self.instances):
+            self.dest.directories[path].owner = 7
 
     def test_state_arrives(self):
         self._assert_state_arrives(7, 0)
