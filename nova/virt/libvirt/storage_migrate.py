@@ -501,7 +501,8 @@ class LibvirtDriver(driver.LibvirtDriver):
 
         :raises: MigrationError
         """
-        if self._is_booted_from_volume(block_device_info):
+        if (not CONF.libvirt.vol_upload_migration or
+                self._is_booted_from_volume(block_device_info)):
             return
         if self.image_backend.backend().is_shared_block_storage():
             is_here = self.image_backend.by_name(instance, 'disk').exists()

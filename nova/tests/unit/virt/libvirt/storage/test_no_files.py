@@ -200,6 +200,11 @@ class FinishTestCase(CephTestCase, test_storage_migrate.FinishMixin):
         self.exists.return_value = False
         self._finish([], block_device_info=FROM_VOLUME)
 
+    def test_option_is_off(self):
+        self.flags(vol_upload_migration=False, group='libvirt')
+        self.exists.return_value = False
+        self._finish([])
+
     def test_kernel_is_compared(self):
         claim = layout.Claim(uuids.instance, uuids.attempt, 'gone')
         with open(os.path.join(self.instances, claim.arrived_name), 'wb'):
