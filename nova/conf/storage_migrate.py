@@ -218,6 +218,27 @@ Related options:
 * ``vol_upload_migration``
 """),
     cfg.IntOpt(
+        'vol_upload_migration_max_concurrent',
+        default=2,
+        min=0,
+        help="""
+How many cold migrations and resizes from this host copy disks at once.
+
+Further ones wait in the order in which they came. A server that waits keeps
+running and has nothing on the destination host, and its migration has the
+status ``queued``. Only migrations over libvirt that have disks to copy count,
+and resizes on the host itself. 0 means unlimited.
+
+Each server that waits or copies takes one of the threads in which nova-compute
+handles requests: see ``[DEFAULT]executor_thread_pool_size``.
+
+Related options:
+
+* ``vol_upload_migration``
+* ``vol_upload_migration_bandwidth``
+* ``[DEFAULT]executor_thread_pool_size``
+"""),
+    cfg.IntOpt(
         'vol_upload_migration_stall_timeout',
         default=60,
         min=1,

@@ -44,6 +44,9 @@ class Watch:
     def end(self, name: str, result: stream.Result) -> None:
         self.results[name] = result
 
+    def changed(self, name: str, changed: int, seconds: float) -> None:
+        pass
+
     def end_pass(self, name: str, result: stream.Result) -> None:
         self.passes.append((name, result))
 

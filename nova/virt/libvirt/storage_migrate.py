@@ -74,6 +74,7 @@ from nova.virt.libvirt.storage import site
 from nova.virt.libvirt.storage import stream
 from nova.virt.libvirt.storage import threads
 from nova.virt.libvirt.storage import transfer
+from nova.virt.libvirt.storage import turns
 from nova.virt.libvirt.storage import undo
 from nova.virt.libvirt import utils as libvirt_utils
 
@@ -151,6 +152,8 @@ class LibvirtDriver(driver.LibvirtDriver):
         self.image_backend = image.Backend(CONF.use_cow_images)
         self.image_cache_manager = imagecache.ImageCacheManager()
         self._copies: dict[str, _Copy] = {}
+        self._queue = turns.Queue(
+            CONF.libvirt.vol_upload_migration_max_concurrent)
         self._leftovers = leftovers.Leftovers()
         self._bandwidth = stream.Bandwidth(
             CONF.libvirt.vol_upload_migration_bandwidth * units.Mi)
@@ -356,16 +359,19 @@ class LibvirtDriver(driver.LibvirtDriver):
                 context, instance, dest, flavor, network_info,
                 block_device_info, timeout, retry_interval)
 
+        prepare = functools.partial(
+            self._prepare, server, places, dest, flavor, enters_pool)
         with contextlib.ExitStack() as stack:
+            copy, turn = self._begin_copy(instance, stack)
+            disk_info, files, move = prepare(stack)
+            if not disk_info or move.there.is_shared:
+                turn.leave()
+            elif turn.ahead:
+                _native(move.close)
+                self._wait_for_turn(server, copy, turn, dest)
+                disk_info, files, move = prepare(stack)
             with _refused_on_error(instance):
-                copy = stack.enter_context(self._copying(instance))
-                self._check_enabled()
-                self._check_request(server, places, flavor)
-                disk_info, files = self._plan(server, places, enters_pool)
-                move = self._new_transfer(
-                    places, dest, files, instance.name, uses_pool=enters_pool)
-                stack.callback(_native, move.close)
-                self._check_and_claim(server, places, move)
+                _native(move.claim)
             with self._put_back_on_error(server, copy, dest) as steps:
                 steps.push(self._discard_copy, instance, dest, move.discard)
                 self._copy_and_power_off(
@@ -375,6 +381,7 @@ class LibvirtDriver(driver.LibvirtDriver):
                  'for %(seconds).1f s',
                  {'host': dest, 'seconds': copy.off_seconds},
                  instance=instance)
+        progress.end_off(context, instance)
         paths = {file.path: move.there.layout.path(file) for file in files}
         moved = [dict(info, path=paths[info['path']]) for info in disk_info]
         local.add_heads(moved, move.heads)
@@ -395,17 +402,63 @@ class LibvirtDriver(driver.LibvirtDriver):
         layout.refuse_raw_volumes(files)
         return disk_info, files
 
-    def _check_and_claim(self, server, places, move) -> None:
-        """Check both hosts, and take possession of the destination's names.
+    def _begin_copy(self, instance, stack) -> tuple[_Copy, turns.Turn]:
+        """Note a migration that is under way, and its place in the queue.
 
-        :raises: MigrationPreCheckError, HostError
+        :param stack: what to leave when it is over
+        :raises: InstanceFaultRollback
         """
-        self._check_vtpm(server.instance, places)
-        _native(move.check)
-        if move.there.is_shared:
-            _refuse_vtpm(server.instance, _(
-                'hosts that share its instance directory'))
-        _native(move.claim)
+        with _refused_on_error(instance):
+            copy = stack.enter_context(self._copying(instance))
+        return copy, stack.enter_context(self._queue.join())
+
+    def _prepare(
+        self, server, places, dest, flavor, enters_pool, stack,
+    ) -> tuple[list[dict[str, ty.Any]], list[layout.File], transfer.Transfer]:
+        """Plan a migration and check both hosts; change nothing.
+
+        :param stack: what to close when the migration is over
+        :returns: what Nova says of the disks, the files, and their transfer
+        :raises: InstanceFaultRollback
+        """
+        with _refused_on_error(server.instance):
+            self._check_enabled()
+            self._check_request(server, places, flavor)
+            disk_info, files = self._plan(server, places, enters_pool)
+            move = self._new_transfer(
+                places, dest, files, server.instance.name,
+                uses_pool=enters_pool)
+            stack.callback(_native, move.close)
+            self._check_vtpm(server.instance, places)
+            _native(move.check)
+            if move.there.is_shared:
+                _refuse_vtpm(server.instance, _(
+                    'hosts that share its instance directory'))
+        return disk_info, files, move
+
+    def _wait_for_turn(self, server, copy, turn, dest) -> None:
+        """Wait, with the server on, until few enough others copy.
+
+        :raises: InstanceFaultRollback, MigrationError if the waiting ended
+            for another reason
+        """
+        with (self._put_back_on_error(server, copy, dest),
+              progress.waiting(server.context, server.instance, turn.ahead)):
+            turn.wait(lambda: copy.cancel.is_set() or self._is_ending())
+            if self._is_ending():
+                self._stop_copy(copy, _('nova-compute on %s ended') %
+                                CONF.host)
+            copy.check()
+
+    def _is_ending(self) -> bool:
+        """Whether nova-compute was told to end.
+
+        It calls cleanup_host() only after the work that is under way, or
+        after minutes. Nova before 34 does not tell.
+        """
+        compute = getattr(self.virtapi, '_compute', None)
+        ending = getattr(compute, '_shutdown_in_progress', None)
+        return ending is not None and ending.is_set()
 
     def _copy_and_power_off(
         self, server, places, move, copy, steps, timeout, retry_interval,
@@ -423,13 +476,12 @@ class LibvirtDriver(driver.LibvirtDriver):
         if self._can_precopy(instance, move):
             watch.watch(functools.partial(
                 _native, move.precopy, copy.cancel, watch))
+            watch.tell_power_off()
         copy.check()
         # The guest may have been shut down meanwhile.
-        steps.push(self._start_again, server, copy,
-                   self._is_running(instance), steps)
-        copy.off_since = time.monotonic()
-        self.power_off(instance, timeout, retry_interval)
-        self._detach_from_host(server)
+        self._power_off_for_copy(
+            server, copy, self._is_running(instance), steps, timeout,
+            retry_interval)
         if move.there.is_shared:
             local.remove_stale_directory(places)
             layout.write_record(
@@ -447,27 +499,40 @@ class LibvirtDriver(driver.LibvirtDriver):
         """
         instance = server.instance
         with contextlib.ExitStack() as stack:
+            copy, turn = self._begin_copy(instance, stack)
+            disk_info = self._prepare_here(server, places, flavor)
+            if turn.ahead:
+                self._wait_for_turn(server, copy, turn, CONF.host)
+                disk_info = self._prepare_here(server, places, flavor)
             with _refused_on_error(instance):
-                copy = stack.enter_context(self._copying(instance))
-                self._check_request(server, places, flavor)
-                _refuse_vtpm(instance, _('the pools of one host'))
-                disk_info = self._disk_info(server)
-                places.plan(disk_info)
-                _check_room_here(disk_info)
                 is_running = self._is_running(instance)
                 local.remove_stale_directory(places)
             with self._put_back_on_error(server, copy, CONF.host) as steps:
                 copy.check()
-                steps.push(self._start_again, server, copy, is_running, steps)
-                copy.off_since = time.monotonic()
-                self.power_off(instance, timeout, retry_interval)
-                self._detach_from_host(server)
+                self._power_off_for_copy(
+                    server, copy, is_running, steps, timeout, retry_interval)
                 steps.push(self._restore, copy, places)
                 _native(local.keep, places)
                 for path in [places.record_path,
                              *(info['path'] for info in disk_info)]:
                     self._copy_here(copy, places.kept_path(path), path)
         return jsonutils.dumps(disk_info)
+
+    def _prepare_here(
+        self, server, places, flavor,
+    ) -> list[dict[str, ty.Any]]:
+        """Check a server that is resized on its own host; change nothing.
+
+        :returns: what Nova says of the disks
+        :raises: InstanceFaultRollback
+        """
+        with _refused_on_error(server.instance):
+            self._check_request(server, places, flavor)
+            _refuse_vtpm(server.instance, _('the pools of one host'))
+            disk_info = self._disk_info(server)
+            places.plan(disk_info)
+            _check_room_here(disk_info)
+        return disk_info
 
     @hooks.as_nova_declares
     def finish_migration(
@@ -490,6 +555,11 @@ class LibvirtDriver(driver.LibvirtDriver):
             context, migration, instance, jsonutils.dumps(others),
             network_info, image_meta, resize_instance, allocations,
             block_device_info, power_on, **later)
+        if power_on:
+            seconds = progress.end_off(context, instance)
+            if seconds is not None:
+                LOG.info('The server runs on this host. It was off for '
+                         '%.1f s', seconds, instance=instance)
 
     def _check_root(
         self, migration, instance, disks, block_device_info,
@@ -1249,6 +1319,20 @@ class LibvirtDriver(driver.LibvirtDriver):
                               (dest, destination_uri(dest))))
         return transfer.Transfer(here, there, files, name, self._bandwidth)
 
+    def _power_off_for_copy(
+        self, server, copy, was_running, steps, timeout, retry_interval,
+    ) -> None:
+        """Power a server off; it starts again if its migration fails.
+
+        :param steps: where to put what has to be undone after an error
+        """
+        steps.push(self._start_again, server, copy, was_running, steps)
+        if was_running:
+            progress.begin_off(server.context, server.instance)
+        copy.off_since = time.monotonic()
+        self.power_off(server.instance, timeout, retry_interval)
+        self._detach_from_host(server)
+
     def _detach_from_host(self, server) -> None:
         """Unplug the server's ports and disconnect its Cinder volumes."""
         self.unplug_vifs(server.instance, server.network_info)
@@ -1288,6 +1372,7 @@ class LibvirtDriver(driver.LibvirtDriver):
     def _stop_copy(self, copy, reason) -> None:
         copy.reason = reason
         copy.cancel.set()
+        self._queue.look()
         self.job_tracker.terminate_jobs(copy.instance)
 
     def _can_precopy(self, instance, move) -> bool:
@@ -1311,6 +1396,7 @@ class LibvirtDriver(driver.LibvirtDriver):
             raise
         LOG.info('The server runs again. It was off for %.1f s',
                  copy.off_seconds, instance=server.instance)
+        progress.end_off(server.context, server.instance)
 
     def _discard_copy(self, instance, host, discard) -> None:
         try:

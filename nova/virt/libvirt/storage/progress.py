@@ -19,6 +19,8 @@ in the record of its migration, and in the log.
 
 import collections
 from concurrent import futures
+import contextlib
+import functools
 import threading
 import time
 import typing as ty
@@ -27,14 +29,94 @@ from oslo_log import log as logging
 from oslo_utils import units
 
 from nova.compute import task_states
+import nova.conf
+from nova import exception
 from nova import objects
 from nova.virt.libvirt.storage import stream
 
+CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
 
 # Seconds between two reports, as in live migration. One costs two calls of
 # nova-conductor at most.
 INTERVAL = 5
+
+
+# Events of the action, a migration or a resize, in ``openstack server event
+# show``. Each has the time of its start and of its end.
+WAITING = 'compute_wait_for_copies'
+OFF = 'compute_off_for_migration'
+
+
+@contextlib.contextmanager
+def waiting(context, instance, ahead: int) -> ty.Iterator[None]:
+    """Tell that a server waits until other migrations have copied.
+
+    :param ahead: how many have to end before
+    """
+    started = time.monotonic()
+    LOG.info('The migration of the server waits, with the server as it is, '
+             'until as many others from this host have copied their disks: '
+             '%d', ahead, instance=instance)
+    _save_status(context, instance, 'queued')
+    _save_event('event_start', context, instance, WAITING, host=CONF.host)
+    error = None
+    try:
+        yield
+    except BaseException as failure:
+        error = failure
+        raise
+    finally:
+        _save_event('event_finish_with_failure', context, instance, WAITING,
+                    exc_val=error, exc_tb=error and error.__traceback__)
+        _save_status(context, instance, 'migrating')
+        LOG.info('The server waited for %.1f s',
+                 time.monotonic() - started, instance=instance)
+
+
+def begin_off(context, instance) -> None:
+    """Tell that a server is powered off for its migration."""
+    _save_event('event_start', context, instance, OFF, host=CONF.host)
+
+
+def end_off(context, instance) -> float | None:
+    """Tell that a server is on again, or that its host has done its part.
+
+    Nova's own driver on the destination host does not tell. On the host that
+    tells last the server is on.
+
+    :returns: seconds since begin_off(), None if that was not called
+    """
+    event = _save_event('event_finish', context, instance, OFF)
+    return event and (event.finish_time - event.start_time).total_seconds()
+
+
+def _save_event(what: str, context, instance, name: str, **more) -> ty.Any:
+    """Save the start or the end of an event; go on if that fails."""
+    try:
+        return getattr(objects.InstanceActionEvent, what)(
+            context, instance.uuid, name, **more)
+    except exception.InstanceActionEventNotFound:
+        # Its start was not to be told.
+        return None
+    except Exception as error:
+        LOG.warning('Failed to save event %(name)s of the migration: '
+                    '%(error)s', {'name': name, 'error': error},
+                    instance=instance)
+        return None
+
+
+def _save_status(context, instance, status: str) -> None:
+    """Save the status of a migration; go on if that fails."""
+    try:
+        migration = objects.Migration.get_by_id(
+            context, instance.migration_context.migration_id)
+        migration.status = status
+        migration.save()
+    except Exception as error:
+        LOG.warning('Failed to save status %(status)s of the migration: '
+                    '%(error)s', {'status': status, 'error': error},
+                    instance=instance)
 
 
 class Progress:
@@ -58,8 +140,11 @@ class Progress:
         self._total = 0
         self._migration: ty.Any = None
         self._figures: dict[str, tuple[int, int]] = {}
-        self._ended: collections.deque[tuple[str, stream.Result]] = (
+        self._changed: dict[str, tuple[int, float]] = {}
+        self._untold: collections.deque[ty.Callable[[], None]] = (
             collections.deque())
+        # Bytes sent in all copies that have ended, and their seconds.
+        self._sent, self._sending = 0, 0.0
         self._started = self._told = time.monotonic()
         self._wire_told = 0
 
@@ -77,11 +162,58 @@ class Progress:
     def end(self, name: str, result: stream.Result) -> None:
         """Note that a file has arrived."""
         self.note(name, result.length, result.wire)
-        self._ended.append((name, result))
+        self._end(name, name, result)
+
+    def changed(self, name: str, changed: int, seconds: float) -> None:
+        """Note what a server has changed in a file since its last copy.
+
+        :param changed: bytes
+        :param seconds: it took to find that out
+        """
+        self._changed[name] = changed, seconds
+        self._untold.append(functools.partial(
+            self._tell_changed, name, changed))
 
     def end_pass(self, name: str, result: stream.Result) -> None:
         """Note that what had changed in a file has arrived."""
-        self._ended.append((f'what changed in {name}', result))
+        self._end(name, f'what changed in {name}', result)
+
+    def _end(self, name: str, told: str, result: stream.Result) -> None:
+        self._sent += result.wire
+        self._sending += result.seconds
+        self._changed.pop(name, None)
+        self._untold.append(functools.partial(self._tell_end, told, result))
+
+    @property
+    def remaining(self) -> int:
+        """Bytes that are still to be copied, as far as that is known."""
+        return self._total - self._done + sum(
+            changed for changed, _seconds in list(self._changed.values()))
+
+    @property
+    def seconds_off(self) -> float | None:
+        """Seconds to copy, with the server off, what it has changed so far.
+
+        None if nothing was sent yet that would tell how fast that is.
+        """
+        if not self._sent:
+            return None
+        figures = list(self._changed.values())
+        return (sum(seconds for _changed, seconds in figures) +
+                sum(changed for changed, _seconds in figures) *
+                self._sending / self._sent)
+
+    def tell_power_off(self) -> None:
+        """Tell what is left to copy when the server is powered off."""
+        seconds = self.seconds_off
+        if self._changed and seconds is not None:
+            LOG.info('The disks of the server are on %(host)s. The server is '
+                     'powered off to copy what it has changed since: '
+                     '%(bytes)d bytes so far, which takes about %(seconds).1f '
+                     's', {'host': self._host, 'seconds': seconds,
+                           'bytes': sum(changed for changed, _seconds
+                                        in self._changed.values())},
+                     instance=self._instance)
 
     def watch(self, run: ty.Callable[[], None]) -> None:
         """Copy, and report every few seconds how far it is.
@@ -91,10 +223,10 @@ class Progress:
         """
         copying = _start(run)
         while not self._ends(copying):
-            self._tell_ended()
+            self._tell_untold()
             self._tell()
             self._save()
-        self._tell_ended()
+        self._tell_untold()
         copying.result()
         if self._figures:
             self._save()
@@ -112,9 +244,9 @@ class Progress:
         wait = self._told + INTERVAL - time.monotonic()
         return bool(futures.wait([copying], max(0, wait)).done)
 
-    def _tell_ended(self) -> None:
-        while self._ended:
-            self._tell_end(*self._ended.popleft())
+    def _tell_untold(self) -> None:
+        while self._untold:
+            self._untold.popleft()()
 
     def _tell(self) -> None:
         now = time.monotonic()
@@ -143,6 +275,11 @@ class Progress:
                   'rate': rate / units.Mi, 'source': result.source},
                  instance=self._instance)
 
+    def _tell_changed(self, name: str, changed: int) -> None:
+        LOG.info('The server has changed %(bytes)d bytes of %(name)s while '
+                 'that was copied', {'bytes': changed, 'name': name},
+                 instance=self._instance)
+
     def _percent(self, done: int) -> int:
         return done * 100 // max(self._total, 1)
 
@@ -169,7 +306,7 @@ class Progress:
                 self._context, self._instance.migration_context.migration_id)
         self._migration.disk_total = self._total
         self._migration.disk_processed = done
-        self._migration.disk_remaining = self._total - done
+        self._migration.disk_remaining = self.remaining
         self._migration.save()
 
 

@@ -21,6 +21,7 @@ Every call here blocks. Under eventlet call it through
 import contextlib
 import dataclasses
 import os
+import time
 import typing as ty
 
 import nova.conf
@@ -68,6 +69,12 @@ class Watch(ty.Protocol):
 
     def end(self, name: str, result: stream.Result) -> None:
         """Called when a file has arrived."""
+
+    def changed(self, name: str, changed: int, seconds: float) -> None:
+        """Called with the bytes of a file that changed since its last copy.
+
+        :param seconds: it took to find that out
+        """
 
     def end_pass(self, name: str, result: stream.Result) -> None:
         """Called when what had changed in a file has arrived."""
@@ -333,7 +340,11 @@ class Transfer:
             watch.end(file.name, result)
         passes = changes.Passes(result.wire)
         while True:
+            started = time.monotonic()
             ranges = tracked.look(False, cancel, _stall_seconds())
+            if watch:
+                watch.changed(file.name, ranges.total,
+                              time.monotonic() - started)
             if not passes.another(ranges.total):
                 return
             self._send_changes(file, early, ranges, cancel, watch)

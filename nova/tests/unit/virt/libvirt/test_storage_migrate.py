@@ -11,6 +11,7 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
+import datetime
 import itertools
 import os
 import shutil
@@ -44,6 +45,7 @@ from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import imagecache
 from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt.storage import place
+from nova.virt.libvirt.storage import progress
 from nova.virt.libvirt.storage import stream
 from nova.virt.libvirt import storage_migrate
 
@@ -85,6 +87,10 @@ class DriverTestCase(test.NoDBTestCase):
         self.migration = mock.Mock(spec=objects.Migration)
         self.useFixture(fixtures.MockPatchObject(
             objects.Migration, 'get_by_id', return_value=self.migration))
+        self.events = self.useFixture(fixtures.MockPatchObject(
+            objects, 'InstanceActionEvent')).mock
+        self.events.event_finish.side_effect = (
+            exception.InstanceActionEventNotFound(action_id=1, event='off'))
         self.shares = self.useFixture(fixtures.MockPatchObject(
             objects.ShareMappingList, 'get_by_instance_uuid')).mock
         self.servers = self.useFixture(fixtures.MockPatchObject(
@@ -375,6 +381,37 @@ class PrecopyTestCase(DriverTestCase):
     def test_time_off_is_logged(self):
         self._migrate()
         self.assertIn('It has been off for 0.', self.stdlog.logger.output)
+
+    def _off_events(self):
+        return [name for name, arguments, _more in self.events.mock_calls
+                if arguments[1:] == (self.instance.uuid, progress.OFF)]
+
+    def test_time_off_is_an_event(self):
+        self.calls.power_off.side_effect = lambda *args: self.assertEqual(
+            ['event_start'], self._off_events())
+        self._migrate()
+        self.assertEqual(['event_start', 'event_finish'], self._off_events())
+
+    def test_time_off_of_a_failure_is_an_event(self):
+        self._interrupt(lambda: None)
+        self.calls.power_off.side_effect = lambda *args: (
+            self._power_off(), self.dest.fail('stream.send'))
+        self.assertRaises(exception.InstanceFaultRollback, self._migrate)
+        self.assertEqual(['event_start', 'event_finish'], self._off_events())
+
+    def test_stopped_server_was_not_off_for_its_migration(self):
+        self.info.return_value.state = power_state.SHUTDOWN
+        self._migrate()
+        self.assertEqual(['event_finish'], self._off_events())
+
+    def test_changes_are_told_before_the_power_off(self):
+        self._migrate()
+        self.assertRegex(
+            self.stdlog.logger.output,
+            r'The server has changed \d+ bytes of .*_disk while')
+        self.assertRegex(
+            self.stdlog.logger.output,
+            r'so far, which takes about \d+\.\d s')
 
     def test_stopped_server_is_copied_once(self):
         self.info.return_value.state = power_state.SHUTDOWN
@@ -876,6 +913,22 @@ class FinishTestCase(FinishMixin, DriverTestCase):
         self.instance.progress = 100
         self._finish([{'path': 'disk', 'type': 'qcow2'}])
         self.assertEqual(0, self.instance.progress)
+
+    def test_time_off_ends_when_the_server_runs(self):
+        event = self.events.event_finish.return_value
+        event.start_time = datetime.datetime(2026, 1, 1, 12, 0, 0)
+        event.finish_time = datetime.datetime(2026, 1, 1, 12, 0, 2, 500000)
+        self.events.event_finish.side_effect = None
+        volume = self._add_disk(disk_format='raw')
+        disks = [{'path': os.path.join(self.pool_path, volume),
+                  'type': 'raw'}]
+        self._finish(disks, power_on=False)
+        self.events.event_finish.assert_not_called()
+        self._finish(disks)
+        self.events.event_finish.assert_called_once_with(
+            self.context, self.instance.uuid, progress.OFF)
+        self.assertIn('The server runs on this host. It was off for 2.5 s',
+                      self.stdlog.logger.output)
 
     def test_volume_that_is_not_there_is_an_error(self):
         path = self.places.volume_path('disk')

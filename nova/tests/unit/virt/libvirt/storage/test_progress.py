@@ -16,7 +16,9 @@ import time
 from unittest import mock
 
 import fixtures
+from oslo_utils import fixture
 from oslo_utils.fixture import uuidsentinel as uuids
+from oslo_utils import timeutils
 
 from nova.compute import task_states
 from nova import context as nova_context
@@ -250,6 +252,43 @@ class ProgressTestCase(test.NoDBTestCase):
         self.assertIn('6.0 MiB/s, time left: 90 s', first)
         self.assertIn('10.0 MiB/s, time left: 20 s', second)
 
+    def test_changes_of_the_server_show(self):
+        def copy():
+            self._end('disk', 600, 400, 4.0)
+            self.progress.note('disk.eph0', 400, 0)
+            self.progress.changed('disk', 50, 0.25)
+            calls = self.save_migration.call_count
+            self._wait(lambda: self.save_migration.call_count > calls + 1)
+
+        self.progress.watch(copy)
+        self.assertIn((1000, 1000, 50), self.saved)
+        # To read the disk again, and to send what is different.
+        self.assertEqual(0.25 + 50 * 4.0 / 400, self.progress.seconds_off)
+        self.progress.tell_power_off()
+        messages = self._messages()
+        self.assertIn('The server has changed 50 bytes of disk while that was '
+                      'copied', messages)
+        self.assertEqual(
+            'The disks of the server are on dest. The server is powered off '
+            'to copy what it has changed since: 50 bytes so far, which takes '
+            'about 0.8 s', messages[-1])
+
+    def test_changes_that_were_sent_are_none(self):
+        self._end('disk', 1000, 500, 5.0)
+        self.progress.changed('disk', 500, 1.0)
+        self.progress.end_pass('disk', stream.Result(500, 500, 5.0, 'file'))
+        self.assertEqual((0, 0), (
+            self.progress.remaining, self.progress.seconds_off))
+        self.progress.changed('disk', 10, 0.0)
+        self.assertEqual((10, 10 * 10.0 / 1000), (
+            self.progress.remaining, self.progress.seconds_off))
+
+    def test_nothing_is_expected_before_anything_was_sent(self):
+        self.progress.changed('disk', 10, 1.0)
+        self.assertIsNone(self.progress.seconds_off)
+        self.progress.tell_power_off()
+        self.assertEqual([], self._messages())
+
 
 class DatabaseTestCase(test.TestCase):
     """What is saved is what others read, from a real database."""
@@ -304,3 +343,62 @@ class DatabaseTestCase(test.TestCase):
         self._saved().destroy()
         self._watch(1000)
         self.assertIn('could not be found', self.stdlog.logger.output)
+
+    def _events(self):
+        """The events of the action as the API reads them, by their names."""
+        action = objects.InstanceAction.get_by_request_id(
+            self.context, uuids.instance, self.context.request_id)
+        return {event.event: event
+                for event in objects.InstanceActionEventList.get_by_action(
+                    self.context, action.id)}
+
+    def _begin_action(self):
+        objects.InstanceAction.action_start(
+            self.context, uuids.instance, 'migrate', want_result=False)
+
+    def _status(self):
+        return objects.Migration.get_by_id(
+            self.context, self.migration.id).status
+
+    def test_waiting_is_an_event_and_a_status(self):
+        self._begin_action()
+        with progress.waiting(self.context, self.instance, 3):
+            self.assertEqual('queued', self._status())
+            event, = self._events().values()
+            self.assertEqual(
+                (progress.WAITING, None), (event.event, event.finish_time))
+        self.assertEqual('migrating', self._status())
+        event, = self._events().values()
+        self.assertEqual('Success', event.result)
+
+    def test_waiting_that_was_ended_is_an_error(self):
+        self._begin_action()
+        with (self.assertRaises(exception.MigrationError),
+              progress.waiting(self.context, self.instance, 3)):
+            raise exception.MigrationError(reason='it was deleted')
+        event, = self._events().values()
+        self.assertEqual('Error', event.result)
+        self.assertIn('it was deleted', event.details)
+
+    def test_time_off_is_an_event_that_the_last_host_ends(self):
+        self._begin_action()
+        progress.begin_off(self.context, self.instance)
+        first = progress.end_off(self.context, self.instance)
+        self.useFixture(fixture.TimeFixture(
+            timeutils.utcnow())).advance_time_seconds(7)
+        last = progress.end_off(self.context, self.instance)
+        self.assertGreaterEqual(last, first + 5)
+        event, = self._events().values()
+        self.assertEqual(
+            (progress.OFF, 'Success', last),
+            (event.event, event.result,
+             (event.finish_time - event.start_time).total_seconds()))
+
+    def test_server_that_was_never_off_has_no_such_event(self):
+        self._begin_action()
+        self.assertIsNone(progress.end_off(self.context, self.instance))
+        self.assertEqual({}, self._events())
+
+    def test_no_action_is_no_error(self):
+        progress.begin_off(self.context, self.instance)
+        self.assertIsNone(progress.end_off(self.context, self.instance))
