@@ -33,7 +33,9 @@ class Files(namespaces.Namespaces):
 
     def _make_etc(self) -> None:
         etc = self.path('/etc')
-        processes.execute('cp', '-a', '/etc/.', etc)
+        # Files vanish from it while a package is installed.
+        waiting.wait_for('a copy of /etc', lambda: processes.execute(
+            'cp', '-a', '/etc/.', etc, check=False).returncode == 0, poll=1)
         for name in ('libvirt', 'ssh', 'pki'):
             shutil.rmtree(etc / name, ignore_errors=True)
             (etc / name).mkdir()
