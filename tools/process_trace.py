@@ -10,7 +10,7 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-"""Which programs the processes of a host start, as the kernel sees it."""
+"""What the processes of a host start and open, as the kernel sees it."""
 
 from collections.abc import Container
 import os
@@ -18,6 +18,7 @@ from pathlib import Path
 import re
 import signal
 import subprocess
+from typing import Any
 from typing import TYPE_CHECKING
 
 from tools import processes
@@ -30,11 +31,12 @@ SECONDS = 30
 CANARY = '/usr/bin/true'
 
 
-class Trace:
-    """Traces every process of a host, and all that they start.
+class Record:
+    """What strace writes down of processes of a host.
 
-    strace records each execve, also one that fails for want of the program.
-    A process of our own, which starts CANARY in the end, shows that it did.
+    That is each execve, also one that fails for want of the program.
+
+    :ivar argv: starts a command that is traced from its first instruction on
     """
 
     def __init__(self, host: 'lab_module.Host', *calls: str):
@@ -43,11 +45,44 @@ class Trace:
         :param calls: what to trace beside execve
         """
         self.host = host
-        self._calls = ','.join(('execve', *calls))
         self.record = Path(host.directory) / 'trace.log'
         self.record.unlink(missing_ok=True)
-        self._strace: subprocess.Popen
-        self._canary: subprocess.Popen
+        self.argv = ['strace', '-f', '-qq',
+                     '-e', f'trace={",".join(("execve", *calls))}',
+                     '-e', 'signal=none', '-s', '200', '-A',
+                     '-o', str(self.record)]
+
+    def programs(self) -> set[str]:
+        """The names, without directories, of all that was started."""
+        return {os.path.basename(path)
+                for path in self._find(r'execve\("([^"]+)"')}
+
+    def opened(self) -> set[str]:
+        """The paths of all files that were opened, or were to be."""
+        return set(self._find(r'open(?:at2?)?\((?:[^",]+, )?"([^"]+)"'))
+
+    def commands(self, programs: Container[str]) -> list[str]:
+        """The arguments of such programs, each a text as strace has it.
+
+        A program that is looked for in several directories is there once.
+        """
+        found = self._find(r'execve\("([^"]+)", \[(.*?)\], 0x')
+        return [arguments for path, arguments in found
+                if os.path.basename(path) in programs and
+                os.path.exists(path)]
+
+    def _find(self, pattern: str) -> list[Any]:
+        return re.findall(pattern, self.record.read_text())
+
+
+class Trace(Record):
+    """Traces every process of a host, and all that they start.
+
+    A process of our own, which starts CANARY in the end, shows that it did.
+    """
+
+    _strace: subprocess.Popen
+    _canary: subprocess.Popen
 
     def __enter__(self) -> 'Trace':
         self._canary = self.host.popen(
@@ -57,9 +92,7 @@ class Trace:
         self._canary.stdout.readline()
         pids = [pid for pid in self.host.processes() if pid != self.host.pid]
         self._strace = subprocess.Popen(
-            ['strace', '-f', '-qq', '-e', f'trace={self._calls}',
-             '-e', 'signal=none', '-s', '200', '-o', str(self.record),
-             *(f'--attach={pid}' for pid in pids)],
+            [*self.argv, *(f'--attach={pid}' for pid in pids)],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE, start_new_session=True)
         waiting.wait_for(f'strace of {self.host.name}', lambda: (
@@ -77,24 +110,3 @@ class Trace:
         self._strace.communicate(timeout=SECONDS)
         if f'execve("{CANARY}"' not in self.record.read_text():
             raise waiting.Failed(f'strace of {self.host.name} saw nothing')
-
-    def programs(self) -> set[str]:
-        """The names, without directories, of all that was started."""
-        found = re.findall(r'execve\("([^"]+)"', self.record.read_text())
-        return {os.path.basename(path) for path in found}
-
-    def opened(self) -> set[str]:
-        """The paths of all files that were opened, or were to be."""
-        return set(re.findall(r'open(?:at2?)?\((?:[^",]+, )?"([^"]+)"',
-                              self.record.read_text()))
-
-    def commands(self, programs: Container[str]) -> list[str]:
-        """The arguments of such programs, each a text as strace has it.
-
-        A program that is looked for in several directories is there once.
-        """
-        found = re.findall(r'execve\("([^"]+)", \[(.*?)\], 0x',
-                           self.record.read_text())
-        return [arguments for path, arguments in found
-                if os.path.basename(path) in programs and
-                os.path.exists(path)]

@@ -12,6 +12,7 @@
 
 """The libvirt daemon of a host: configured, started, ended."""
 
+from collections.abc import Sequence
 import contextlib
 import json
 import os
@@ -91,10 +92,13 @@ class Libvirtd(namespaces.Namespaces):
                 return pid
         return None
 
-    def start_libvirtd(self) -> None:
-        """Start libvirtd and wait until it answers, over TLS as well."""
-        process = self._start_modular() if DAEMONS else self.daemon(
-            ['libvirtd', '--listen'], 'libvirtd.log')
+    def start_libvirtd(self, tracer: Sequence[str] = ()) -> None:
+        """Start libvirtd and wait until it answers, over TLS as well.
+
+        :param tracer: the command that starts it, such as strace
+        """
+        process = self._start_modular(tracer) if DAEMONS else self.daemon(
+            [*tracer, 'libvirtd', '--listen'], 'libvirtd.log')
 
         def listens() -> bool:
             if process.poll() is not None:
@@ -114,7 +118,7 @@ class Libvirtd(namespaces.Namespaces):
             ['virsh', '-c', 'qemu:///system', 'uri'], check=False,
             timeout=host.START_TIMEOUT).returncode
 
-    def _start_modular(self) -> subprocess.Popen:
+    def _start_modular(self, tracer: Sequence[str]) -> subprocess.Popen:
         """Start what there is in place of libvirtd.
 
         :returns: the daemon that the others are behind
@@ -122,11 +126,11 @@ class Libvirtd(namespaces.Namespaces):
         first, *behind = [os.path.join(DAEMONS, name) for name in MODULAR]
         for path in behind:
             name = os.path.basename(path)
-            self.daemon([path], name + '.log')
+            self.daemon([*tracer, path], name + '.log')
             waiting.wait_for(
                 name, self.path('/run/libvirt/%s-sock' % name).exists,
                 host.START_TIMEOUT, poll=0.02)
-        return self.daemon([first], 'libvirtd.log')
+        return self.daemon([*tracer, first], 'libvirtd.log')
 
     def stop_libvirtd(self, signal: int = signal.SIGTERM) -> None:
         """End libvirtd, its guests go on; SIGKILL is a crash of it."""

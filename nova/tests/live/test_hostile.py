@@ -47,6 +47,11 @@ from tools import process_trace
 
 INSTANCES = '/var/lib/nova/instances'
 
+OPENS = ('open', 'openat', 'openat2')
+
+# A file that a daemon reads as it starts.
+CONFIGURATION = '/etc/libvirt/qemu.conf'
+
 # A file system that answers nothing, as one on a server that is gone.
 HANGING = """\
 import ctypes, os, sys
@@ -221,28 +226,49 @@ class HostileTestCase(base.LiveTestCase):
         return move
 
     @contextlib.contextmanager
-    def moment(self, name: str, daemons_stay: bool = True,
-               ) -> ty.Iterator[None]:
+    def moment(self, name: str) -> ty.Iterator[None]:
         """Watch both daemons, and record what became of the baits."""
-        hosts = self.source, self.destination
-        traces = [process_trace.Trace(host, 'open', 'openat', 'openat2')
-                  for host in hosts] if daemons_stay else []
+        traces = [process_trace.Trace(host, *OPENS)
+                  for host in (self.source, self.destination)]
         with contextlib.ExitStack() as stack:
             for trace in traces:
                 stack.enter_context(trace)
+            with self._clients():
+                yield
+        self._check_baits(name, traces)
+
+    def restart(self, name: str) -> None:
+        """Restart both daemons, watched from their first instruction on."""
+        records = [process_trace.Record(host, *OPENS)
+                   for host in (self.source, self.destination)]
+        for record in records:
+            self.addCleanup(record.host.restart_libvirtd)
+            record.host.stop_libvirtd()
+            record.host.start_libvirtd(record.argv)
+        with self._clients():
+            time.sleep(2)
+        for record in records:
+            record.host.stop_libvirtd()
+            self.assertIn(CONFIGURATION, record.opened())
+        self._check_baits(name, records)
+
+    @contextlib.contextmanager
+    def _clients(self) -> ty.Iterator[None]:
+        """Have other clients of both daemons, which get their answers."""
+        with contextlib.ExitStack() as stack:
             clients = [stack.enter_context(Client(
                 lambda host=host: self.connect(host)))
-                for host in hosts] if daemons_stay else []
+                for host in (self.source, self.destination)]
             yield
-            if not daemons_stay:
-                clients = [stack.enter_context(Client(
-                    lambda host=host: self.connect(host))) for host in hosts]
-                time.sleep(2)
-        opened = {path for trace in traces for path in trace.opened()}
-        for host in hosts:
-            opened |= self._open_fifos(host)
         for client in clients:
             client.check(self)
+
+    def _check_baits(self, name: str,
+                     records: list[process_trace.Record]) -> None:
+        """Check that nobody opened a bait, and record it."""
+        opened = {path for record in records for path in record.opened()}
+        for record in records:
+            opened |= self._open_fifos(record.host)
         outcomes = {kind.name: 'opened' if kind.bait and kind.path in opened
                     else 'not opened' for kind in KINDS.values()}
         self.assertEqual({'not opened'}, set(outcomes.values()), outcomes)
@@ -313,9 +339,7 @@ class MomentTestCase(HostileTestCase):
 
     def test_restart_of_the_daemons(self):
         self._migrate()
-        with self.moment(hostile_table.RESTART, daemons_stay=False):
-            for host in self.source, self.destination:
-                host.restart_libvirtd()
+        self.restart(hostile_table.RESTART)
         self._assert_arrived()
 
     def test_retry_after_a_crash_while_heads_are_sent(self):
@@ -380,7 +404,7 @@ class ControlTestCase(base.LiveTestCase):
                 kind.make(bait).ljust(units.Mi, b'\0'))
             opened_by[bait] = kind.name
         with process_trace.Trace(
-                self.source, 'open', 'openat', 'openat2') as trace:
+                self.source, *OPENS) as trace:
             pool.refresh()
         opened = {opened_by[bait] for bait in trace.opened()
                   if bait in opened_by}
