@@ -30,9 +30,11 @@ if TYPE_CHECKING:
 INSTANCES = '/var/lib/nova/instances'
 POOL = '/var/lib/libvirt/images/nova-disks'
 POOL_NAMES = ['nova-disks']
-# What Nova keeps among the instance directories.
 VTPM = '/var/lib/libvirt/swtpm'
-NOT_OF_SERVERS = {'_base', 'compute_nodes', 'locks', 'snapshots'}
+# Tells other hosts how much of a file system is kept for root.
+RESERVED = 'nova-reserved'
+# What Nova keeps among the instance directories.
+NOT_OF_SERVERS = {'_base', 'compute_nodes', 'locks', 'snapshots', RESERVED}
 # A guest in software emulation on a busy machine.
 BOOT_SECONDS = 180
 # The states of a migration that is over.
@@ -263,7 +265,7 @@ def leftovers(host: 'lab_module.Host') -> list[str]:
         found += [f'{kind} {name}' for name in names.difference(expected)]
         found += [f'no {kind} {name}' for name in set(expected) - names]
     # Asked in the host: only there is seen what is mounted there.
-    for path, known in ((POOL, set()), (INSTANCES, NOT_OF_SERVERS)):
+    for path, known in ((POOL, {RESERVED}), (INSTANCES, NOT_OF_SERVERS)):
         names = set(host.run(['ls', '-A', path]).stdout.split())
         found += [f'{path}/{name}' for name in sorted(names - known)]
     found += [f'{VTPM}/{path.name}' for path in host.path(VTPM).glob('*')]

@@ -237,6 +237,7 @@ class TestSwitchOnPage(base.LiveTestCase):
             if classes == {'off'})
         disk = self.make_disk(
             self.destination, f'{self.PATH}/disk', units.Mi, [])
+        self.make_disk(self.destination, f'{self.PATH}/nova-reserved', 5, [])
         error = self.assertRaises(lab.LabError, self.run_block, remove_disks)
         self.assertIn(f"failed to remove '{self.PATH}'", str(error))
         self.run_block('virsh pool-start nova-disks')

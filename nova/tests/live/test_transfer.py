@@ -31,6 +31,7 @@ from nova.tests.live import moves
 from nova.virt.libvirt.storage import daemon
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import layout
+from nova.virt.libvirt.storage import local
 from nova.virt.libvirt.storage import stream
 
 from tools import daemons
@@ -385,6 +386,55 @@ class FaultTestCase(TransferTestCase):
         self.assertLess(time.monotonic() - asked[3], 1)
         move.discard()
         self._assert_nothing_on_destination()
+
+
+class RoomTestCase(TransferTestCase):
+    """The destination's file system keeps a part of its blocks for root."""
+
+    def setUp(self):
+        super().setUp()
+        host = self.destination
+        self.path = f'/var/lib/nova/{self.pool_name}'
+        image = host.directory / 'image'
+        self.addCleanup(image.unlink)
+        with image.open('wb') as file:
+            file.truncate(128 * units.Mi)
+        host.run(['mkfs.ext4', '-q', '-m', '20', '-E',
+                  f'root_owner={host.nova_uid}:{host.nova_gid}', str(image)])
+        host.run(['mount', '-o', 'loop', str(image), self.path])
+        self.addCleanup(host.run, ['umount', '-l', self.path])
+        # From inside the host, which alone sees the mount.
+        self.inside = f'/proc/{host.pid}/root{self.path}'
+        self.status = os.statvfs(self.inside)
+        self.tell()
+
+    def tell(self):
+        """What nova-compute of the destination does each minute."""
+        local.tell_reserved(self.inside)
+        self.pools[self.destination].refresh()
+
+    def test_room_is_what_users_may_have(self):
+        free, available = (blocks * self.status.f_frsize for blocks in (
+            self.status.f_bfree, self.status.f_bavail))
+        self.assertGreater(free, available + 20 * units.Mi)
+        info = self.pools[self.destination].info()
+        self.assertAlmostEqual(free, info[3], delta=units.Mi)
+        self._make_disk(available + 8 * units.Mi,
+                        [(0, available + 8 * units.Mi)])
+        error = self.assertRaises(errors.HostError, self._start)
+        self.assertIn('bytes available in storage pool', error.reason)
+
+        self._make_disk(available - 8 * units.Mi,
+                        [(0, available - 8 * units.Mi)])
+        self._copy()
+
+    def test_room_that_the_administrator_gives_back(self):
+        self._make_disk(100 * units.Mi, [(0, 100 * units.Mi)])
+        self.assertRaises(errors.HostError, self._start)
+        self.destination.run(
+            ['sh', '-c', f'tune2fs -m 0 $(findmnt -no SOURCE {self.path})'])
+        self.tell()
+        self._copy()
 
 
 class SlowDestinationTestCase(TransferTestCase):

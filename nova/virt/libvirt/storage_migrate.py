@@ -1413,7 +1413,24 @@ class LibvirtDriver(driver.LibvirtDriver):
             threads.spawn(self._leftovers.retry)
         if local.list_arrived():
             threads.spawn(self._delete_abandoned)
+        threads.spawn(self._tell_reserved)
         return super().get_available_resource(nodename)
+
+    @staticmethod
+    def _tell_reserved() -> None:
+        """Let other hosts know how much room is here for their servers."""
+        directories = []
+        if CONF.libvirt.use_storage_pools:
+            directories.append(CONF.libvirt.disks_pool_path)
+        if CONF.libvirt.vol_upload_migration:
+            directories.append(CONF.instances_path)
+        for directory in directories:
+            try:
+                _native(local.tell_reserved, directory)
+            except OSError as error:
+                LOG.warning('Other hosts may take the space in %(path)s that '
+                            'only root can use for available: %(error)s',
+                            {'path': directory, 'error': error})
 
     def _delete_abandoned(self) -> None:
         """Delete complete copies here whose migrations failed afterwards.

@@ -146,7 +146,8 @@ HOOKS = {
         'Finds out without ssh whether two hosts share a directory.'),
     'get_available_resource': Hook(
         ('nodename',),
-        'Comes every minute: a time to delete what failed migrations left.'),
+        'Comes every minute: a time to delete what failed migrations left, '
+        'and to tell other hosts the room here.'),
     'disk_cachemode': Hook(
         (), 'Looks whether the pool supports O_DIRECT.'),
     '_get_local_gb_info': Hook(

@@ -30,6 +30,7 @@ import tempfile
 import typing as ty
 
 from oslo_utils import fileutils
+from oslo_utils import units
 from oslo_utils import uuidutils
 
 import nova.conf
@@ -432,3 +433,24 @@ def end_pool(uri: str, name: str) -> None:
     """
     with contextlib.closing(daemon.open_connection(uri)) as connection:
         storage_pool.end(connection, name)
+
+
+def tell_reserved(directory: str) -> None:
+    """Tell other hosts how much of a file system only root may use.
+
+    libvirt counts this space as available, and has no call that tells it. A
+    guest could not use what a migration fills it with.
+
+    :param directory: of a pool, or of the instance directories
+    :raises: OSError
+    """
+    status = os.statvfs(directory)
+    reserved = (status.f_bfree - status.f_bavail) * status.f_frsize
+    length = -(-reserved // units.Mi)
+    path = os.path.join(directory, storage_pool.RESERVED_NAME)
+    if not length:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+    elif not os.path.exists(path) or os.path.getsize(path) != length:
+        with open(path, 'ab') as file:
+            file.truncate(length)

@@ -26,6 +26,7 @@ from lxml import etree
 import nova.conf
 from nova.conf import storage_migrate  # noqa: F401 (registers the options)
 from nova.virt.libvirt.storage import errors
+from nova.virt.libvirt.storage import pool as storage_pool
 
 CONF = nova.conf.CONF
 
@@ -66,7 +67,7 @@ def adopt(path: str | None) -> None:
 
 def _has_files(path: str) -> bool:
     try:
-        return bool(os.listdir(path))
+        return bool({*os.listdir(path)} - {storage_pool.RESERVED_NAME})
     except OSError:
         return False
 

@@ -24,6 +24,7 @@ import typing as ty
 
 from lxml import builder
 from lxml import etree
+from oslo_utils import units
 import tenacity
 
 from nova.virt.libvirt.storage import errors
@@ -42,6 +43,11 @@ _T = ty.TypeVar('_T')
 # other calls on the pool can be refused while that starts. Seconds.
 BUSY_WAIT = 0.1
 BUSY_TIMEOUT = 5
+
+# Name of an empty file that tells how much of its file system only root may
+# use: it has a length of one byte for each MiB. nova-compute on the host makes
+# it, since libvirt counts this space as available.
+RESERVED_NAME = 'nova-reserved'
 
 
 # Reads what a daemon says, which may be another host's: no entity of it may
@@ -92,7 +98,7 @@ class Directory:
 
     :ivar path: the directory
     :ivar permissions: who owns it
-    :ivar available: bytes that are free in its file system
+    :ivar available: bytes that users other than root may use
     """
     path: str
     permissions: Permissions
@@ -235,8 +241,17 @@ class Pool:
 
     @property
     def available(self) -> int:
-        """Bytes that are free in the pool's file system."""
-        return self.libvirt_pool.info()[3]
+        """Bytes that users other than root may use in the file system."""
+        return max(self.libvirt_pool.info()[3] - self._reserved(), 0)
+
+    def _reserved(self) -> int:
+        """Bytes that only root may use, as nova-compute there tells."""
+        try:
+            return self.volume(RESERVED_NAME).length * units.Mi
+        except libvirt.libvirtError as error:
+            if error.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_VOL:
+                raise
+            return 0
 
     @_retry_busy
     def refresh(self) -> None:

@@ -90,7 +90,7 @@ class Place:
         return {file.name: file.allocation for file in self.files(prefix)}
 
     def room(self) -> int:
-        """Bytes that are free in the file system."""
+        """Bytes that users other than root may use in the file system."""
         return self._pool.available
 
     def create(self, name: str, length: int,

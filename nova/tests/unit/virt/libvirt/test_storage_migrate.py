@@ -44,9 +44,11 @@ from nova.virt.libvirt import driver
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import imagecache
 from nova.virt.libvirt.storage import layout
+from nova.virt.libvirt.storage import local
 from nova.virt.libvirt.storage import place
 from nova.virt.libvirt.storage import progress
 from nova.virt.libvirt.storage import stream
+from nova.virt.libvirt.storage import threads
 from nova.virt.libvirt import storage_migrate
 
 CONF = cfg.CONF
@@ -1380,6 +1382,31 @@ class DiskSpaceTestCase(DriverTestCase):
         self.assertEqual({'total': 6}, self.driver._get_local_gb_info())
         self._flag_off()
         self.assertEqual({'total': 3}, self.driver._get_local_gb_info())
+
+    @mock.patch.object(driver.LibvirtDriver, 'get_available_resource')
+    def _reserved_after_a_minute(self, _nova):
+        """The directories of which other hosts are told."""
+        told = []
+
+        def tell(path):
+            told.append(path)
+            if path == self.pool_path:
+                raise PermissionError(13, 'Permission denied', path)
+
+        with (mock.patch.object(
+                threads, 'spawn', lambda function: function()),
+              mock.patch.object(local, 'tell_reserved', tell)):
+            self.driver.get_available_resource('node')
+        return told
+
+    def test_other_hosts_are_told_of_space_that_only_root_may_use(self):
+        instances = storage_migrate.CONF.instances_path
+        self.assertEqual(
+            [self.pool_path, instances], self._reserved_after_a_minute())
+        self._flag_off()
+        self.assertEqual([instances], self._reserved_after_a_minute())
+        self.flags(vol_upload_migration=False, group='libvirt')
+        self.assertEqual([], self._reserved_after_a_minute())
 
     @mock.patch('nova.privsep.utils.supports_direct_io')
     def test_disks_are_cached_if_the_pool_needs_it(self, supports):

@@ -24,6 +24,7 @@ from nova import objects
 from nova import test
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import layout
+from nova.virt.libvirt.storage import pool
 
 UUID = '11111111-2222-3333-4444-555555555555'
 ATTEMPT = '66666666-7777-8888-9999-000000000000'
@@ -73,6 +74,9 @@ class NamesTestCase(test.NoDBTestCase):
 
     def test_transient_pool(self):
         self.assertEqual(f'nova-{UUID}', self.places.transient_pool)
+
+    def test_file_that_tells_of_space_for_root(self):
+        self.assertEqual('nova-reserved', pool.RESERVED_NAME)
 
     def test_files_of_the_instance_directory(self):
         self.assertEqual(f'/instances/{UUID}/disk.info',

@@ -18,6 +18,7 @@ from unittest import mock
 import ddt
 import fixtures
 from oslo_utils.fixture import uuidsentinel as uuids
+from oslo_utils import units
 
 from nova import objects
 from nova import test
@@ -26,6 +27,7 @@ from nova.tests.fixtures import libvirt_storage
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt.storage import local
+from nova.virt.libvirt.storage import pool as storage_pool
 
 URI = 'qemu:///system'
 
@@ -484,3 +486,43 @@ class PoolTestCase(LocalTestCase):
             local.end_pool(URI, 'ours')
             self.assertEqual({}, self.host.pools)
         self.assertTrue(self.host.connections[-1].closed)
+
+
+class ReservedTestCase(LocalTestCase):
+    """What other hosts are told of space that only root may use."""
+
+    def setUp(self):
+        super().setUp()
+        self.path = os.path.join(self.pool, storage_pool.RESERVED_NAME)
+
+    def _tell(self, free, available, size=4096):
+        status = mock.Mock(f_bfree=free, f_bavail=available, f_frsize=size)
+        with mock.patch('os.statvfs', return_value=status):
+            local.tell_reserved(self.pool)
+
+    def test_length_of_the_file_is_the_number_of_mib(self):
+        self._tell(free=1000 * 256, available=800 * 256)
+        self.assertEqual(200, os.path.getsize(self.path))
+        self.assertEqual(0, os.stat(self.path).st_blocks)
+
+    def test_part_of_a_mib_counts_as_one(self):
+        self._tell(free=1000, available=999)
+        self.assertEqual(1, os.path.getsize(self.path))
+
+    def test_change_is_told(self):
+        for reserved in 300, 200, 400:
+            self._tell(free=units.Mi, available=units.Mi - reserved * 256)
+            self.assertEqual(reserved, os.path.getsize(self.path))
+
+    def test_nothing_is_written_without_a_change(self):
+        self._tell(free=1024, available=0)
+        before = os.stat(self.path).st_ctime_ns
+        self._tell(free=2048, available=1024)
+        self.assertEqual(before, os.stat(self.path).st_ctime_ns)
+
+    def test_no_file_where_nothing_is_reserved(self):
+        self._tell(free=1024, available=1024)
+        self.assertFalse(os.path.exists(self.path))
+        self._tell(free=1024, available=0)
+        self._tell(free=1024, available=1024)
+        self.assertFalse(os.path.exists(self.path))

@@ -65,6 +65,7 @@ class PathTestCase(test.NoDBTestCase):
     def test_disks_of_an_earlier_release_without_a_pool(self):
         former = self.state / 'disks'
         former.mkdir()
+        (former / 'nova-reserved').touch()
         place.adopt(None)
         self.assertEqual(DEFAULT, CONF.libvirt.disks_pool_path)
         (former / 'disk').touch()

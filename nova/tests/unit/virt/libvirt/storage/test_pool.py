@@ -92,6 +92,28 @@ class LookupTestCase(_PoolTestCase):
 
         self.assertEqual(7 * units.Gi - units.Mi, found.available)
 
+    def test_space_that_only_root_may_use_is_not_available(self):
+        found = self.add_pool()
+        self.host.capacity = 10 * units.Gi
+        self.host.add_volume('disks', pool.RESERVED_NAME, b'\0' * 512)
+        free = self.host.available
+
+        self.assertEqual(free - 512 * units.Mi, found.available)
+
+    def test_less_than_nothing_is_never_available(self):
+        found = self.add_pool()
+        self.host.capacity = units.Mi
+        self.host.add_volume('disks', pool.RESERVED_NAME, b'\0' * 2)
+
+        self.assertEqual(0, found.available)
+
+    def test_room_of_a_host_that_cannot_be_asked(self):
+        found = self.add_pool()
+        self.host.fail('pool.storageVolLookupByName', error=OTHER_ERROR)
+
+        self.assert_libvirt_error(
+            libvirt.VIR_ERR_SYSTEM_ERROR, lambda: found.available)
+
 
 class EnsureTestCase(_PoolTestCase):
 
