@@ -13,6 +13,7 @@
 
 import mmap
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -386,6 +387,57 @@ class FaultTestCase(TransferTestCase):
         self.assertLess(time.monotonic() - asked[3], 1)
         move.discard()
         self._assert_nothing_on_destination()
+
+
+class StrangersTestCase(TransferTestCase):
+    """Files beside the server's whose names are Latin-1, not UTF-8."""
+
+    NAME = 'vid\xe9o'.encode('latin-1')
+
+    def setUp(self):
+        super().setUp()
+        self.strangers = [self._make_stranger(host, directory)
+                          for host in (self.source, self.destination)
+                          for directory in (f'/var/lib/nova/{self.pool_name}',
+                                            '/var/lib/nova/instances')]
+        for pool in self.pools.values():
+            pool.refresh()
+
+    def _make_stranger(self, host, directory):
+        path = os.path.join(os.fsencode(host.path(directory)), self.NAME)
+        with open(path, 'wb') as file:
+            file.write(b'not of nova')
+        self.addCleanup(os.unlink, path)
+        return path
+
+    def test_libvirt_python_cannot_name_them(self):
+        volumes = self.pools[self.destination].listAllVolumes()
+        self.assertEqual(1, len(volumes))
+        self.assertRaises(UnicodeDecodeError, volumes[0].name)
+
+    def test_copy_and_discard(self):
+        self._make_disk(16 * units.Mi, [(0, 8 * units.Mi)])
+        move = self._start()
+        self._run(move)
+        self._assert_arrived()
+        move.discard()
+        there = self._path(self.destination).parent
+        self.assertEqual([self.NAME], os.listdir(os.fsencode(there)))
+        self.assertFalse(
+            os.path.exists(self.destination.path(self.directory)))
+
+    def test_confirm_and_delete(self):
+        disk = self._make_disk(units.Mi, [(0, units.Mi)])
+        places = layout.Layout(self.uuid, str(disk.parent),
+                               str(self.source.path(self.directory)))
+        kept = pathlib.Path(places.kept_path(str(disk)))
+        disk.rename(kept)
+        local.delete_kept(places)
+        self.assertFalse(kept.exists())
+        self._make_disk(units.Mi, [(0, units.Mi)])
+        local.delete_volumes(places)
+        self.assertFalse(disk.exists())
+        self.assertTrue(all(map(os.path.exists, self.strangers)))
 
 
 class RoomTestCase(TransferTestCase):
