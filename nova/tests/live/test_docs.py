@@ -18,6 +18,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 
 from docutils import core
 from docutils import nodes
@@ -310,6 +312,38 @@ except exception.InternalError as error:
                 [], list(self.site.glob('nova_storage_migrate*')))
         self.assertEqual(5, len(self.blocks))
 
+    def test_packages_are_sound_and_complete(self):
+        said = self.run_block('''
+            python3 -m pip --quiet wheel --no-deps --wheel-dir tree .
+            python3 -m venv checker
+            checker/bin/pip --quiet install build twine
+            checker/bin/python -m build --outdir dist . > log
+            checker/bin/twine --no-color check --strict dist/*
+            ''')
+        self.assertEqual(2, said.count('PASSED'), said)
+        sdist, = (self.source / 'dist').glob('*.tar.gz')
+        # This wheel was built from the sdist, the other one from the tree.
+        wheel, = (self.source / 'dist').glob('*.whl')
+        other, = (self.source / 'tree').glob('*.whl')
+        self.assertEqual(self.members(other), self.members(wheel))
+        self.assertEqual(
+            {str(path.relative_to(base.ROOT))
+             for top in ('storage_migrate.py', 'cmd', 'conf', 'virt')
+             for path in [base.ROOT / 'nova' / top,
+                          *(base.ROOT / 'nova' / top).rglob('*.py')]
+             if path.is_file()},
+            {name for name in self.members(wheel)
+             if '.dist-info/' not in name})
+        with tarfile.open(sdist) as files:
+            self.assertEqual([], [name for name in files.getnames()
+                                  if '/nova/tests/' in name])
+
+    @staticmethod
+    def members(wheel):
+        """The names of the files in a wheel."""
+        with zipfile.ZipFile(wheel) as files:
+            return set(files.namelist())
+
     def test_nova_of_each_older_release_has_all_hooks(self):
         said = self.run_block(f"""
             python3 -m pip --quiet wheel --no-deps --wheel-dir . .
@@ -369,6 +403,11 @@ except exception.InternalError as error:
         self.assertIn('use_storage_pools', self.run_block(
             'cd /; python3 -m oslo_config.generator '
             '--namespace nova.storage_migrate'))
+        commands = [self.block('check').splitlines()[-1]]
         if has_script:
-            self.assertIn('usage: nova-storage-migrate check', self.run_block(
-                'nova-storage-migrate check --help'))
+            commands.append('nova-storage-migrate check --help')
+        for command in commands:
+            self.assertIn('usage: nova-storage-migrate check',
+                          self.run_block(command))
+            # No library warns of anything.
+            self.assertEqual('', self.run_block(f'{command} 2>&1 >/dev/null'))

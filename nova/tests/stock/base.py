@@ -42,8 +42,9 @@ from tools.lab import machine
 from tools import processes
 
 # What pip needs of this repository to build the package.
-SOURCE = ('LICENSE', 'README.rst', 'nova/cmd', 'nova/conf', 'nova/virt',
-          'pyproject.toml', 'requirements.txt', 'setup.cfg', 'setup.py')
+SOURCE = ('LICENSE', 'README.rst', 'nova/cmd', 'nova/conf',
+          'nova/storage_migrate.py', 'nova/virt', 'pyproject.toml',
+          'requirements.txt', 'setup.cfg', 'setup.py')
 WORK = '/root/nova-storage-migrate'
 RUNNER = '/usr/local/lib/nova-test-compute.py'
 NOVA_CONF = '/etc/nova/nova.conf'
