@@ -23,7 +23,7 @@ warm_memory().
 Takes the lab of NOVA_LAB_DIR if it is up, and one of its own otherwise.
 
 What goes into the documentation is written with
-``--table doc/source/performance-table.inc``.
+``--output doc/source/performance/copy.json``; see tools/plots.py.
 """
 
 import argparse
@@ -37,10 +37,8 @@ import json
 import mmap
 import os
 import pathlib
-import platform
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -50,28 +48,18 @@ from typing import Self
 from oslo_utils import uuidutils
 import psutil
 
+from tools import bench_report
 from tools import lab as nova_lab
 from tools import processes
 
 POOL = 'bench'
 DIRECTORY = '/var/lib/nova/' + POOL
 MIB = 1024 ** 2
-COLUMNS = ('way', 'rounds', 'seconds', 'of ours', 'client CPU s/GiB',
-           'all CPU s/GiB', 'peak MiB', 'grown MiB', 'wire MiB', 'used MiB',
-           'late ms 99 %', 'late ms at most')
 
-# What has to be so many times as fast as something else.
-GOALS = (
-    ('random', 'direct', 'scp', 1.4),
-    ('random', 'direct', 'rsync --sparse', 2.5),
-    ('random', 'direct', 'scp -C', 10),
-    ('random', 'direct', 'memory', 0.95),
-    ('random', 'volume', 'scp', 1.0),
-    ('sparse', 'direct', 'scp', 25),
-    ('sparse', 'direct', 'rsync --sparse', 20),
-    ('extents', 'direct', 'rsync --sparse', 5),
-    ('small', 'direct', 'ssh path', 1.5),
-)
+# Where qemu-nbd listens on the destination, and where it and its client look
+# for certificates.
+NBD_PORT = 10809
+NBD_PKI = '/var/lib/nova/bench-pki'
 
 # The smallest block of memory that a hypervisor takes back, in bytes.
 BLOCK = 2 * MIB
@@ -88,12 +76,15 @@ class Disk:
 
     :ivar extents: (offset, length) of its random bytes
     :ivar zeros: whether zeros are written to the rest; a hole if not
+    :ivar files: whether the bytes are an archive of this machine's /usr
+        rather than random
     """
 
     name: str
     size: int
     extents: Sequence[tuple[float, float]]
     zeros: bool = False
+    files: bool = False
 
     @property
     def data(self) -> float:
@@ -106,11 +97,17 @@ class Work:
 
     :ivar ways: the first is what the others are compared to
     :ivar slow: ways that are measured in the first round only
+    :ivar link: what the hosts can send, as tc(8) spells a rate
     """
 
     disk: Disk
     ways: Sequence[str]
     slow: Sequence[str] = ()
+    link: str | None = None
+
+    @property
+    def name(self) -> str:
+        return ' '.join(filter(None, (self.disk.name, self.link)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +186,7 @@ class Bench:
                 'rsync --sparse %s %s' % (self._path, target)),
             'rsync --sparse --compress': lambda: self._shell(
                 'rsync --sparse --compress %s %s' % (self._path, target)),
+            'nbdcopy': self._nbdcopy,
             'virsh': lambda: self._shell(
                 '%s vol-create-as %s %s %d --allocation 0 && '
                 'virsh -q -c qemu:///system vol-download --pool %s %s '
@@ -221,16 +219,28 @@ class Bench:
                 host.run(['virsh', 'pool-destroy', POOL], check=False)
                 shutil.rmtree(host.path(DIRECTORY))
 
+    @contextlib.contextmanager
+    def link(self, rate: str | None) -> Iterator[None]:
+        """Let the hosts send no more than that for a while."""
+        hosts = self.source, self.destination
+        with contextlib.ExitStack() as stack:
+            for host in hosts:
+                stack.callback(host.limit, None)
+                host.limit(rate)
+            yield
+
     def make(self, disk: Disk) -> None:
         """Write the disk on the source host."""
-        with open(self._file, 'wb') as file:
+        content = archive() if disk.files else contextlib.nullcontext(
+            os.urandom)
+        with content as read, open(self._file, 'wb') as file:
             for _index in range(disk.size if disk.zeros else 0):
                 file.write(bytes(MIB))
             file.truncate(disk.size * MIB)
             for offset, length in disk.extents:
                 file.seek(int(offset * MIB))
                 for start in range(0, int(length * MIB), MIB):
-                    file.write(os.urandom(min(MIB, int(length * MIB) - start)))
+                    file.write(read(min(MIB, int(length * MIB) - start)))
             os.fsync(file.fileno())
         os.chown(self._file, self.source.nova_uid, self.source.nova_gid)
 
@@ -272,6 +282,41 @@ class Bench:
             raise nova_lab.LabError('failed: ' + command)
         return Outcome(seconds, usage.ru_utime + usage.ru_stime,
                        usage.ru_maxrss * 1024, self._remove_copy)
+
+    def _nbdcopy(self) -> Outcome:
+        """Copy to a qemu-nbd that is there already, as libvirtd is."""
+        size = self._file.stat().st_size
+        self.destination.run(['truncate', '--size', str(size), self._path])
+        self._link_certificates()
+        server = self.destination.popen([
+            'qemu-nbd', '--format=raw', '--object',
+            'tls-creds-x509,id=tls,endpoint=server,verify-peer=yes,dir=' +
+            NBD_PKI, '--tls-creds=tls', '--bind=' + self.destination.address,
+            '--port=%d' % NBD_PORT, self._path])
+        try:
+            nova_lab.wait_for('qemu-nbd', lambda: self.destination.listens(
+                NBD_PORT), poll=0.02)
+            return self._shell(
+                "nbdcopy --connections=1 %s 'nbds://%s:%d/?tls-certificates="
+                "%s'" % (self._path, self.destination.address, NBD_PORT,
+                         NBD_PKI))
+        finally:
+            # It ends with its client.
+            if server.wait(timeout=30):
+                raise nova_lab.LabError('qemu-nbd failed')
+
+    def _link_certificates(self) -> None:
+        """Show libvirt's certificates under the names that NBD has."""
+        for host, side in ((self.source, 'client'),
+                           (self.destination, 'server')):
+            directory = host.path(NBD_PKI)
+            directory.mkdir(exist_ok=True)
+            for name, target in (
+                    ('ca-cert.pem', 'CA/cacert.pem'),
+                    (side + '-cert.pem', 'libvirt/%scert.pem' % side),
+                    (side + '-key.pem', 'libvirt/private/%skey.pem' % side)):
+                with contextlib.suppress(FileExistsError):
+                    (directory / name).symlink_to('/etc/pki/' + target)
 
     def _remove_copy(self) -> None:
         self._copy.unlink(missing_ok=True)
@@ -409,6 +454,17 @@ class Watch(threading.Thread):
 
 
 @contextlib.contextmanager
+def archive() -> Iterator[Callable[[int], bytes]]:
+    """The bytes of an archive of this machine's operating system."""
+    with subprocess.Popen(
+            ['tar', '--create', '--sort=name', '--directory=/', 'usr'],
+            stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        yield process.stdout.read
+        process.kill()
+
+
+@contextlib.contextmanager
 def warm_memory(size: int) -> Iterator[None]:
     """Free memory that a hypervisor does not take back.
 
@@ -421,6 +477,10 @@ def warm_memory(size: int) -> Iterator[None]:
     """
     free = os.sysconf('SC_AVPHYS_PAGES') * mmap.PAGESIZE - 1024 * MIB
     size = min(size, free) // BLOCK * BLOCK
+    if size <= 0:
+        # All memory is in use, and so is warm.
+        yield
+        return
     # Of a file, so that it is no part of this process, whose size Linux tells
     # as the least of what those that it starts had at their peak.
     with open(os.memfd_create('warm'), 'wb+', buffering=0) as file:
@@ -442,7 +502,8 @@ def run(bench: Bench, work: Work, rounds: int) -> Samples:
     samples: Samples = {way: [] for way in (*work.ways, *work.slow)}
     # Twice as much as is copied, since a part of it is in pieces that are too
     # small for a message, and something for all else.
-    with warm_memory(int(2 * work.disk.data + 2048) * MIB):
+    with (warm_memory(int(2 * work.disk.data + 2048) * MIB),
+          bench.link(work.link)):
         # The first copy on a new lab takes up to twice as long as the others.
         bench.measure(work.ways[0])
         for number in range(rounds):
@@ -452,126 +513,9 @@ def run(bench: Bench, work: Work, rounds: int) -> Samples:
                 sample = bench.measure(way, compare=not number)
                 samples[way].append(sample)
                 print('%s, round %d: %s %.2f s' % (
-                    work.disk.name, number + 1, way, sample.seconds),
+                    work.name, number + 1, way, sample.seconds),
                     file=sys.stderr)
     return samples
-
-
-def rows(work: Work, samples: Samples) -> Iterator[list[str]]:
-    """The lines of a table of all ways: medians."""
-    for way, taken in samples.items():
-        def median(of: Callable[[Sample], float | None]) -> float | None:
-            seen = [value for value in map(of, taken) if value is not None]
-            return statistics.median(seen) if seen else None
-
-        def text(form: str, value: float | None) -> str:
-            return form % value if value is not None else ''
-
-        gib = work.disk.data / 1024 * (2 if way == 'two at once' else 1)
-        yield [way, str(len(taken)),
-               text('%.2f', median(lambda s: s.seconds)),
-               '%.2f' % ratio(samples, way, work.ways[0]),
-               text('%.2f', median(lambda s: s.client / gib)),
-               text('%.2f', median(lambda s: (s.client + s.daemons) / gib)),
-               text('%.0f', median(lambda s: s.memory / MIB)),
-               text('%.0f', median(lambda s: s.grown and s.grown / MIB)),
-               text('%.0f', median(lambda s: s.wire / MIB)),
-               text('%.0f', median(lambda s: s.used / MIB)),
-               text('%.0f', median(lambda s: s.late_99 and s.late_99 * 1000)),
-               text('%.0f', median(lambda s: s.late and s.late * 1000))]
-
-
-def ratio(samples: Samples, way: str, to: str) -> float:
-    """How much longer one way takes than another: median of the rounds."""
-    return statistics.median(
-        one.seconds / other.seconds
-        for one, other in zip(samples[way], samples[to]))
-
-
-def median_of(samples: Samples, way: str, name: str) -> float:
-    return statistics.median(getattr(s, name) for s in samples[way])
-
-
-def figures(found: dict[str, tuple[Work, Samples]]) -> Iterator[list[str]]:
-    """The lines of a table of what has to be reached, and what was."""
-    for name, way, to, least in GOALS:
-        if name in found:
-            work, samples = found[name]
-            if to in samples:
-                yield ['%s, %s' % (describe(work.disk), way), to,
-                       '%.2f times its speed' % least,
-                       '%.2f' % ratio(samples, to, way)]
-    if 'random' in found:
-        work, samples = found['random']
-        client = median_of(samples, 'direct', 'client')
-        yield ['CPU seconds of our process per GiB', '', 'at most 1.8',
-               '%.2f' % (client / work.disk.data * 1024)]
-    if 'random' in found and 'sparse' in found:
-        dense, sparse = (
-            found[name][0].disk.data /
-            median_of(found[name][1], 'direct', 'seconds')
-            for name in ('random', 'sparse'))
-        yield ['%s, MiB/s of data' % describe(found['sparse'][0].disk),
-               'random, direct', '0.80 times its speed',
-               '%.2f' % (sparse / dense)]
-    if 'zeros written' in found:
-        work, samples = found['zeros written']
-        for what in ('wire', 'used'):
-            share = (median_of(samples, 'direct', what) / MIB /
-                     work.disk.data)
-            yield ['%s, bytes %s' % (
-                describe(work.disk),
-                'on the wire' if what == 'wire' else 'used there'),
-                'bytes of data', 'at most 1.02', '%.3f' % share]
-    if 'small' in found:
-        work, samples = found['small']
-        yield ['%s, connect to verified, seconds' % describe(work.disk), '',
-               'under 1', '%.2f' % median_of(samples, 'direct', 'seconds')]
-    sizes = [found[name] for name in found if name.startswith('size')]
-    if sizes:
-        speeds = [work.disk.data / median_of(samples, 'direct', 'seconds')
-                  for work, samples in sizes]
-        yield [', '.join('%g' % (work.disk.size / 1024)
-                         for work, _samples in sizes) + ' GiB, random',
-               'speed of the first', 'within 0.10', ', '.join(
-                   '%.2f' % (speed / speeds[0]) for speed in speeds)]
-    if 'two' in found:
-        yield ['two migrations at once, sum of speeds', 'one alone',
-               '0.95 times', '%.2f' % (
-                   2 / ratio(found['two'][1], 'two at once', 'direct'))]
-        samples = found['two'][1]
-        for text, name, bound in (
-                ('99th percentile', 'late_99', 'at most 20'),
-                ('at most', 'late', 'at most 100')):
-            yield ['green thread during a copy and a stall, late ms, ' + text,
-                   '', bound,
-                   '%.0f' % (1000 * median_of(samples, 'stalled', name))]
-        yield ['memory of a transfer with a stalled peer, MiB', '',
-               'at most 64',
-               '%.0f' % (max(s.grown or 0 for s in samples['stalled']) / MIB)]
-
-
-def describe(disk: Disk) -> str:
-    return '%s: %g MiB with %g MiB of data' % (
-        disk.name, disk.size, round(disk.data, 1))
-
-
-def table(lines: Sequence[Sequence[str]]) -> str:
-    """A simple table in reStructuredText; the first line is its head."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    rule = '  '.join('=' * width for width in widths)
-    text = ['  '.join(cell.ljust(width) for cell, width in zip(line, widths))
-            .rstrip() for line in lines]
-    return '\n'.join([rule, text[0], rule, *text[1:], rule])
-
-
-def machine() -> str:
-    """What the figures are of."""
-    info = pathlib.Path('/proc/cpuinfo').read_text()
-    model = next((line.partition(': ')[2] for line in info.splitlines()
-                  if line.startswith('model name')), platform.machine())
-    return '%s, %d CPUs for both hosts, load %.1f, Linux %s' % (
-        model, os.cpu_count() or 0, os.getloadavg()[0], platform.release())
 
 
 def works(short: bool) -> list[Work]:
@@ -586,19 +530,22 @@ def works(short: bool) -> list[Work]:
     def random(name: str, mib: int) -> Disk:
         return Disk(name, mib, [(0, mib)])
 
+    system = Disk('system', 512 // scale, [(0, 512 // scale)], files=True)
     return [
         Work(random('random', 2048 // scale),
-             ('direct', 'volume', 'memory', 'scp', 'rsync --sparse'),
+             ('direct', 'volume', 'memory', 'nbdcopy', 'scp',
+              'rsync --sparse'),
              ('scp -C', 'rsync --sparse --compress', 'virsh', 'cp')),
-        Work(Disk('sparse', 2 * size, wide), ('direct', 'volume'),
+        *(Work(system, ('direct', 'nbdcopy', 'scp', 'rsync --sparse',
+                        'rsync --sparse --compress'), ('scp -C',), link)
+          for link in ('1gbit', '200mbit')),
+        Work(Disk('sparse', 2 * size, wide), ('direct', 'volume', 'nbdcopy'),
              ('scp', 'rsync --sparse')),
         Work(Disk('zeros written', size, spread, zeros=True), ('direct',)),
         Work(Disk('extents', size, [
             (index * step / 256, 1 / 256) for index in range(extents)]),
-            ('direct',), ('rsync --sparse',)),
+            ('direct', 'nbdcopy'), ('rsync --sparse',)),
         Work(random('small', 1), ('direct', 'ssh path')),
-        *(Work(random('size %d' % number, 1024 // scale * number),
-               ('direct',), ('scp', 'cp')) for number in (1, 2, 4, 8)),
         Work(random('two', 1024), ('direct', 'two at once', 'stalled')),
     ]
 
@@ -610,55 +557,46 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--rounds', type=int)
     parser.add_argument('--disks', nargs='+', help='of these names only')
     parser.add_argument('--output', type=pathlib.Path, metavar='FILE',
-                        help='write all samples as JSON')
-    parser.add_argument('--table', type=pathlib.Path, metavar='FILE',
-                        help='write the tables as reStructuredText')
+                        help='write all samples as JSON; disks that are in '
+                        'the file and were not measured stay')
     args = parser.parse_args(argv)
     args.rounds = args.rounds or (3 if args.short else 5)
     return args
 
 
-def report(found: dict[str, tuple[Work, Samples]], where: str) -> str:
-    """All tables, in reStructuredText."""
-    parts = ['Measured on %s.' % where,
-             table([('work', 'against', 'at least', 'measured'),
-                    *figures(found)])]
-    for work, samples in found.values():
-        parts += ['%s%s:' % (describe(work.disk)[0].upper(),
-                             describe(work.disk)[1:]),
-                  table([COLUMNS, *rows(work, samples)])]
-    return '\n\n'.join(parts) + '\n'
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    # What was made for the measurement goes, whichever way it ends.
+    signal.signal(signal.SIGTERM, lambda *_args: sys.exit(1))
     lab = nova_lab.Lab(os.environ.get('NOVA_LAB_DIR', nova_lab.DEFAULT))
     was_up = lab.is_up
     lab.up()
-    where = machine()
-    found: dict[str, tuple[Work, Samples]] = {}
     try:
         lab.ssh(True)
         bench = Bench(lab)
         with bench.pools():
             for work in works(args.short):
-                if args.disks and work.disk.name not in args.disks:
+                if args.disks and work.name not in args.disks:
                     continue
-                found[work.disk.name] = work, run(bench, work, args.rounds)
-        print(report(found, where))
-        if args.table:
-            args.table.write_text(report(found, where))
-        if args.output:
-            args.output.write_text(json.dumps({  # noqa: N324
-                'machine': where, 'disks': {
-                    name: {way: [dataclasses.asdict(s) for s in taken]
-                           for way, taken in samples.items()}
-                    for name, (_work, samples) in found.items()},
-            }, indent=1) + '\n')
+                machine = bench_report.machine()
+                found = measured(machine, work, run(bench, work, args.rounds))
+                print(bench_report.copy_report({work.name: found}))
+                if args.output:
+                    bench_report.add(args.output, work.name, found)
         return 0
     finally:
         if not was_up:
             lab.down()
+
+
+def measured(machine: str, work: Work,
+             samples: Samples) -> bench_report.Measured:
+    """What is kept of it."""
+    return bench_report.Measured(
+        machine,
+        {way: [[dataclasses.asdict(sample)] for sample in taken]
+         for way, taken in samples.items()},
+        {'size': work.disk.size, 'data': work.disk.data})
 
 
 if __name__ == '__main__':

@@ -247,6 +247,23 @@ class Namespaces(host.Host):
                   'dev', 'eth0'])
         self.run(['ip', 'link', 'set', 'eth0', 'up'])
 
+    def sent_bytes(self) -> int:
+        """The bytes that have left the host so far."""
+        return int(Path('/sys/class/net', self._port,
+                        'statistics/rx_bytes').read_text())
+
+    def limit(self, rate: str | None) -> None:
+        """Let no more than that leave the host, as tc(8) spells a rate.
+
+        The burst has to hold the largest packets of a cable that no hardware
+        is behind, 64 KiB.
+        """
+        self.run(['tc', 'qdisc', 'delete', 'dev', 'eth0', 'root'],
+                 check=False)
+        if rate:
+            self.run(['tc', 'qdisc', 'add', 'dev', 'eth0', 'root', 'tbf',
+                      'rate', rate, 'burst', '256kb', 'latency', '50ms'])
+
     def link(self, up: bool) -> None:
         """Plug the host's network cable in, or pull it."""
         processes.execute('ip', 'link', 'set', self._port,

@@ -142,6 +142,51 @@ class TestConnections(HostsTestCase):
         self.assertLess(time.monotonic() - began, 15)
 
 
+class TestLimit(HostsTestCase):
+    """What a host sends is counted, and no more than a limit."""
+
+    LIMIT = 4 << 20
+    BYTES = 8 << 20
+    SEND = ('import socket, sys\n'
+            'there = socket.create_connection((sys.argv[1], '
+            'int(sys.argv[2])))\n'
+            'there.sendall(bytes(int(sys.argv[3])))\n'
+            'there.shutdown(socket.SHUT_WR)\n'
+            'there.recv(1)\n')
+
+    def send(self):
+        """Send bytes from the source to the machine; return the seconds."""
+        with socket.create_server((self.lab.address, 0)) as listener:
+            process = self.source.popen(
+                [sys.executable, '-c', self.SEND, self.lab.address,
+                 str(listener.getsockname()[1]), str(self.BYTES)])
+            self.addCleanup(process.wait)
+            self.addCleanup(process.kill)
+            listener.settimeout(30)
+            connection, _address = listener.accept()
+            started = time.monotonic()
+            with connection:
+                while connection.recv(1 << 16):
+                    pass
+            return time.monotonic() - started
+
+    def test_a_limit_holds_until_it_is_lifted(self):
+        self.addCleanup(self.source.limit, None)
+        self.source.limit('%dbit' % (self.LIMIT * 8))
+        self.assertGreater(self.send(), 0.9 * self.BYTES / self.LIMIT)
+        self.source.limit(None)
+        qdiscs = self.source.run(
+            ['tc', 'qdisc', 'show', 'dev', 'eth0']).stdout
+        self.assertNotIn('tbf', qdiscs)
+
+    def test_sent_bytes(self):
+        before = self.source.sent_bytes()
+        self.send()
+        sent = self.source.sent_bytes() - before
+        self.assertGreaterEqual(sent, self.BYTES)
+        self.assertLess(sent, 1.1 * self.BYTES)
+
+
 class TestHosts(HostsTestCase):
 
     def test_nova_has_another_uid_on_each_host(self):
