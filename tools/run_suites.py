@@ -19,8 +19,9 @@
     run_suites.py main unit upstream functional
 
 What follows -- goes to stestr. Where NOVA_RELEASE_TABLE names a file, the
-numbers go into it: a table in CSV of releases and suites. The one of the
-documentation is doc/source/contributor/nova-releases.csv.
+numbers go into it, a table in CSV with a row for each release, mode and
+version of Python. The one of the documentation is
+doc/source/contributor/nova-releases.csv.
 """
 
 import argparse
@@ -115,24 +116,28 @@ def record(path: Path, release: str, mode: str, python: str, suite: str,
     rows = {}
     if path.exists():
         with path.open(newline='') as table:
-            rows = {(row['Nova'], row['Mode']): row
-                    for row in csv.DictReader(table)}
-    row = rows.setdefault((release, mode), dict.fromkeys(COLUMNS, ''))
-    row.update({'Nova': release, 'Mode': mode,
-                SUITES[suite]: str(outcome)})
-    if not suite.startswith('cloud'):
-        row['Python'] = python
+            rows = {key(row): row for row in csv.DictReader(table)}
+    row = dict.fromkeys(COLUMNS, '') | {
+        'Nova': release, 'Mode': mode, 'Python': python}
+    row = rows.setdefault(key(row), row)
+    row[SUITES[suite]] = str(outcome)
     with path.open('w', newline='') as table:
         writer = csv.DictWriter(table, COLUMNS, lineterminator='\n')
         writer.writeheader()
-        writer.writerows(rows[key] for key in sorted(rows))
+        writer.writerows(row for _key, row in sorted(rows.items()))
 
 
-def python_of(release: str) -> str:
-    """The version of Python in the environment of a release."""
-    said = subprocess.run(
-        [environment(release) / 'bin/python', '--version'], check=True,
-        text=True, stdout=subprocess.PIPE).stdout
+def key(row: dict[str, str]) -> tuple[str, str, int]:
+    """Where a row stands in the table."""
+    return row['Nova'], row['Mode'], int(row['Python'].partition('.')[2])
+
+
+def python_of(release: str, suite: str) -> str:
+    """The version of Python that a suite's Nova runs on."""
+    python = (Path('/usr/bin/python3') if suite.startswith('cloud') else
+              environment(release) / 'bin/python')
+    said = subprocess.run([python, '--version'], check=True, text=True,
+                          stdout=subprocess.PIPE).stdout
     return said.split()[1].rpartition('.')[0]
 
 
@@ -170,7 +175,7 @@ def main(arguments: list[str]) -> int:
         lines.append(f'Nova {args.release}, {mode}, {suite}: {outcome}')
         if 'NOVA_RELEASE_TABLE' in os.environ:
             record(Path(os.environ['NOVA_RELEASE_TABLE']), args.release,
-                   mode, python_of(args.release), suite, outcome)
+                   mode, python_of(args.release, suite), suite, outcome)
     print('\n'.join(lines))
     return int(failed)
 
