@@ -15,8 +15,10 @@
 
 import ast
 import collections
+from importlib import metadata
 import pathlib
 import re
+import sys
 
 from docutils import core
 from docutils import nodes
@@ -54,6 +56,19 @@ def read_strings():
                 yield ''.join(
                     part.value if isinstance(part, ast.Constant) else ANY
                     for part in node.values)
+
+
+def read_imports():
+    """The packages that the code imports, standard library included."""
+    found = set()
+    for place in ('cmd', 'conf', 'virt'):
+        for path in (ROOT / 'nova' / place).rglob('*.py'):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Import):
+                    found |= {name.name for name in node.names}
+                elif isinstance(node, ast.ImportFrom):
+                    found.add(node.module)
+    return {name.partition('.')[0] for name in found}
 
 
 def read_tests():
@@ -127,6 +142,18 @@ class ContributorTestCase(testtools.TestCase):
         for place in ('nova/cmd', 'nova/virt'):
             for path in (ROOT / place).rglob('*.py'):
                 self.assertIn(f'{path.name}``', text)
+
+
+class RequirementsTestCase(testtools.TestCase):
+
+    def test_each_library_that_is_imported_is_required(self):
+        required = {
+            re.split(r'[<>=!~]', line)[0].lower()
+            for line in (ROOT / 'requirements.txt').read_text().splitlines()}
+        owners = metadata.packages_distributions()
+        for top in read_imports() - sys.stdlib_module_names - {'nova'}:
+            names = {name.lower() for name in owners[top]}
+            self.assertTrue(names & required, f'{top}: {names}')
 
 
 class TroubleshootingTestCase(testtools.TestCase):
