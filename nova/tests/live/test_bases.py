@@ -13,6 +13,7 @@
 
 import os
 import random
+import shutil
 import subprocess
 import tempfile
 
@@ -47,6 +48,7 @@ class OwnBaseMixin(stock.ComputeMixin):
                      'use_storage_pools': 'False',
                      'vol_upload_migration_legacy': 'True'}}
         for host in self.source, self.destination:
+            self.addCleanup(shutil.rmtree, host.path(CACHE))
             self.configure(host, layer)
         self.here, self.there = map(
             self.start_compute, (self.source, self.destination))

@@ -68,6 +68,7 @@ from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt.storage import leftovers
 from nova.virt.libvirt.storage import live
 from nova.virt.libvirt.storage import local
+from nova.virt.libvirt.storage import nvram
 from nova.virt.libvirt.storage import place
 from nova.virt.libvirt.storage import progress
 from nova.virt.libvirt.storage import site
@@ -355,9 +356,12 @@ class LibvirtDriver(driver.LibvirtDriver):
                 server, places, flavor, timeout, retry_interval)
         if is_here or not (
                 enters_pool or self._moves_over_libvirt(places, dest)):
-            return super().migrate_disk_and_power_off(
+            disk_info = super().migrate_disk_and_power_off(
                 context, instance, dest, flavor, network_info,
                 block_device_info, timeout, retry_interval)
+            if is_here:
+                _copy_kept_nvram(places)
+            return disk_info
 
         prepare = functools.partial(
             self._prepare, server, places, dest, flavor, enters_pool)
@@ -430,6 +434,7 @@ class LibvirtDriver(driver.LibvirtDriver):
                 uses_pool=enters_pool)
             stack.callback(_native, move.close)
             self._check_vtpm(server.instance, places)
+            self._read_nvram(server.instance)
             _native(move.check)
             if move.there.is_shared:
                 _refuse_vtpm(server.instance, _(
@@ -482,12 +487,17 @@ class LibvirtDriver(driver.LibvirtDriver):
         self._power_off_for_copy(
             server, copy, self._is_running(instance), steps, timeout,
             retry_interval)
+        variables = self._read_nvram(instance)
         if move.there.is_shared:
+            if variables is not None and hooks.keeps_nvram():
+                nvram.write(places.nvram_path, variables)
             local.remove_stale_directory(places)
             layout.write_record(
                 places.record_path, places.formats() | move.formats())
             return
-        watch.watch(functools.partial(_native, move.run, copy.cancel, watch))
+        late = [] if variables is None else [nvram.as_file(variables)]
+        watch.watch(functools.partial(
+            _native, move.run, copy.cancel, watch, late))
         local.keep_directory(places)
 
     def _copy_here_and_power_off(
@@ -516,6 +526,7 @@ class LibvirtDriver(driver.LibvirtDriver):
                 for path in [places.record_path,
                              *(info['path'] for info in disk_info)]:
                     self._copy_here(copy, places.kept_path(path), path)
+                _copy_kept_nvram(places)
         return jsonutils.dumps(disk_info)
 
     def _prepare_here(
@@ -1012,6 +1023,24 @@ class LibvirtDriver(driver.LibvirtDriver):
         super()._create_images_and_backing(
             context, instance, instance_dir, disk_info, fallback_from_host)
 
+    @hooks.as_nova_declares
+    def _undefine_domain(self, instance, *args, **kwargs):
+        """Undefine a domain; its UEFI variables go with its directory.
+
+        The directory may be in use on another host that shares it.
+        """
+        if hooks.keeps_nvram() and os.path.exists(
+                layout.Layout.of(instance).nvram_path):
+            kwargs['keep_nvram'] = True
+        super()._undefine_domain(instance, *args, **kwargs)
+
+    @hooks.as_nova_declares
+    def _get_guest_xml(self, context, instance, *args, **kwargs):
+        """Describe a domain, with the UEFI variables that came along."""
+        xml = super()._get_guest_xml(context, instance, *args, **kwargs)
+        path = layout.Layout.of(instance).nvram_path
+        return nvram.name_path(xml, path) if os.path.exists(path) else xml
+
     def _create_image(
         self, context, instance, disk_mapping, injection_info=None,
         suffix='', disk_images=None, block_device_info=None,
@@ -1271,6 +1300,18 @@ class LibvirtDriver(driver.LibvirtDriver):
             raise exception.MigrationPreCheckError(reason=_(
                 'This libvirt deletes the state of a vTPM when a server '
                 'starts again. Install libvirt 8.9.0 or later.'))
+
+    def _read_nvram(self, instance) -> bytes | None:
+        """The server's UEFI variables, None if it has none.
+
+        :raises: StorageError
+        """
+        try:
+            xml = self._host.get_guest(instance).get_xml_desc()
+        except exception.InstanceNotFound:
+            return None
+        path = nvram.path_in(xml)
+        return nvram.read(path) if path else None
 
     def _disk_info(self, server) -> list[dict[str, ty.Any]]:
         """Nova's list of the disks of a server that have to go along.
@@ -1607,6 +1648,20 @@ def _refuse_unknown(instance, disk) -> None:
 
 def _is_on_one_host(migration) -> bool:
     return migration.source_compute == migration.dest_compute
+
+
+def _copy_kept_nvram(places: layout.Layout) -> None:
+    """Let a server that is resized on its host have its UEFI variables.
+
+    Those of a server that was made here are where libvirt has them.
+
+    :raises: StorageError, OSError
+    """
+    content = None
+    if os.path.exists(places.kept_path(places.nvram_path)):
+        content = nvram.read(places.kept_path(places.nvram_path))
+    if content is not None:
+        nvram.write(places.nvram_path, content)
 
 
 def _refuse_vtpm(instance, where: str) -> None:

@@ -132,6 +132,12 @@ HOOKS = {
     '_hard_reboot': Hook(
         ('context', 'instance', 'network_info'),
         'Recovers the instance directory of a server that starts again.'),
+    '_get_guest_xml': Hook(
+        ('context', 'instance'),
+        'Names the UEFI variables that came along in the domain.'),
+    '_undefine_domain': Hook(
+        ('instance',),
+        'Keeps the UEFI variables that are in the instance directory.'),
     '_create_image': Hook(
         ('context', 'instance', 'disk_mapping', 'injection_info', 'suffix',
          'disk_images', 'block_device_info', 'fallback_from_host',
@@ -198,6 +204,12 @@ def as_nova_declares(method: ty.Callable) -> ty.Callable:
     method.__signature__ = inspect.signature(  # type: ignore[attr-defined]
         getattr(driver.LibvirtDriver, method.__name__))
     return method
+
+
+def keeps_nvram() -> bool:
+    """Whether Nova can undefine a domain and keep its UEFI variables."""
+    return 'keep_nvram' in inspect.signature(
+        driver.LibvirtDriver._undefine_domain).parameters
 
 
 def find_problems(nova_driver: type) -> list[str]:

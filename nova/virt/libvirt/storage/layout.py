@@ -81,6 +81,10 @@ COMPANIONS = ('disk.config', *BOOT_FILES)
 # server's vTPM.
 VTPM = 'swtpm'
 
+# Name of the file with the UEFI variables of a server that came from another
+# host.
+NVRAM = 'nvram'
+
 # Modes of the files and directories that nova-compute makes.
 FILE_MODE = 0o644
 DIRECTORY_MODE = 0o755
@@ -236,6 +240,11 @@ class Layout:
     def vtpm_path(self) -> str:
         """Where libvirt has the state of the server's vTPM."""
         return os.path.join(libvirt_utils.VTPM_DIR, self.uuid)
+
+    @property
+    def nvram_path(self) -> str:
+        """Where the UEFI variables are of a server that came here."""
+        return os.path.join(self.directory, NVRAM)
 
     @property
     def saved_vtpm_path(self) -> str:

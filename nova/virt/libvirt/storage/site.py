@@ -257,7 +257,7 @@ class Site:
         :raises: OSError, libvirtError, TimeoutError
         """
         if file.data is not None:
-            return stream.MemorySource(file.data), len(file.data)
+            return stream.MemorySource(file.data[skip:]), len(file.data)
         if file.place == server_layout.POOL and (
                 self.layout.is_in_pool(file.path)):
             volume = self._disks.find(file.name)
@@ -279,6 +279,8 @@ class Site:
 
         :raises: OSError
         """
+        if file.data is not None:
+            return file.data[:file.head_bytes]
         with open(file.path, 'rb') as disk:
             return disk.read(file.head_bytes)
 

@@ -192,7 +192,8 @@ class Transfer:
                     self._copy_early(file, cancel, watch)
 
     def run(self, cancel: stream.CancelEvent | None = None,
-            watch: Watch | None = None) -> None:
+            watch: Watch | None = None,
+            late: ty.Sequence[layout.File] = ()) -> None:
         """Copy every file of the plan; the server is off.
 
         When this returns all files have arrived and are complete. They need
@@ -200,12 +201,13 @@ class Transfer:
         starts the server.
 
         :param cancel: stops the copy when set
+        :param late: files that go along and are there since the server is off
         :raises: HostError, Cancelled
         """
         if self._is_empty:
             return
         with self._located(self._here.daemon):
-            files = [*self._files, *self._here.vtpm(), self._record()]
+            files = [*self._files, *late, *self._here.vtpm(), self._record()]
             total = sum(map(self._here.length, files))
         if watch:
             watch.begin(total)

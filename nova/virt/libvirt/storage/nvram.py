@@ -1,0 +1,113 @@
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""The UEFI variables of a server: what its firmware keeps between starts.
+
+libvirt has them in a directory of QEMU's, which nova-compute cannot enter, and
+of which no pool may be made: guests write these files. Where a server comes
+to, they are in its instance directory, and its domain names them there.
+"""
+
+import os
+
+from lxml import etree
+from oslo_utils import units
+
+import nova.privsep.path
+from nova.virt.libvirt.storage import errors
+from nova.virt.libvirt.storage import layout
+
+# Where libvirt has them.
+DIRECTORY = '/var/lib/libvirt/qemu/nvram'
+
+# Bytes that the variables may have: those of an aarch64 server, the largest.
+MAX_BYTES = 64 * units.Mi
+
+_MODE = 0o600
+
+
+def path_in(xml: str) -> str | None:
+    """Path of the variables in the XML of a domain, None if it has none."""
+    domain = etree.fromstring(xml)
+    system = domain.find('os')
+    path = domain.findtext('os/nvram')
+    if not path and system is not None and _keeps_variables(system):
+        # Before 9.2 libvirt does not tell of a domain that is off.
+        path = os.path.join(
+            DIRECTORY, domain.findtext('name', '') + '_VARS.fd')
+    return path or None
+
+
+def name_path(xml: str, path: str) -> str:
+    """Name other variables in the XML of a domain.
+
+    XML of a domain that has none, or is to lose them, stays as it is.
+    """
+    domain = etree.fromstring(xml)
+    system = domain.find('os')
+    if system is None or not _keeps_variables(system):
+        return xml
+    found = system.find('nvram')
+    if found is None:
+        found = etree.SubElement(system, 'nvram')
+    found.text = path
+    return etree.tostring(domain, encoding='unicode', pretty_print=True)
+
+
+def _keeps_variables(system: etree._Element) -> bool:
+    loader = system.find('loader')
+    if loader is not None and loader.get('stateless') == 'yes':
+        return False
+    return (system.get('firmware') == 'efi' or
+            loader is not None and loader.get('type') == 'pflash')
+
+
+def read(path: str) -> bytes | None:
+    """Read variables, as root.
+
+    :returns: None if there are none: the server has never started
+    :raises: StorageError
+    """
+    try:
+        content, before = nova.privsep.path.last_bytes(path, MAX_BYTES)
+    except FileNotFoundError:
+        return None
+    except Exception as error:
+        # The helper of nova-compute that is root may be missing, or fail.
+        raise errors.StorageError(
+            f'the UEFI variables {path} cannot be read: {error}',
+            'Check privsep in the log of nova-compute.') from error
+    if before:
+        raise errors.StorageError(
+            f'the UEFI variables {path} have more than {MAX_BYTES} bytes',
+            'Find out what the file is.')
+    return content
+
+
+def write(path: str, content: bytes) -> None:
+    """Write variables, on stable storage, for QEMU alone to read.
+
+    :raises: OSError
+    """
+    descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, _MODE)
+    with open(descriptor, 'wb') as file:
+        file.write(content)
+        file.flush()
+        os.fsync(descriptor)
+    layout.flush(os.path.dirname(path))
+
+
+def as_file(content: bytes) -> layout.File:
+    """Variables on their way to another host."""
+    return layout.File(layout.NVRAM, layout.DIRECTORY, layout.NVRAM,
+                       data=content, mode=_MODE, has_hostile_head=True)
