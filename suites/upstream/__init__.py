@@ -72,5 +72,5 @@ if os.environ.get('NOVA_STOCK_DRIVER') != '1':
 
 
 def load_tests(loader, tests, pattern):
-    return loader.loadTestsFromName(
-        'nova.tests.unit.virt.libvirt.test_driver')
+    return loader.loadTestsFromNames([
+        'nova.tests.unit.virt.libvirt.test_driver', 'suites.upstream.volumes'])
