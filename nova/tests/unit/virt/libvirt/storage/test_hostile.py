@@ -474,14 +474,14 @@ class AdoptTestCase(HostileTestCase, test_storage_migrate.FinishMixin):
             file.write(b'of this host')
         overlays = {self._add_file(disk, b''): f'/elsewhere/{backing}'
                     for disk, backing in (
-                        ('disk.eph0', name), ('disk.eph1', name),
-                        ('disk', '0123'), ('disk.eph2', layout.BASE + name))}
+                        ('disk.eph5', name), ('disk.eph6', name),
+                        ('disk.eph7', layout.BASE + name),
+                        ('disk.eph8', '0123'))}
         self._add_record(dict.fromkeys(overlays, 'qcow2'))
         with (mock.patch.object(overlay, 'flatten') as flatten,
               mock.patch.object(layout, 'backing_file', overlays.get)):
-            flushed = self._flushed([])
-        flattened = [os.path.join(self.directory, disk) for disk in (
-            'disk.eph0', 'disk.eph1', 'disk.eph2')]
+            flushed = self._flushed(self.disks)
+        flattened = [path for path in overlays if path[-1] in '567']
         self.assertCountEqual([mock.call(path, base) for path in flattened],
                               flatten.call_args_list)
         self.assertLessEqual(set(flattened), set(flushed))
@@ -491,13 +491,13 @@ class AdoptTestCase(HostileTestCase, test_storage_migrate.FinishMixin):
 
     def test_base_that_cannot_be_copied_fails_the_migration(self):
         base = self._add_file(layout.BASE + 'ephemeral_1_0706d66', HOSTILE)
-        self._add_record({self._add_file('disk.eph0', b''): 'qcow2'})
+        self._add_record({self._add_file('disk.eph5', b''): 'qcow2'})
         failure = errors.StorageError('no room', 'Revert it.')
         with (mock.patch.object(overlay, 'flatten', side_effect=failure),
               mock.patch.object(layout, 'backing_file',
                                 return_value='/x/ephemeral_1_0706d66')):
             error = self.assertRaises(
-                exception.MigrationError, self._finish, [])
+                exception.MigrationError, self._finish, self.disks)
         self.assertIn('no room', str(error))
         for path in base, self.marker:
             self.assertTrue(os.path.exists(path))
