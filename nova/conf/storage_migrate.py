@@ -245,15 +245,45 @@ Related options:
         help="""
 Timeout for a copy that makes no progress, in seconds.
 
-The timeout also applies to every other request to the destination host. When
-it expires, the incomplete copy is deleted on the destination host, and the
-server runs again on the source host. The keepalive of the connection detects
-a lost daemon earlier; this timeout is for a daemon that is running but waits
-for its disk.
+The timeout also applies to every other request to the destination host. While
+the server runs, ``vol_upload_migration_reconnect_timeout`` applies instead if
+it is longer. When the timeout expires, the incomplete copy is deleted on the
+destination host, and the server runs on the source host.
 
 Related options:
 
 * ``vol_upload_migration``
+* ``vol_upload_migration_reconnect_timeout``
+* ``vol_upload_migration_keepalive_interval``
+"""),
+    cfg.IntOpt(
+        'vol_upload_migration_reconnect_timeout',
+        default=300,
+        min=0,
+        help="""
+Timeout for connecting again to a destination host that was lost, in seconds.
+
+When the connection is lost during a copy, because the link is cut or the
+libvirt daemon of the destination host restarts, the copy waits, connects again
+and goes on from what the destination host has for certain. At most 128 MiB of
+data, or what the link carries in half a minute, are sent again. The files on
+the destination host must still be those of this migration.
+
+This timeout applies while the server runs: a copy may stand still for as long.
+Once the server has been powered off, it waits no longer than
+``vol_upload_migration_stall_timeout``. When the time is over, the migration
+fails: the incomplete copy is deleted, and the server runs on the source host.
+
+A refusal, for example of the certificate or of the password, is not retried. A
+host that has been restarted is not waited for either: it may have lost a part
+of the copy. Only the transports ``tls`` and ``tcp`` can be connected again.
+
+0 means that a copy fails with its connection.
+
+Related options:
+
+* ``vol_upload_migration``
+* ``vol_upload_migration_stall_timeout``
 * ``vol_upload_migration_keepalive_interval``
 """),
     cfg.IntOpt(
@@ -279,11 +309,13 @@ Interval of the keepalive messages to the destination host, in seconds.
 
 When 5 messages in a row get no answer, the connection is considered lost, and
 all requests that wait for it fail. With the default, this takes about half a
-minute.
+minute. With ``vol_upload_migration_reconnect_timeout``, a connection is not
+considered lost before that timeout.
 
 Related options:
 
 * ``vol_upload_migration``
+* ``vol_upload_migration_reconnect_timeout``
 * ``vol_upload_migration_stall_timeout``
 """),
     cfg.StrOpt(

@@ -245,6 +245,16 @@ class StorageContract:
 
         self.assert_content('ABBAAA')
 
+    def test_sparse_upload_that_goes_on_where_another_one_ended(self):
+        """An upload may end before the length that it announced."""
+        volume = self.create('disk', 6 * UNIT)
+
+        self.upload(volume, 'A-B', 0, 6 * UNIT, flags=SPARSE_UPLOAD)
+        self.upload(volume, '-C-', 3 * UNIT, flags=SPARSE_UPLOAD)
+
+        self.assert_content('A-B-C-')
+        self.assertLess(volume.info()[2], 4 * UNIT)
+
     def test_other_upload_to_a_range_spares_the_rest(self):
         volume = self.create_from('disk', 'AAAAAA')
 

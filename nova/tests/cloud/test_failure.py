@@ -39,7 +39,8 @@ class FaultTestCase(base.CloudTestCase):
         'DEFAULT': {
             'use_cow_images': 'False', 'manager_shutdown_timeout': 20,
             'update_resources_interval': 10},
-        'libvirt': {'vol_upload_migration_precopy': 'False'}}
+        'libvirt': {'vol_upload_migration_precopy': 'False',
+                    'vol_upload_migration_reconnect_timeout': '0'}}
     boots = 1
 
     def setUp(self):
@@ -95,6 +96,25 @@ class FaultTestCase(base.CloudTestCase):
         self.server.wait_boot()
         self.assertEqual({'vda': self.counter + self.boots + 1},
                          self.server.counters())
+
+
+class ReconnectTestCase(FaultTestCase):
+    """A copy goes on after its connection was lost."""
+
+    options = {**FaultTestCase.options, 'libvirt': {}}
+
+    def test_daemon_of_the_destination_is_restarted(self):
+        def restart():
+            self.destination.stop_libvirtd(signal.SIGKILL)
+            self.destination.start_libvirtd()
+
+        self.break_when_copying(restart)
+        self.server.wait('VERIFY_RESIZE')
+        self.assertEqual(base.DESTINATION, self.server.host)
+        self.server.confirm()
+        self.assert_no_disks(self.server, base.SOURCE)
+        self.server.wait_boot()
+        self.assertEqual({'vda': self.counter + 1}, self.server.counters())
 
 
 class FailureTestCase(FaultTestCase):

@@ -127,6 +127,9 @@ class EndsMixin:
         copy = self._begin_to_copy()
         self.destination.stop_libvirtd(signal.SIGKILL)
         self.assertLess(copy.stat().st_blocks * 512, NOISE_BYTES)
+        # As a host that has been restarted: the copy does not go on.
+        self.destination.path(
+            f'/run/libvirt/storage/nova-{self.server.id}.xml').unlink()
         self.destination.start_libvirtd()
         self.server.wait('ACTIVE')
         self._assert_reason(

@@ -29,11 +29,13 @@ class Watch:
 
     :ivar results: what became of each file, by name
     :ivar passes: what became of each pass that sent changes, with the name
+    :ivar losses: what each loss of a connection looked like
     """
 
     def __init__(self) -> None:
         self.results: dict[str, stream.Result] = {}
         self.passes: list[tuple[str, stream.Result]] = []
+        self.losses: list[Exception] = []
 
     def begin(self, total: int) -> None:
         pass
@@ -49,6 +51,9 @@ class Watch:
 
     def end_pass(self, name: str, result: stream.Result) -> None:
         self.passes.append((name, result))
+
+    def lose(self, error: Exception, seconds: int) -> None:
+        self.losses.append(error)
 
 
 def new_transfer(

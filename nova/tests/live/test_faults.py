@@ -98,7 +98,7 @@ class FaultTestCase(test_transfer.TransferTestCase):
         super().setUp()
         self.config = self.useFixture(config_fixture.Config(cfg.CONF)).config
         self.set_limits(stall_timeout=20, connect_timeout=2,
-                        keepalive_interval=1)
+                        keepalive_interval=1, reconnect_timeout=0)
         self.moments: dict[str, ty.Callable] = {
             moment: lambda: None for moment in (
                 CONNECTING, CREATING, COPYING, FINISHING, CHECKING)}
@@ -133,11 +133,12 @@ class FaultTestCase(test_transfer.TransferTestCase):
             self.useFixture(fixtures.MonkeyPatch(
                 'nova.virt.libvirt.storage.' + name, function))
 
-    def _open_source(self, volume, *args) -> stream.Source:
+    def _open_source(self, volume, _length, _direct,
+                     offset: int) -> stream.Source:
         # The path of a volume is one of its host's, which this process is
         # not on.
-        source = (stream.FileSource(str(self.path)) if self.direct else
-                  stream.VolumeSource(volume))
+        source = (stream.FileSource(str(self.path), offset) if self.direct else
+                  stream.VolumeSource(volume, offset=offset))
         return Source(source, self.part, self.moments)
 
     # ---- what happens
@@ -318,6 +319,39 @@ class DestinationDaemonTestCase(FaultTestCase):
         self.at(moment, lambda: self.destination.link(False))
         self.assert_fails('link is down for longer than the keepalive',
                           heal=lambda: self.destination.link(True), within=20)
+
+    @ddt.data(CREATING, COPYING, FINISHING, CHECKING)
+    def test_killed_and_started_again(self, moment):
+        self.set_limits(reconnect_timeout=20)
+
+        def restart():
+            self.destination.stop_libvirtd(signal.SIGKILL)
+            self.destination.start_libvirtd()
+
+        self.addCleanup(self.restart, self.destination)
+        self.at(moment, restart)
+        self.succeed('libvirtd of the destination is killed and started again')
+
+    def test_killed_for_longer_than_the_limits(self):
+        self.set_limits(reconnect_timeout=5)
+        self.addCleanup(self.restart, self.destination)
+        self.at(COPYING, lambda: self.destination.stop_libvirtd(
+            signal.SIGKILL))
+        self.assert_fails(
+            'libvirtd of the destination is away for longer than '
+            'reconnect_timeout',
+            heal=lambda: self.restart(self.destination))
+
+    def test_link_down_until_the_destination_has_given_up(self):
+        # Its keepalive takes half a minute, and TCP tries again at most after
+        # twice the time.
+        self.set_limits(reconnect_timeout=90, stall_timeout=90)
+        self.addCleanup(self.destination.link, True)
+        self.at(COPYING, lambda: self.for_a_while(
+            lambda: self.destination.link(False),
+            lambda: self.destination.link(True), 35))
+        self.succeed('link is down for longer than the keepalive, and up '
+                     'again within reconnect_timeout')
 
     @ddt.data(CREATING, COPYING, FINISHING)
     def test_link_down_for_a_while(self, moment):

@@ -325,6 +325,7 @@ class PrecopyTestCase(_PrecopyTestCase):
     def test_destination_ends_in_the_first_pass(self):
         path = self._fill()
         before = self.sha256(path)
+        self.config(vol_upload_migration_reconnect_timeout=1, group='libvirt')
         move = self._start()
         self.addCleanup(self.destination.start_libvirtd)
         self.watch.note = lambda *args: self.destination.stop_libvirtd(

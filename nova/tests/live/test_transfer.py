@@ -23,6 +23,7 @@ import time
 import fixtures
 import libvirt
 from oslo_config import cfg
+from oslo_config import fixture as config_fixture
 from oslo_serialization import jsonutils
 from oslo_utils import units
 from oslo_utils import uuidutils
@@ -296,13 +297,16 @@ class DirectCopyTestCase(CopyTestCase):
         super().setUp()
         self.useFixture(fixtures.MonkeyPatch(
             'nova.virt.libvirt.storage.stream.open_source',
-            lambda *args: stream.FileSource(str(self._path(self.source)))))
+            lambda _volume, _length, _direct, offset: stream.FileSource(
+                str(self._path(self.source)), offset)))
 
 
 class FaultTestCase(TransferTestCase):
 
     def _fail(self, break_it):
         """Break something when the copy has begun; return the error."""
+        self.useFixture(config_fixture.Config(cfg.CONF)).config(
+            vol_upload_migration_reconnect_timeout=0, group='libvirt')
         self._make_disk(512 * units.Mi, [(0, 512 * units.Mi)])
         move = self._start()
         # A cancel event is asked every 0.2 s, which makes it a place from

@@ -141,6 +141,21 @@ class Ranges:
         if len(self) > self._most:
             self._merge()
 
+    def after(self, done: int, block: int) -> 'Ranges':
+        """What is left when the first bytes of all ranges were copied.
+
+        :param done: how many bytes
+        :param block: a range begins where it began before, or a multiple of
+            so many bytes behind that
+        """
+        rest = Ranges(self._most)
+        for start, end in self:
+            size = end - start
+            if done < size:
+                rest.add(start + done - done % block, end)
+            done = max(0, done - size)
+        return rest
+
     def __len__(self) -> int:
         return len(self._starts)
 
@@ -197,10 +212,13 @@ class Changes(ty.Protocol):
     :ivar kind: how changes are found: 'clone' or 'hashes'
     :ivar skip: bytes at the start of the file that are left out
     :ivar length: bytes of the file at the last look, with those
+    :ivar block: a copy that goes on in the middle of a range has to begin
+        with a block of so many bytes
     """
     kind: str
     skip: int
     length: int
+    block: int
 
     def look(
         self, last: bool = False, cancel: stream.CancelEvent | None = None,
@@ -219,8 +237,8 @@ class Changes(ty.Protocol):
     def source(self, ranges: Ranges | None = None) -> stream.Source:
         """The bytes to copy: all of the file, or what the last look found.
 
-        The bytes of the ranges come one after the other. Read it to its end,
-        and once.
+        The bytes of the ranges come one after the other. Read it to its end.
+        A copy that broke off goes on with another one of what is left.
 
         :param ranges: what look() returned
         """
@@ -297,6 +315,7 @@ class Hashes:
         self._file = _File(path)
         self.length = self._file.length
         self._table = _Table(self.length)
+        self.block = self._table.block
 
     def look(
         self, last: bool = False, cancel: stream.CancelEvent | None = None,
@@ -592,6 +611,7 @@ class Clone:
     kernel deletes it with the last descriptor, even if the host loses power.
     """
     kind = 'clone'
+    block = 1
 
     def __init__(self, path: str, directory: str, skip: int = 0):
         """Make the first clone.

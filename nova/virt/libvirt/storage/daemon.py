@@ -58,20 +58,33 @@ OWES_ANSWER = 'an earlier call has got no answer yet'
 # How long to wait for the end of a connection to a daemon that hangs, seconds.
 CLOSE_SECONDS = 0.5
 
+# Transports that are a TCP connection of this process. Such a connection that
+# the kernel or the other side has ended carries nothing any more; one that
+# this side has closed may do so for minutes.
+_DIRECT = ('tls', 'tcp')
+
 
 class Daemon:
     """A connection to the libvirt daemon of a host.
 
     :ivar host: address of the host
     :ivar uri: its libvirt URI
+    :ivar patience: seconds for which to wait for a host that is silent, or
+        cannot be connected to any more
+    :ivar is_patient: whether nobody else has to wait meanwhile: a server that
+        is off waits no longer than for a daemon that hangs
     """
 
     def __init__(self, host: str, uri: str):
         self.host = host
         self.uri = uri
+        self.patience = 0
+        self.is_patient = False
         self._connection: Bounded | None = None
         # The connection of a copy is often found dead before the other one.
         self._is_lost = False
+        # Whether this side has closed one over which something went wrong.
+        self._has_given_up = False
 
     @property
     def connection(self) -> 'Bounded':
@@ -86,7 +99,7 @@ class Daemon:
         :raises: StorageError if the daemon refuses or does not answer
         """
         self.close()
-        self._is_lost = False
+        self._is_lost = self._has_given_up = False
         self._connection = self._open()
         version = self.version()
         if version < MIN_LIBVIRT_VERSION:
@@ -131,16 +144,57 @@ class Daemon:
         :raises: StorageError if the daemon refuses or does not answer
         """
         connection = self._open(keepalive=False)
+        has_failed = True
         try:
             yield connection.storageVolLookupByPath(path)
+            has_failed = False
         finally:
             # Closing the connection sends one more request, possibly late if
             # a traceback keeps it alive: have keepalive bound it.
-            # setKeepAlive() fails if it is on already.
-            with contextlib.suppress(libvirt.libvirtError):
-                start_keepalive(connection)
+            self.begin_keepalive(connection)
             self._is_lost = not connection.isAlive()
-            connection.close()
+            self._has_given_up = has_failed and not self._is_lost
+            connection.close(is_urgent=has_failed)
+
+    def begin_keepalive(self, connection: 'libvirt.virConnect') -> None:
+        """Start the keepalive of a connection that may have it, or be lost.
+
+        Whoever uses the connection finds out whether it is.
+        """
+        with contextlib.suppress(libvirt.libvirtError, TimeoutError):
+            self.start_keepalive(connection)
+
+    def start_keepalive(self, connection: 'libvirt.virConnect') -> None:
+        """Have libvirt end a connection once the host is silent for too long.
+
+        With patience all that waits for the host has to give up before that:
+        see may_reconnect().
+        """
+        start_keepalive(connection, self.patience and max(
+            self.patience, _stall_seconds()))
+
+    def may_reconnect(self, error: BaseException) -> bool:
+        """Whether an error is that a connection was lost, and nothing else.
+
+        A connection must not be replaced if this side has closed it: the
+        system may still deliver what was sent over it, to a file that has
+        been written otherwise since then. So only a connection counts as lost
+        that the other side or the system has ended, and this side closes none
+        before what waits for an answer has given up.
+        """
+        if not self.patience or self._has_given_up or (
+                access.transport(self.uri) not in _DIRECT):
+            return False
+        return isinstance(error, errors.Unreachable) or (
+            isinstance(error, (libvirt.libvirtError, errors.CopyError)) and
+            not self.is_connected())
+
+    def probe(self) -> None:
+        """Connect to the daemon and end the connection again.
+
+        :raises: StorageError
+        """
+        self._open().close()
 
     def is_connected(self) -> bool:
         """Whether the connections still stand, as far as is known."""
@@ -155,20 +209,50 @@ class Daemon:
 
     def _open(self, keepalive: bool = True) -> 'Bounded':
         try:
-            return open_connection(self.uri, keepalive)
+            connection = open_connection(
+                self.uri, False, self.answer_seconds)
+            if keepalive:
+                self.start_keepalive(connection)
+            return connection
         except (libvirt.libvirtError, TimeoutError) as error:
-            raise errors.StorageError(
-                f'cannot connect: {access.cause(error)}',
-                access.remedy(error)) from error
+            kind = errors.Unreachable if _may_pass(error) else (
+                errors.StorageError)
+            raise kind(f'cannot connect: {access.cause(error)}',
+                       access.remedy(error)) from error
+
+    def answer_seconds(self) -> int:
+        """How long an answer may take."""
+        return max(_stall_seconds(), self.reconnect_seconds())
+
+    def reconnect_seconds(self) -> int:
+        """How long to try to connect again."""
+        return (self.patience if self.is_patient else
+                min(self.patience, _stall_seconds()))
 
 
-def open_connection(uri: str, keepalive: bool = True) -> 'Bounded':
+def _may_pass(error: Exception) -> bool:
+    """Whether another attempt to connect may succeed."""
+    return isinstance(error, TimeoutError) or (
+        ty.cast(ty.Any, error).get_error_code() in (
+            libvirt.VIR_ERR_SYSTEM_ERROR, libvirt.VIR_ERR_INTERNAL_ERROR,
+            libvirt.VIR_ERR_RPC))
+
+
+def _stall_seconds() -> int:
+    return CONF.libvirt.vol_upload_migration_stall_timeout
+
+
+def open_connection(
+    uri: str, keepalive: bool = True,
+    answer_seconds: ty.Callable[[], float] = _stall_seconds,
+) -> 'Bounded':
     """Open a connection to a libvirt daemon that may be gone, or hang.
 
     Credentials for SASL come from libvirt's auth.conf, or from the Kerberos
     ticket; nobody is asked for any.
 
     :param keepalive: whether to start the keepalive of the connection
+    :param answer_seconds: tells how long an answer may take
     :raises: libvirtError if the daemon refuses
     :raises: TimeoutError if it does not answer, then or later
     """
@@ -185,16 +269,22 @@ def open_connection(uri: str, keepalive: bool = True) -> 'Bounded':
         threads.within(
             CONF.libvirt.vol_upload_migration_connect_timeout,
             lambda: libvirt.openAuth(uri, auth, 0)),
-        uri, CONF.libvirt.vol_upload_migration_stall_timeout)
+        uri, answer_seconds)
     if keepalive:
         start_keepalive(connection)
     return connection
 
 
-def start_keepalive(connection: 'libvirt.virConnect') -> None:
-    """Have libvirt end a connection that was lost."""
+def start_keepalive(connection: 'libvirt.virConnect',
+                    seconds: int = 0) -> None:
+    """Have libvirt end a connection that was lost.
+
+    :param seconds: for which the connection may be silent, if that is longer
+        than KEEPALIVE_COUNT makes it
+    """
+    interval = CONF.libvirt.vol_upload_migration_keepalive_interval
     connection.setKeepAlive(
-        CONF.libvirt.vol_upload_migration_keepalive_interval, KEEPALIVE_COUNT)
+        interval, max(KEEPALIVE_COUNT, seconds // interval + 2))
 
 
 def _ask(
@@ -238,14 +328,14 @@ class Bounded:
     """
 
     def __init__(
-        self, wrapped: ty.Any, uri: str, seconds: float,
+        self, wrapped: ty.Any, uri: str, seconds: ty.Callable[[], float],
         family: 'weakref.WeakSet[Bounded] | None' = None,
     ):
         """Bound every wait.
 
         :param wrapped: libvirt's object
         :param uri: of the daemon
-        :param seconds: how long an answer may take
+        :param seconds: tells how long an answer may take
         :param family: of all objects of the connection
         """
         self._wrapped = wrapped
@@ -255,8 +345,10 @@ class Bounded:
             weakref.WeakSet() if family is None else family)
         self._family.add(self)
 
-    def close(self) -> None:
+    def close(self, is_urgent: bool = False) -> None:
         """Close the connection; give it up if that takes too long.
+
+        :param is_urgent: whether not to wait for a daemon that is silent
 
         Its pools and volumes cannot be used any more: libvirt keeps a
         connection open as long as there is one of them, and freeing the last
@@ -264,7 +356,8 @@ class Bounded:
         """
         # Do not wait for a daemon that is known to hang. This request is not
         # counted as one: no connection is opened while the daemon hangs.
-        seconds = CLOSE_SECONDS if _hangs(self._uri) else self._seconds
+        seconds = (CLOSE_SECONDS if is_urgent or _hangs(self._uri) else
+                   self._seconds())
         with contextlib.suppress(TimeoutError):
             threads.within(seconds, self._free)
 
@@ -288,7 +381,7 @@ class Bounded:
             if name in _LOCAL:
                 return self._wrap(ask(*args))
             return self._wrap(
-                _ask(self._uri, self._seconds, lambda: ask(*args)))
+                _ask(self._uri, self._seconds(), lambda: ask(*args)))
 
         return call
 

@@ -62,6 +62,10 @@ class NotRestored(StorageError):
     """The kept disks could not be put back; the server must not start."""
 
 
+class Unreachable(StorageError):
+    """A host cannot be connected to for now, as far as is known."""
+
+
 class PoolNotFound(StorageError):
     """The host has no storage pool of that name."""
 
@@ -83,9 +87,12 @@ class CopyError(StorageError):
     :ivar end: 'source' or 'destination'
     :ivar path: path of the file at that end
     :ivar done: bytes that this end had dealt with
+    :ivar kept: bytes that the destination has for certain
+    :ivar has_ended: whether nothing reads or writes for the copy any more
     """
 
-    def __init__(self, end: str, path: str, done: int, reason: ty.Any):
+    def __init__(self, end: str, path: str, done: int, reason: ty.Any,
+                 kept: int = 0):
         # Nova truncates messages to 255 characters, and whoever reports the
         # copy of a file names the file: drop its path here.
         reason = str(reason).replace(path, 'the volume')
@@ -93,6 +100,8 @@ class CopyError(StorageError):
         self.end = end
         self.path = path
         self.done = done
+        self.kept = kept
+        self.has_ended = True
 
 
 class HostError(StorageError):

@@ -215,6 +215,11 @@ class Progress:
                                         in self._changed.values())},
                      instance=self._instance)
 
+    def lose(self, error: Exception, seconds: int) -> None:
+        """Note that a connection was lost, and is opened again."""
+        self._untold.append(
+            functools.partial(self._tell_loss, error, seconds))
+
     def watch(self, run: ty.Callable[[], None]) -> None:
         """Copy, and report every few seconds how far it is.
 
@@ -243,6 +248,12 @@ class Progress:
         """Wait for the end of a copy, but no longer than the next report."""
         wait = self._told + INTERVAL - time.monotonic()
         return bool(futures.wait([copying], max(0, wait)).done)
+
+    def _tell_loss(self, error: Exception, seconds: int) -> None:
+        LOG.warning('Lost the connection to %(host)s, connecting again for up '
+                    'to %(seconds)d s: %(error)s',
+                    {'host': self._host, 'seconds': seconds, 'error': error},
+                    instance=self._instance)
 
     def _tell_untold(self) -> None:
         while self._untold:

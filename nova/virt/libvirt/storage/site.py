@@ -104,6 +104,14 @@ class Place:
         return self._at(directory).create_volume(
             base, length, self._permissions(mode))
 
+    def delete(self, name: str) -> None:
+        """Delete a file, if it is there."""
+        try:
+            self.find(name).delete()
+        except libvirt.libvirtError as error:
+            if error.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_VOL:
+                raise
+
     def make_directory(self, name: str, mode: int) -> None:
         """Create a directory, in one that exists."""
         directory, base = os.path.split(name)
@@ -251,8 +259,7 @@ class Site:
     ) -> tuple[stream.Source, int]:
         """Open a file of the server for reading.
 
-        :param skip: bytes to leave out at the start of a file that has a
-            hostile head
+        :param skip: bytes to leave out at the start of the file
         :returns: the source to read it from, and the file's length in bytes
         :raises: OSError, libvirtError, TimeoutError
         """
@@ -272,7 +279,7 @@ class Site:
         length = volume.length
         return stream.open_source(
             volume.libvirt_volume, length,
-            CONF.libvirt.vol_upload_migration_direct_read), length
+            CONF.libvirt.vol_upload_migration_direct_read, skip), length
 
     def head(self, file: server_layout.File) -> bytes:
         """The start of a file, which a guest may have written.
@@ -359,7 +366,7 @@ class Site:
             if before.claims or before.volumes:
                 self._clear(found, spare_claim=True)
                 self._check_room()
-            self._check_claim()
+            self.check_claim()
             self._make_directory()
             self._directory = self._attach()
         except (libvirt.libvirtError, TimeoutError,
@@ -375,7 +382,7 @@ class Site:
 
         :raises: StorageError, libvirtError, TimeoutError
         """
-        self._check_claim()
+        self.check_claim()
         self._directory = self._attach()
 
     def leave(self) -> None:
@@ -389,13 +396,39 @@ class Site:
             self._directory.release()
             self._directory = None
 
-    def create(self, file: server_layout.File,
-               length: int) -> storage_pool.Volume:
+    def reconnect(self) -> None:
+        """Connect again, and see whether all is there as it was left.
+
+        A daemon that is restarted finds its transient pools again. A host
+        that is forgets them, and may have lost of the files what it had not
+        put on stable storage.
+
+        :raises: StorageError, libvirtError, TimeoutError
+        """
+        self.connect()
+        self.check_claim()
+        if self._directory is not None:
+            try:
+                pool = storage_pool.Pool.lookup(
+                    self.daemon.connection, self.layout.transient_pool)
+            except (errors.PoolNotFound, errors.PoolInactive) as error:
+                raise errors.StorageError(
+                    f'it has lost pool {self.layout.transient_pool}, as after '
+                    f'a restart of the host', 'Migrate the server again.',
+                ) from error
+            self._directory = Place(pool, self._directory.owner)
+
+    def create(self, file: server_layout.File, length: int,
+               again: bool = False) -> storage_pool.Volume:
         """Create an empty file under the claim.
 
         :param length: bytes that will be written to it
+        :param again: whether this attempt may have created it before
         """
-        return self._place(file).create(file.name, length, file.mode)
+        place = self._place(file)
+        if again:
+            place.delete(file.name)
+        return place.create(file.name, length, file.mode)
 
     def make_directory(self, file: server_layout.File) -> None:
         """Create a directory under the claim."""
@@ -409,7 +442,7 @@ class Site:
 
         :raises: StorageError, libvirtError, TimeoutError
         """
-        self._check_claim()
+        self.check_claim()
         actual = self._place(file).find(file.name).length
         if actual != length:
             raise errors.StorageError(
@@ -433,7 +466,7 @@ class Site:
         :returns: what the heads are to be written to, in the same order
         :raises: StorageError, libvirtError, TimeoutError
         """
-        self._check_claim()
+        self.check_claim()
         assert self._directory is not None
         files = list(files)
         if files or self._pool is None:
@@ -491,7 +524,7 @@ class Site:
             self._directory = None
             found = self._find()
             if found.names or found.volumes:
-                self._check_claim()
+                self.check_claim()
                 if found.has_arrived:
                     self._mark(self._claim.name, self._claim.arrived_name)
                 self._clear(found)
@@ -702,7 +735,7 @@ class Site:
             parent.create_volume(name, 0, storage_pool.Permissions(
                 owner.owner, owner.group, server_layout.FILE_MODE))
 
-    def _check_claim(self) -> None:
+    def check_claim(self) -> None:
         """Check that the files there are still those of this attempt.
 
         :raises: Superseded

@@ -80,6 +80,17 @@ POLL_SECONDS = 0.2
 # libvirt cannot be ended: it is left behind, and ends when libvirt returns.
 END_SECONDS = 0.5
 
+# A daemon says of bytes that it has them only when their upload is finished.
+# After so many bytes of data, or so many seconds, an upload is finished and
+# the next one begins there: what came before is not sent again if the
+# connection is lost.
+SECTION_BYTES = 128 * 1024 * 1024
+SECTION_SECONDS = 30
+
+# An upload takes at least so many times as long as its end, in which nothing
+# is sent. On a link with a long way uploads are longer.
+SECTION_COSTS = 20
+
 # Copies that share a bandwidth take turns of this many bytes. The turns of all
 # copies are of one size, so the shares are fair whatever the message size.
 TURN_BYTES = 256 * 1024
@@ -237,6 +248,7 @@ class Bandwidth:
 
 def open_source(
     volume: 'libvirt.virStorageVol', length: int, direct: bool = True,
+    offset: int = 0,
 ) -> Source:
     """Return the faster of the possible sources for a volume of this host.
 
@@ -246,11 +258,12 @@ def open_source(
     :param length: length of the volume as libvirt reports it
     :param direct: whether the file of the volume may be read without libvirt,
         if this process has the permission and the file has that length
+    :param offset: where in the volume to begin
     """
     path = volume.path()
     if direct and _is_readable(path, length):
-        return FileSource(path)
-    return VolumeSource(volume)
+        return FileSource(path, offset)
+    return VolumeSource(volume, offset=offset)
 
 
 def copy(
@@ -278,7 +291,8 @@ def copy(
     :param cancel: stops the copy when set
     :param stall_seconds: how long the copy may stand still
     :param bandwidth: shared with the other copies that are given it
-    :param paused: called once if nothing moved for PAUSE_SECONDS
+    :param paused: called once if nothing moved for PAUSE_SECONDS; must not
+        raise
     :raises: CopyError if either end fails; the first error is the one raised
     :raises: Cancelled if ``cancel`` was set
     """
@@ -463,6 +477,12 @@ class VolumeSink:
     hole before. Use a connection that nothing else uses: a daemon takes few
     requests at a time from a connection, and a copy can starve all others,
     keepalive included.
+
+    A range is written in sections, one after the other, each of them an
+    upload. All but the last end in data: a hole at the end would truncate the
+    volume. See SECTION_BYTES.
+
+    :ivar kept: bytes that the daemon has written for certain
     """
 
     def __init__(
@@ -483,11 +503,16 @@ class VolumeSink:
         """
         self.path: str = volume.path()
         self.sparse = sparse
+        self.kept = 0
         self._volume = volume
-        self._offset = offset
-        self._length = length
         self._done = 0
+        self._sections = _Sections()
         self._stream: ty.Any = None
+        self._place(offset, length)
+
+    def _place(self, offset: int, length: int) -> None:
+        self._position = offset
+        self._end = length and offset + length
 
     def open(self) -> None:
         """Begin the upload, if it has not begun; data() and hole() do, too.
@@ -501,7 +526,8 @@ class VolumeSink:
         try:
             stream = self._volume.connect().newStream(0)
             self._volume.upload(
-                stream, self._offset, self._length,
+                stream, self._position,
+                self._end and self._end - self._position,
                 libvirt.VIR_STORAGE_VOL_UPLOAD_SPARSE_STREAM
                 if self.sparse else 0)
         except libvirt.libvirtError as error:
@@ -510,9 +536,13 @@ class VolumeSink:
 
     def move(self, offset: int, length: int) -> None:
         """End the upload, and write another range of the volume next."""
-        self.finish()
+        self._end_section()
+        self._place(offset, length)
+
+    def _end_section(self) -> None:
+        with self._sections.ending():
+            self.finish()
         self._stream = None
-        self._offset, self._length = offset, length
 
     def data(self, data: bytes) -> None:
         """Send the next bytes."""
@@ -524,7 +554,9 @@ class VolumeSink:
                 sent += self._stream.send(data[sent:])
         except libvirt.libvirtError as error:
             raise self._error(error) from error
-        self._done += len(data)
+        self._count(len(data))
+        if self._sections.is_over(len(data)):
+            self._end_section()
 
     def hole(self, length: int) -> None:
         """Send a hole."""
@@ -533,7 +565,11 @@ class VolumeSink:
             self._stream.sendHole(length)
         except libvirt.libvirtError as error:
             raise self._error(error) from error
+        self._count(length)
+
+    def _count(self, length: int) -> None:
         self._done += length
+        self._position += length
 
     def finish(self) -> None:
         """End the upload; the daemon has then written all bytes."""
@@ -545,6 +581,7 @@ class VolumeSink:
             self._stream.finish()
         except libvirt.libvirtError as error:
             raise self._error(error) from error
+        self.kept = self._done
 
     def abort(self) -> None:
         """End the upload after an error."""
@@ -554,7 +591,37 @@ class VolumeSink:
             self._stream.abort()
 
     def _error(self, reason: 'libvirt.libvirtError') -> errors.CopyError:
-        return errors.CopyError('destination', self.path, self._done, reason)
+        return errors.CopyError(
+            'destination', self.path, self._done, reason, self.kept)
+
+
+class _Sections:
+    """Tells when to end a section; see SECTION_BYTES."""
+
+    def __init__(self) -> None:
+        # The least that an end took: others waited for more than the link.
+        self._cost = 0.0
+        self._begin()
+
+    def _begin(self) -> None:
+        self._sent = 0
+        self._started = time.monotonic()
+
+    def is_over(self, sent: int) -> bool:
+        """Whether to end the section after some more bytes of data."""
+        self._sent += sent
+        seconds = time.monotonic() - self._started
+        return seconds >= SECTION_COSTS * self._cost and (
+            self._sent >= SECTION_BYTES or seconds >= SECTION_SECONDS)
+
+    @contextlib.contextmanager
+    def ending(self) -> ty.Iterator[None]:
+        """Measure what the end of a section costs."""
+        started = time.monotonic()
+        yield
+        self._begin()
+        cost = self._started - started
+        self._cost = min(cost, self._cost or cost)
 
 
 class RangesSink:
@@ -808,6 +875,9 @@ def _run(
                 source.path, destination_path, queue, stall_seconds))
     if queue.error is not None:
         _join(workers, END_SECONDS)
+        if isinstance(queue.error, errors.CopyError):
+            queue.error.has_ended = not any(
+                worker.is_alive() for worker in workers)
         raise queue.error
 
 

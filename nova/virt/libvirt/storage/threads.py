@@ -22,12 +22,17 @@ import functools
 import os
 import sys
 import threading
+import time
 import typing as ty
 
 try:
     import libvirt
 except ImportError:
     libvirt = None
+
+
+# Seconds between two looks whether to go on waiting.
+POLL_SECONDS = 0.2
 
 
 class NoAnswer(TimeoutError):
@@ -110,12 +115,14 @@ def spawn(function: ty.Callable[..., None], *args: ty.Any) -> None:
     threading.Thread(target=function, args=args, daemon=True).start()
 
 
-def within(seconds: float, function: ty.Callable[[], ty.Any]) -> ty.Any:
+def within(seconds: float, function: ty.Callable[[], ty.Any],
+           gives_up: ty.Callable[[], bool] = lambda: False) -> ty.Any:
     """Call a function in a native thread, and wait for it so long.
 
     Blocks the calling native thread.
 
     :param seconds: how long to wait
+    :param gives_up: asked a few times a second whether not to wait any longer
     :raises: NoAnswer; the thread then ends when the function does
     :raises: what the function raises
     """
@@ -124,7 +131,10 @@ def within(seconds: float, function: ty.Callable[[], ty.Any]) -> ty.Any:
         target=_record, args=(outcome, function), name='libvirt-call',
         daemon=True)
     thread.start()
-    thread.join(seconds)
+    deadline = time.monotonic() + seconds
+    while thread.is_alive() and not gives_up() and (
+            left := deadline - time.monotonic()) > 0:
+        thread.join(min(left, POLL_SECONDS))
     if thread.is_alive():
         # Let the thread drop a late result: freeing a libvirt object can
         # block too, and an error that holds `outcome` would free it in the

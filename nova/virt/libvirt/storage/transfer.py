@@ -13,6 +13,9 @@
 
 """Take a server's files from this host to another one.
 
+A connection that is lost is opened again, and the copy goes on from what the
+destination has for certain: see :meth:`Transfer._persist`.
+
 Every call here blocks. Under eventlet call it through
 :func:`threads.off_hub`; nothing here logs, for the same reason as in
 ``stream``.
@@ -24,15 +27,17 @@ import os
 import time
 import typing as ty
 
+import tenacity
+
 import nova.conf
 from nova.conf import storage_migrate  # noqa: F401 (registers the options)
 from nova.virt.libvirt.storage import changes
 from nova.virt.libvirt.storage import daemon as libvirt_daemon
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import layout
-from nova.virt.libvirt.storage import pool as storage_pool
 from nova.virt.libvirt.storage import site as server_site
 from nova.virt.libvirt.storage import stream
+from nova.virt.libvirt.storage import threads
 
 try:
     import libvirt
@@ -44,6 +49,13 @@ CONF = nova.conf.CONF
 # A file up to this length goes over the connection that is open: a connection
 # of its own costs more than it saves.
 SHORT_BYTES = 1024 * 1024
+
+# Seconds before a lost connection is opened again: at first, so that a daemon
+# that has ended it is done with what came over it, and at most.
+RECONNECT_SECONDS = 1
+MOST_RECONNECT_SECONDS = 5
+
+_T = ty.TypeVar('_T')
 
 _ALIVE_REMEDY = ('The daemon is alive and may wait for storage. Check the '
                  'kernel log on that host.')
@@ -79,20 +91,73 @@ class Watch(ty.Protocol):
     def end_pass(self, name: str, result: stream.Result) -> None:
         """Called when what had changed in a file has arrived."""
 
+    def lose(self, error: Exception, seconds: int) -> None:
+        """Called when a connection was lost, before it is opened again.
+
+        :param seconds: for how long that is tried
+        """
+
 
 @dataclasses.dataclass
 class _Early:
     """The copy of a disk that was made while the server ran.
 
     :ivar tracked: finds what has changed since
-    :ivar volume: the copy
+    :ivar path: of the copy
     :ivar length: bytes of the copy
     :ivar passes: how often changes were sent
     """
     tracked: changes.Changes
-    volume: storage_pool.Volume
+    path: str
     length: int
     passes: int = 0
+
+
+class _Copy:
+    """A copy of some ranges of a file, which may take several attempts.
+
+    :ivar path: of the volume that it goes to
+    :ivar rest: what to copy in this attempt
+    :ivar done: bytes that earlier attempts have copied
+    :ivar sent: bytes of data that all attempts have sent
+    """
+
+    def __init__(self, ranges: changes.Ranges, block: int = 1,
+                 progress: stream.Progress = lambda done, wire: None):
+        """Begin with nothing.
+
+        :param block: see Changes.block
+        """
+        self.path = ''
+        self.rest = ranges
+        self.done = 0
+        self._ranges = ranges
+        self._block = block
+        self._progress = progress
+        self._started = time.monotonic()
+        self.sent = self._sent_before = 0
+
+    def note(self, done: int, wire: int) -> None:
+        """Note the progress of this attempt."""
+        self.sent = self._sent_before + wire
+        self._progress(self.done + done, self.sent)
+
+    def keep(self, error: Exception) -> bool:
+        """Go on after an error from what the destination has for certain.
+
+        :returns: whether this attempt has come further than the last one
+        """
+        kept = error.kept if isinstance(error, errors.CopyError) else 0
+        self._sent_before = self.sent
+        self.rest = self._ranges.after(self.done + kept, self._block)
+        before, self.done = self.done, self._ranges.total - self.rest.total
+        return self.done > before
+
+    def result(self, last: stream.Result) -> stream.Result:
+        """What all attempts did, of which this was the last one."""
+        return stream.Result(
+            self._ranges.total, self.sent,
+            time.monotonic() - self._started, last.source)
 
 
 class Transfer:
@@ -128,6 +193,9 @@ class Transfer:
         # All disks may be in Ceph or in Cinder. Whatever is in the instance
         # directory there is in nobody's way then, as with Nova's own driver.
         self._is_empty = not (files or here.layout.has_state())
+        self._watch: Watch | None = None
+        there.daemon.patience = (
+            CONF.libvirt.vol_upload_migration_reconnect_timeout)
 
     def check(self) -> None:
         """Connect to both hosts; check that the other can take the server.
@@ -182,6 +250,8 @@ class Transfer:
         :param cancel: stops the copy when set
         :raises: HostError, Cancelled
         """
+        self._watch = watch
+        self.there.daemon.is_patient = True
         with self._located(self._here.daemon):
             total = sum(map(self._here.length, self._files))
         if watch:
@@ -206,6 +276,8 @@ class Transfer:
         """
         if self._is_empty:
             return
+        self._watch = watch
+        self.there.daemon.is_patient = False
         with self._located(self._here.daemon):
             files = [*self._files, *late, *self._here.vtpm(), self._record()]
             total = sum(map(self._here.length, files))
@@ -225,6 +297,7 @@ class Transfer:
         :param cancel: stops the copy when set
         :raises: HostError, Cancelled
         """
+        self.there.daemon.is_patient = True
         with self._located(self._here.daemon):
             self._here.connect()
             # libvirt may spell the path of the pool another way.
@@ -273,7 +346,7 @@ class Transfer:
     ) -> None:
         """Create a file on the destination, copy it, look it up again."""
         if file.is_directory:
-            self.there.make_directory(file)
+            self._persist(lambda: self.there.make_directory(file), cancel)
             return
         early = self._early.get(file.name)
         if early:
@@ -281,46 +354,91 @@ class Transfer:
             # Zeros that came in the place of data have to be sent, too.
             if ranges.total <= file.allocation():
                 self._send_changes(file, early, ranges, cancel, watch)
-                self._verify(file, early.volume, early.length, cancel)
+                self._verify(file, early.path, early.length, cancel)
                 return
-            early.volume.delete()
-        source, length = self._here.open(file, file.head_bytes)
-        volume = self.there.create(file, length)
-        if length > file.head_bytes:
-            result = self._copy(
-                file, source, length, volume.path, cancel, watch)
-            if watch:
-                watch.end(file.name, result)
-        self._verify(file, volume, length, cancel)
+        length = self._here.length(file)
+        copy = self._copy(
+            file, length, lambda rest: self._open(file, length - rest.total),
+            cancel, watch, again=early is not None)
+        self._verify(file, copy.path, length, cancel)
+
+    def _open(self, file: layout.File, offset: int) -> stream.Source:
+        return self._here.open(file, offset)[0]
 
     def _verify(
-        self, file: layout.File, volume: storage_pool.Volume, length: int,
+        self, file: layout.File, path: str, length: int,
         cancel: stream.CancelEvent | None,
     ) -> None:
+        """Check what has arrived of a file.
+
+        :param path: of its volume
+        """
         skip = file.head_bytes
-        if length > skip and (
-                CONF.libvirt.vol_upload_migration_verify == 'checksum'):
-            stream.compare(
-                self._here.open(file, skip)[0], volume.libvirt_volume,
-                length - skip, cancel, _stall_seconds(), skip)
-        self.there.verify(file, length)
+
+        def verify() -> None:
+            if length > skip and (
+                    CONF.libvirt.vol_upload_migration_verify == 'checksum'):
+                stream.compare(
+                    self._open(file, skip), self._find(path),
+                    length - skip, cancel, self._stall_seconds(), skip)
+            self.there.verify(file, length)
+
+        self._persist(verify, cancel)
 
     def _copy(
-        self, file: layout.File, source: stream.Source, length: int,
-        path: str, cancel: stream.CancelEvent | None, watch: Watch | None,
-    ) -> stream.Result:
-        """Copy a file but for a hostile head, which goes last."""
-        def progress(done: int, wire: int) -> None:
+        self, file: layout.File, length: int,
+        read: ty.Callable[[changes.Ranges], stream.Source],
+        cancel: stream.CancelEvent | None, watch: Watch | None,
+        again: bool = False, block: int = 1,
+    ) -> _Copy:
+        """Create a file and copy it but for a hostile head, which goes last.
+
+        :param length: bytes of the file
+        :param read: opens what is to be copied, which ends with the file
+        :param again: whether the file has been created before
+        :param block: see Changes.block
+        """
+        whole = changes.Ranges()
+        if length > file.head_bytes:
+            whole.add(file.head_bytes, length)
+
+        def note(done: int, wire: int) -> None:
             if watch:
                 watch.note(file.name, done, wire)
 
-        skip = file.head_bytes
-        length -= skip
-        with self._writing(path, length) as (target, paused):
+        copy = _Copy(whole, block, note)
+        attempts = iter([again])
+
+        def go_on() -> None:
+            if not copy.done:
+                copy.path = self.there.create(
+                    file, length, next(attempts, True)).path
+            if whole.total:
+                result = self._upload(copy, length, read, cancel)
+                if watch:
+                    watch.end(file.name, copy.result(result))
+
+        self._persist(go_on, cancel, copy)
+        return copy
+
+    def _upload(
+        self, copy: _Copy, length: int,
+        read: ty.Callable[[changes.Ranges], stream.Source],
+        cancel: stream.CancelEvent | None,
+    ) -> stream.Result:
+        """Copy the rest of a file to the end of its volume."""
+        left = copy.rest.total
+        with self._writing(copy.path, left) as (target, paused):
+            if copy.done:
+                # What an earlier attempt has sent of the rest may be there,
+                # and would stay where there are holes now.
+                stream.set_length(
+                    target, length - left, cancel, self._stall_seconds())
             return stream.copy(
-                source, stream.VolumeSink(target, skip, length), length,
-                progress, cancel, bandwidth=self._bandwidth, paused=paused,
-                stall_seconds=_stall_seconds())
+                read(copy.rest),
+                stream.VolumeSink(target, length - left, left), left,
+                copy.note, cancel, bandwidth=self._bandwidth, paused=paused,
+                stall_seconds=self._stall_seconds())
 
     def _copy_early(
         self, file: layout.File, cancel: stream.CancelEvent | None,
@@ -332,15 +450,13 @@ class Transfer:
             stall_seconds=_stall_seconds())
         with contextlib.ExitStack() as stack:
             stack.callback(tracked.close)
-            length = tracked.length
-            early = _Early(tracked, self.there.create(file, length), length)
+            early = _Early(tracked, '', tracked.length)
             self._early[file.name] = early
             stack.pop_all()
-        result = self._copy(file, tracked.source(), length, early.volume.path,
-                            cancel, watch)
-        if watch:
-            watch.end(file.name, result)
-        passes = changes.Passes(result.wire)
+        copy = self._copy(file, early.length, tracked.source, cancel, watch,
+                          block=tracked.block)
+        early.path = copy.path
+        passes = changes.Passes(copy.sent)
         while True:
             started = time.monotonic()
             ranges = tracked.look(False, cancel, _stall_seconds())
@@ -359,20 +475,25 @@ class Transfer:
         early.passes += 1
         name = f'{file.name}, pass {early.passes}'
 
-        def progress(_done: int, wire: int) -> None:
+        def note(_done: int, wire: int) -> None:
             # All bytes of the file are counted already.
             if watch:
                 watch.note(name, 0, wire)
 
-        with self._writing(early.volume.path, ranges.total) as (
-                target, paused):
-            result = changes.send(
-                early.tracked, ranges, target, early.length, cancel,
-                _stall_seconds(), progress=progress,
-                bandwidth=self._bandwidth, paused=paused)
+        copy = _Copy(ranges, early.tracked.block, note)
+
+        def go_on() -> stream.Result:
+            with self._writing(early.path, copy.rest.total) as (
+                    target, paused):
+                return changes.send(
+                    early.tracked, copy.rest, target, early.length, cancel,
+                    self._stall_seconds(), progress=copy.note,
+                    bandwidth=self._bandwidth, paused=paused)
+
+        result = self._persist(go_on, cancel, copy)
         early.length = early.tracked.length
         if watch:
-            watch.end_pass(file.name, result)
+            watch.end_pass(file.name, copy.result(result))
 
     def _send_heads(
         self, files: list[layout.File], cancel: stream.CancelEvent | None,
@@ -384,6 +505,7 @@ class Transfer:
         read them back there.
         """
         with self._located(self.there.daemon):
+            self._persist(self.there.check_claim, cancel)
             sinks = self.there.settle(files)
         for file, sink in zip(files, sinks):
             with self._located(self.there.daemon, file.name):
@@ -402,11 +524,91 @@ class Transfer:
         """A volume to write to, and what to do if the copy pauses."""
         daemon = self.there.daemon
         if length <= SHORT_BYTES:
-            yield daemon.connection.storageVolLookupByPath(path), None
+            yield self._find(path), None
             return
         with daemon.writing(path) as volume:
-            yield volume, lambda: libvirt_daemon.start_keepalive(
-                volume.connect())
+            yield volume, lambda: daemon.begin_keepalive(volume.connect())
+
+    def _find(self, path: str) -> ty.Any:
+        return self.there.daemon.connection.storageVolLookupByPath(path)
+
+    def _stall_seconds(self) -> float:
+        return self.there.daemon.answer_seconds()
+
+    def _persist(
+        self, step: ty.Callable[[], _T], cancel: stream.CancelEvent | None,
+        copy: _Copy | None = None,
+    ) -> _T:
+        """Do a step, and go on over new connections when one is lost.
+
+        The patience begins anew with each attempt that comes further.
+
+        :param step: may be done again
+        :param copy: what it copies
+        :raises: what ``step`` raised last, or why it cannot go on
+        """
+        lost = 0.0
+        while True:
+            try:
+                return step()
+            except Exception as error:
+                if not self._may_go_on(error):
+                    raise
+                if (copy and copy.keep(error)) or not lost:
+                    lost = time.monotonic()
+                seconds = self.there.daemon.reconnect_seconds()
+                if self._watch:
+                    self._watch.lose(error, seconds)
+                self._reconnect(error, lost + seconds, cancel)
+
+    def _may_go_on(self, error: BaseException) -> bool:
+        """Whether a step that failed can be done again."""
+        if isinstance(error, errors.CopyError) and not (
+                error.has_ended and error.end == 'destination'):
+            return False
+        return self.there.daemon.may_reconnect(error)
+
+    def _reconnect(self, error: Exception, deadline: float,
+                   cancel: stream.CancelEvent | None) -> None:
+        """Connect to the destination again, as soon as that is possible.
+
+        :param error: what the loss of the connection looked like
+        :param deadline: time.monotonic() at which to give up
+        :raises: ``error`` if it is too late
+        :raises: StorageError, libvirtError if the destination refuses
+        """
+        def left() -> float:
+            return max(0, deadline - time.monotonic())
+
+        def is_cancelled() -> bool:
+            return cancel is not None and cancel.is_set()
+
+        def sleep(seconds: float) -> None:
+            end = time.monotonic() + seconds
+            while time.monotonic() < end and not is_cancelled():
+                threads.sleep(min(seconds, threads.POLL_SECONDS))
+            if is_cancelled():
+                raise errors.Cancelled()
+
+        def connect() -> None:
+            # The probe can be given up at any moment, as nothing depends on
+            # the thread it is in.
+            threads.within(left(), self.there.daemon.probe, is_cancelled)
+            self.there.reconnect()
+
+        sleep(min(RECONNECT_SECONDS, left()))
+        try:
+            tenacity.Retrying(
+                retry=tenacity.retry_if_exception(self._may_go_on),
+                wait=tenacity.wait_exponential(max=MOST_RECONNECT_SECONDS),
+                stop=lambda state: not left(),
+                sleep=sleep, reraise=True)(connect)
+        except Exception as second:
+            if is_cancelled():
+                raise errors.Cancelled() from second
+            if left():
+                raise
+            raise error from second
 
     @contextlib.contextmanager
     def _located(self, daemon: libvirt_daemon.Daemon,

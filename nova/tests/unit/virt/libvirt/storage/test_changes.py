@@ -337,6 +337,24 @@ class TrackTestCase(test.NoDBTestCase):
 
 class RangesTestCase(test.NoDBTestCase):
 
+    def test_what_is_left(self):
+        ranges = changes.Ranges()
+        for start, end in (100, 400), (10 ** 6, 10 ** 6 + 50):
+            ranges.add(start, end)
+        for done, block, rest in (
+                (0, 1, [(100, 400), (10 ** 6, 10 ** 6 + 50)]),
+                (0, 64, [(100, 400), (10 ** 6, 10 ** 6 + 50)]),
+                (130, 1, [(230, 400), (10 ** 6, 10 ** 6 + 50)]),
+                (130, 64, [(228, 400), (10 ** 6, 10 ** 6 + 50)]),
+                (300, 64, [(10 ** 6, 10 ** 6 + 50)]),
+                (345, 1, [(10 ** 6 + 45, 10 ** 6 + 50)]),
+                (345, 64, [(10 ** 6, 10 ** 6 + 50)]),
+                (350, 64, [])):
+            left = ranges.after(done, block)
+            self.assertEqual(rest, list(left), (done, block))
+            self.assertEqual(sum(end - start for start, end in rest),
+                             left.total)
+
     def test_near_ranges_are_merged(self):
         ranges = changes.Ranges()
         far = changes.MERGE_BYTES

@@ -321,12 +321,11 @@ class UnansweredTestCase(DaemonTestCase):
         self.assertEqual(1, pool.connect().isAlive())
 
     def test_close_waits_for_a_daemon_that_hangs_no_longer_than_it_must(self):
-        self.flags(vol_upload_migration_stall_timeout=30, group='libvirt')
         closing = threads.native_threading().Event()
         self.addCleanup(closing.set)
         raw = mock.Mock()
         raw.close.side_effect = lambda: closing.wait(30)
-        connection = daemon.Bounded(raw, URI, 30)
+        connection = daemon.Bounded(raw, URI, lambda: 30)
         self._hang()
 
         with mock.patch.object(threads, 'within',
@@ -343,7 +342,7 @@ class UnansweredTestCase(DaemonTestCase):
         self.addCleanup(closing.set)
         raw.close.side_effect = lambda: closing.wait(10)
 
-        daemon.Bounded(raw, URI, SECONDS).close()
+        daemon.Bounded(raw, URI, lambda: SECONDS).close()
 
         self.assertEqual(9_000_000, self.connection.getLibVersion())
 
@@ -352,7 +351,8 @@ class BoundedTestCase(DaemonTestCase):
 
     def setUp(self):
         super().setUp()
-        self.connection = daemon.Bounded(self.host.connect(), URI, SECONDS)
+        self.connection = daemon.Bounded(
+            self.host.connect(), URI, lambda: SECONDS)
 
     def _pool(self):
         return self.connection.storagePoolLookupByName('disks')
@@ -451,7 +451,7 @@ class BoundedTestCase(DaemonTestCase):
                 self.close = lambda: freed.append('closed')
                 weakref.finalize(self, freed.append, name)
 
-        connection = daemon.Bounded(Object(0), URI, 10)
+        connection = daemon.Bounded(Object(0), URI, lambda: 10)
         pool = connection.lookup()
         volume = pool.lookup()
         gc.disable()
@@ -466,7 +466,7 @@ class BoundedTestCase(DaemonTestCase):
         raw = mock.Mock()
         raw.close.side_effect = lambda: closing.wait(10)
         self.addCleanup(closing.set)
-        daemon.Bounded(raw, URI, SECONDS).close()
+        daemon.Bounded(raw, URI, lambda: SECONDS).close()
         raw.close.assert_called_once_with()
 
     def test_streams_are_left_alone(self):

@@ -97,6 +97,16 @@ class ProgressTestCase(test.NoDBTestCase):
         return [call.args[0] % call.args[1]
                 for call in self.log.info.call_args_list]
 
+    def test_connection_that_was_lost_is_told(self):
+        self.progress.watch(lambda: self.progress.lose(
+            errors.CopyError('destination', '/disk', 5, 'cut'), 60))
+        self.log.warning.assert_called_once()
+        message, values = self.log.warning.call_args.args
+        self.assertRegex(
+            message % values,
+            'Lost the connection to .*, connecting again for up to 60 s: '
+            'destination failed after 5 bytes: cut')
+
     def test_server_and_migration_show_how_far_it_is(self):
         self._copy((300, 100))
         # A busy machine may report twice, or before the copy has begun.

@@ -631,6 +631,13 @@ class OpenSourceTestCase(VolumeMixin, _CopyTestCase):
     def test_no_file(self):
         self.assert_opened(stream.VolumeSource)
 
+    @ddt.data(True, False)
+    def test_offset(self, direct):
+        self.write(4097)
+        opened = stream.open_source(self.volume, 4097, direct, 4090)
+        self.assertEqual(7, sum(map(
+            stream.length_of, threads.off_hub(list, opened.chunks(7)))))
+
     def test_file_that_may_not_be_read(self):
         self.write(4097)
 
@@ -1681,6 +1688,46 @@ class VolumeSinkTestCase(VolumeMixin, _CopyTestCase):
         upload, = self.uploads()
         self.assertEqual({stream.MESSAGE_BYTES, 1}, {
             length for _kind, _offset, length in upload.events})
+
+    def test_sections(self):
+        """Each is an upload, and all but the last one end in data."""
+        self.set_size('SECTION_BYTES', 2 * UNIT)
+        self.set_size('SECTION_COSTS', 0)
+        self.set_size('LONG_MESSAGE_BYTES', 1)
+        picture = 'AB-C--DEF---GH-I-'
+        self.dest.add_volume('disks', 'disk', Content(len(picture) * UNIT))
+
+        wire = self.write(picture, 0)
+
+        self.assertEqual(Content.draw(picture, UNIT), self.copied())
+        self.assertEqual(9 * UNIT, wire)
+        uploads = self.uploads()
+        self.assertGreater(len(uploads), 2)
+        self.assertEqual({'finished'}, set(self.outcomes()))
+        end = 0
+        for upload in uploads:
+            self.assertEqual(
+                (end, len(picture) * UNIT - end, True),
+                (upload.offset, upload.length, upload.sparse))
+            end = upload.position
+        self.assertEqual(len(picture) * UNIT, end)
+        self.assertEqual({'data'}, {
+            upload.events[-1][0] for upload in uploads[:-1]})
+
+    def test_error_tells_what_was_kept(self):
+        self.set_size('SECTION_BYTES', 2 * UNIT)
+        self.set_size('SECTION_COSTS', 0)
+        self.dest.fail('stream.send', after=7 * UNIT, error=DEST_ERROR)
+
+        error = self.assertRaises(
+            errors.CopyError, self.write, 'ABCDEFGH', 0)
+
+        *kept, last = self.uploads()
+        self.assertEqual('aborted', last.outcome)
+        self.assertEqual({'finished'}, {each.outcome for each in kept})
+        self.assertEqual(last.offset, error.kept)
+        self.assertGreater(error.kept, 0)
+        self.assertTrue(error.has_ended)
 
     def test_sparse_range_at_the_end(self):
         self.dest.add_volume('disks', 'disk', Content(8 * UNIT))

@@ -60,6 +60,26 @@ class OffHubTestCase(test.NoDBTestCase):
             self.assertFalse(thread.is_alive())
 
 
+class WithinTestCase(test.NoDBTestCase):
+
+    def test_caller_may_give_up(self):
+        release = threads.native_threading().Event()
+        self.addCleanup(release.set)
+        started = time.monotonic()
+
+        error = self.assertRaises(
+            threads.NoAnswer, threads.off_hub, threads.within, 30,
+            release.wait, lambda: time.monotonic() > started + 0.1)
+
+        self.assertLess(time.monotonic() - started, 10)
+        self.assertTrue(error.thread.is_alive())
+
+    def test_result_is_there_at_once(self):
+        started = time.monotonic()
+        self.assertEqual(3, threads.off_hub(threads.within, 30, lambda: 3))
+        self.assertLess(time.monotonic() - started, 10)
+
+
 class EventletTestCase(test.NoDBTestCase):
 
     def test_eventlet_where_it_has_patched_this_process(self):

@@ -45,6 +45,7 @@ class Watch:
         self.totals = []
         self.noted = {}
         self.results = {}
+        self.losses = []
 
     def begin(self, total):
         self.totals.append(total)
@@ -55,6 +56,9 @@ class Watch:
 
     def end(self, name, result):
         self.results[name] = result
+
+    def lose(self, error, seconds):
+        self.losses.append((error, seconds))
 
 
 class TransferTestCase(test.NoDBTestCase):
@@ -200,25 +204,24 @@ class RunTestCase(TransferTestCase):
         here.vtpm.return_value = [
             layout.File('swtpm', layout.DIRECTORY, '/', is_directory=True)]
         here.length.return_value = 4
-        here.open.return_value = mock.sentinel.source, 4
         there.settle.return_value = []
         calls.attach_mock(there, 'there')
         move = transfer.Transfer(here, there, self.files[:1], 'name')
-        with mock.patch.object(move, '_copy') as copy:
-            calls.attach_mock(copy, 'copy')
+        with mock.patch.object(move, '_upload') as upload:
+            calls.attach_mock(upload, 'upload')
             move.run()
 
-        disk, record = self.files[0], calls.copy.call_args_list[1].args[0]
+        disk, record = self.files[0], there.verify.call_args_list[1].args[0]
         self.assertEqual(layout.RECORD, record.name)
-        path = there.create.return_value.path
         self.assertEqual([
-            mock.call.there.create(disk, 4),
-            mock.call.copy(disk, mock.sentinel.source, 4, path, None, None),
+            mock.call.there.create(disk, 4, False),
+            mock.call.upload(mock.ANY, 4, mock.ANY, None),
             mock.call.there.verify(disk, 4),
             mock.call.there.make_directory(here.vtpm.return_value[0]),
-            mock.call.there.create(record, 4),
-            mock.call.copy(record, mock.sentinel.source, 4, path, None, None),
+            mock.call.there.create(record, 4, False),
+            mock.call.upload(mock.ANY, 4, mock.ANY, None),
             mock.call.there.verify(record, 4),
+            mock.call.there.check_claim(),
             mock.call.there.settle([])], calls.mock_calls)
 
     def test_watch_is_told_of_every_byte(self):
@@ -309,8 +312,8 @@ class RunTestCase(TransferTestCase):
                 writing = self.dest.connections[-1]
                 self.assertIsNone(writing.keepalive)
                 paused()
-                self.assertEqual(
-                    (5, daemon.KEEPALIVE_COUNT), writing.keepalive)
+                # Longer than the default of reconnect_timeout.
+                self.assertEqual((5, 62), writing.keepalive)
                 raise test.TestingException
 
             copy.side_effect = pause
@@ -418,6 +421,8 @@ class FailureTestCase(TransferTestCase):
         self._assert_fails('No such file', transfer._FILE_REMEDY)
 
     def test_link_that_is_lost(self):
+        self.flags(vol_upload_migration_reconnect_timeout=0, group='libvirt')
+        self.transfer = self._new()
         self._claimed()
         self.dest.call('stream.send', self.dest.disconnect)
 
