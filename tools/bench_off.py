@@ -162,7 +162,9 @@ class Writer(threading.Thread):
                 time.monotonic() - started)
             if self._over.wait(max(0.0, ahead)):
                 return
-            if not self._disk.write(offset, length, 1 + offset // MIB % 255):
+            # What is the same as before is no change.
+            pattern = self._random.randrange(1, 256)
+            if not self._disk.write(offset, length, pattern):
                 return
             self.written += length
 
