@@ -260,6 +260,12 @@ class Transfer:
             if _can_go_early(file):
                 with self._located(self.there.daemon, file.name):
                     self._copy_early(file, cancel, watch)
+        # A copy that was lost is found out while the server still runs.
+        for file in self._files:
+            early = self._early.get(file.name)
+            if early:
+                with self._located(self.there.daemon, file.name):
+                    self.there.verify(file, early.length)
 
     def run(self, cancel: stream.CancelEvent | None = None,
             watch: Watch | None = None,

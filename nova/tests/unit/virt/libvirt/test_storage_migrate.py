@@ -436,6 +436,13 @@ class PrecopyTestCase(DriverTestCase):
         self.dest.fail('stream.send')
         self._assert_refused('injected failure')
 
+    def test_copy_that_is_lost_is_found_before_the_power_off(self):
+        def delete():
+            self.dest.remove_file('/srv/disks/' + self.volume)
+
+        self.dest.call('stream.finish', delete)
+        self._assert_refused(self.volume)
+
     def test_failure_after_the_power_off_starts_it_again(self):
         self._interrupt(lambda: None)
         self.calls.power_off.side_effect = lambda *args: (
