@@ -666,10 +666,11 @@ class LibvirtDriver(driver.LibvirtDriver):
     @hooks.as_nova_declares
     def cleanup(self, context, instance, network_info,
                 block_device_info=None, destroy_disks=True, *args, **kwargs):
-        """Also delete the instance directory that came with a migration.
+        """Also delete the files that came with a migration.
 
-        Nova keeps that of a server with disks in Ceph in a revert. It would
-        be in the way when the server comes again.
+        Nova keeps the instance directory and the vTPM's state of a server
+        with disks in Ceph in a revert. They would be in the way when the
+        server comes again.
         """
         super().cleanup(context, instance, network_info, block_device_info,
                         destroy_disks, *args, **kwargs)
@@ -680,6 +681,7 @@ class LibvirtDriver(driver.LibvirtDriver):
                 self.image_backend.backend().is_shared_block_storage() and
                 not os.path.exists(places.kept_directory)):
             self._delete_leftovers(instance, places)
+            _native(local.delete_vtpm, places)
 
     def delete_instance_files(self, instance):
         """Delete a server's files on this host, and its volumes.

@@ -244,6 +244,19 @@ class RevertTestCase(CephTestCase):
         self._leave()
         self.assertFalse(os.path.exists(self.directory))
 
+    def test_state_of_the_vtpm_that_came_goes(self):
+        parent = self.useFixture(fixtures.TempDir()).path
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.utils.VTPM_DIR', parent))
+        os.makedirs(os.path.join(parent, uuids.instance, 'tpm2'))
+        with (mock.patch('nova.privsep.path.chown') as chown,
+              mock.patch('nova.privsep.path.rmdir', os.rmdir)):
+            self._leave()
+        chown.assert_called_once_with(
+            os.path.join(parent, uuids.instance), os.geteuid(), os.getegid(),
+            recursive=True)
+        self.assertEqual([], os.listdir(parent))
+
     def test_directory_that_both_hosts_share_stays(self):
         os.mkdir(self.directory + '_resize')
         self._leave()
