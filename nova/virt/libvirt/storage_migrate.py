@@ -1456,17 +1456,13 @@ class LibvirtDriver(driver.LibvirtDriver):
             threads.spawn(self._leftovers.retry)
         if local.list_arrived():
             threads.spawn(self._delete_abandoned)
-        threads.spawn(self._tell_reserved)
+        if directories := _directories_of_servers():
+            threads.spawn(self._tell_reserved, directories)
         return super().get_available_resource(nodename)
 
     @staticmethod
-    def _tell_reserved() -> None:
+    def _tell_reserved(directories: list[str]) -> None:
         """Let other hosts know how much room is here for their servers."""
-        directories = []
-        if CONF.libvirt.use_storage_pools:
-            directories.append(CONF.libvirt.disks_pool_path)
-        if CONF.libvirt.vol_upload_migration:
-            directories.append(CONF.instances_path)
         for directory in directories:
             try:
                 _native(local.tell_reserved, directory)
@@ -1646,6 +1642,16 @@ def _refuse_unknown(instance, disk) -> None:
         f'disk {disk.target_dev} ({disk.source_protocol or disk.source_type} '
         f'{name}) is neither of Cinder nor in [libvirt]images_rbd_pool',
         'If nobody needs it, hard reboot the server.')
+
+
+def _directories_of_servers() -> list[str]:
+    """The directories here into which other hosts copy servers."""
+    directories = []
+    if CONF.libvirt.use_storage_pools:
+        directories.append(CONF.libvirt.disks_pool_path)
+    if CONF.libvirt.vol_upload_migration:
+        directories.append(CONF.instances_path)
+    return directories
 
 
 def _is_on_one_host(migration) -> bool:

@@ -171,6 +171,10 @@ class StorageMigrateTestCase(base.ServersTestBase):
         libvirt_utils.get_fs_info.return_value = {
             'total': 128 * units.Gi, 'used': 0, 'free': 128 * units.Gi}
         self.root = pathlib.Path(self.useFixture(fixtures.TempDir()).path)
+        # The file systems of the hosts are larger than that of this machine.
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.local.tell_reserved',
+            lambda directory: None))
         self.seen = seen = str(self.root / 'current')
         self.flags(
             compute_driver='libvirt.storage_migrate.LibvirtDriver',

@@ -1401,7 +1401,7 @@ class DiskSpaceTestCase(DriverTestCase):
                 raise PermissionError(13, 'Permission denied', path)
 
         with (mock.patch.object(
-                threads, 'spawn', lambda function: function()),
+                threads, 'spawn', lambda function, *args: function(*args)),
               mock.patch.object(local, 'tell_reserved', tell)):
             self.driver.get_available_resource('node')
         return told
