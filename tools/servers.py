@@ -33,8 +33,11 @@ POOL_NAMES = ['nova-disks']
 VTPM = '/var/lib/libvirt/swtpm'
 # Tells other hosts how much of a file system is kept for root.
 RESERVED = 'nova-reserved'
+# Tells other hosts that disks are files.
+NO_POOL = 'nova-no-pool'
 # What Nova keeps among the instance directories.
-NOT_OF_SERVERS = {'_base', 'compute_nodes', 'locks', 'snapshots', RESERVED}
+NOT_OF_SERVERS = {
+    '_base', 'compute_nodes', 'locks', 'snapshots', RESERVED, NO_POOL}
 # A guest in software emulation on a busy machine.
 BOOT_SECONDS = 180
 # The states of a migration that is over.

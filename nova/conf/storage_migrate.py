@@ -38,12 +38,13 @@ directory.
 
 The local disk that the host reports is the file system of
 ``disks_pool_path``. Servers with disks in the pool can be live migrated to
-hosts that set this option too.
+hosts that set this option or ``vol_upload_migration``.
 
 Existing servers keep working with their disks where they are. With
-``vol_upload_migration``, a cold migration moves copy-on-write disks into the
-pool of the destination host. If this option is switched off again, servers
-with disks in the pool keep working too.
+``vol_upload_migration``, a migration moves copy-on-write disks into the pool
+of the destination host. If this option is switched off again, servers with
+disks in the pool keep working too, and a migration to such a host moves their
+disks into the instance directory.
 
 Related options:
 
@@ -107,7 +108,9 @@ Cinder, no disk is copied. Its kernel, ramdisk, config drive and vTPM state go
 over libvirt, if it has any of them in files.
 
 Servers with disks in the instance directory are migrated over SSH, unless
-``vol_upload_migration_legacy`` is set too.
+``vol_upload_migration_legacy`` is set too. In a live migration of these
+servers, the config drive and other files that QEMU does not copy go over
+libvirt if both hosts set this option.
 
 Related options:
 

@@ -35,12 +35,11 @@ class Move:
     checksums: dict[str, str]
 
 
-class ComputeTestCase(test_failure.FaultTestCase):
-    """nova-compute, or what it talks over, ends in a migration."""
+class OutageMixin:
+    """nova-compute, or a host with all that runs on it, goes down.
 
-    def record(self, fault, when, outcome) -> None:
-        fault_table.record(
-            fault, when, outcome, time.monotonic() - self.broken_at)
+    :ivar broken_at: time.monotonic() of the fault
+    """
 
     def compute(self, name: str) -> daemons.Daemon:
         return self.cloud.daemon(f'nova-compute-{name}')
@@ -56,6 +55,31 @@ class ComputeTestCase(test_failure.FaultTestCase):
     def start_compute(self, name: str) -> None:
         """Start it, unless it runs."""
         self.cloud.start_compute(self.cloud.lab.host(name))
+
+    def take_down(self, host) -> None:
+        """Let a host lose its network and all that runs on it."""
+        self.kill_compute(host.name)
+        host.stop_libvirtd(signal.SIGKILL)
+        host.end(host.running('qemu-system-x86'))
+        self.addCleanup(self.bring_up, host)
+        host.link(False)
+        self.broken_at = time.monotonic()
+        self.assertFalse(daemons.listening(
+            host.address, base.live.nova_lab.TLS_PORT))
+
+    def bring_up(self, host) -> None:
+        host.link(True)
+        if host.libvirtd_pid is None:
+            host.start_libvirtd()
+        self.start_compute(host.name)
+
+
+class ComputeTestCase(OutageMixin, test_failure.FaultTestCase):
+    """nova-compute, or what it talks over, ends in a migration."""
+
+    def record(self, fault, when, outcome) -> None:
+        fault_table.record(
+            fault, when, outcome, time.monotonic() - self.broken_at)
 
     def wait_moved(self) -> None:
         """Wait for the server on the destination, and its next boot."""
@@ -119,23 +143,6 @@ class ComputeTestCase(test_failure.FaultTestCase):
         self.record('host of the source is down, and up again',
                     'confirmation', fault_table.MOVED)
         self.assert_no_disks(self.server, base.SOURCE)
-
-    def take_down(self, host) -> None:
-        """Let a host lose its network and all that runs on it."""
-        self.kill_compute(host.name)
-        host.stop_libvirtd(signal.SIGKILL)
-        host.end(host.running('qemu-system-x86'))
-        self.addCleanup(self.bring_up, host)
-        host.link(False)
-        self.broken_at = time.monotonic()
-        self.assertFalse(daemons.listening(
-            host.address, base.live.nova_lab.TLS_PORT))
-
-    def bring_up(self, host) -> None:
-        host.link(True)
-        if host.libvirtd_pid is None:
-            host.start_libvirtd()
-        self.start_compute(host.name)
 
     def test_source_is_killed_and_then_the_destination(self):
         self.break_when_copying(lambda: self.kill_compute(base.SOURCE))

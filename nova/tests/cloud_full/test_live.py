@@ -11,7 +11,7 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-"""Live migration of servers with disks in the pool."""
+"""Live migration of servers, with disks in the pool and in files."""
 
 import contextlib
 import os
@@ -24,26 +24,46 @@ import time
 from openstack import exceptions
 
 from nova.tests.cloud import base
+from nova.tests.cloud import test_legacy
+from nova.tests.cloud_full import test_hosts
+from nova.tests.live import fault_table
 
+from tools import cloud
 from tools import daemons
 from tools import guest
 from tools import servers
 
 TLS = {'libvirt': {'live_migration_scheme': 'tls'}}
+# The full setup without pools, over TLS too.
+FILES = test_legacy.DirectoryTestCase.options
+IN_POOL = f'{servers.POOL}/{{0}}_{{1}}'
+IN_FILES = f'{servers.INSTANCES}/{{0}}/{{1}}'
 IMAGE = 'guest-beats'
 # Written to the root disk, for a copy that takes some time at a bandwidth of
 # so many MiB/s.
 NOISE = '256M'
 BANDWIDTH = 16
+# The stages of a live migration.
+SENDING = 'while files are sent that QEMU does not copy'
+COPYING = 'while QEMU copies the disks'
+MEMORY = 'while QEMU copies the memory'
+# How long a link is cut at most.
+CUT_SECONDS = 60
 # Number of heartbeats on the console after which the guest has written to each
 # disk.
 BEATS = 3
 
 
 class LiveTestCase(base.CloudTestCase):
-    """A server whose guest writes to every disk all the time."""
+    """A server whose guest writes to every disk all the time.
+
+    :cvar disk_path: where its disks are, made of its id and a disk's name
+    :cvar format: of its disks
+    """
 
     options = TLS
+    disk_path = IN_POOL
+    format = 'qcow2'
 
     def setUp(self):
         super().setUp()
@@ -114,18 +134,22 @@ class LiveTestCase(base.CloudTestCase):
             self.server.disks(self.server.host)['disk.config'])
 
     def assert_in_place(self, formats: dict[str, bool]) -> None:
-        """Its disks are images in the pool, and known to be.
+        """Its disks are where they belong, and known to be.
 
         :param formats: whether each has a base image, by disk
         """
         for disk, has_base in formats.items():
-            info = self.image_info(self.server, self.server.host, disk)
-            self.assertEqual('qcow2', info['format'])
+            info = self.qemu_img_info(self.server.host, self.path(disk))
+            self.assertEqual(self.format, info['format'])
             self.assertEqual(has_base, 'backing-filename' in info, disk)
         # Nothing else, no claim either.
         self.assertEqual(
             {*formats, 'disk.config'},
             set(self.server.disks(self.server.host)))
+
+    def path(self, disk: str) -> str:
+        """Where a disk is on its host."""
+        return self.disk_path.format(self.server.id, disk)
 
     def contents(self) -> dict[str, str]:
         """The checksums of what the guest can read of its disks."""
@@ -138,8 +162,7 @@ class LiveTestCase(base.CloudTestCase):
             else:
                 with writable(copy):
                     host.run(['qemu-img', 'convert', '-U', '-O', 'raw',
-                              f'{servers.POOL}/{self.server.id}_{name}',
-                              str(copy)])
+                              '-f', self.format, self.path(name), str(copy)])
             found[name] = servers.sha256(copy)
             copy.unlink()
         return found
@@ -161,7 +184,7 @@ class LiveTestCase(base.CloudTestCase):
         self.assertEqual(base.SOURCE, self.server.host)
         # Nova does not wait for the rollback on the destination.
         daemons.wait_for('the destination to clear up', lambda: (
-            not self.server.disks(base.DESTINATION)), poll=0.5)
+            not self.server.disks(base.DESTINATION)), 180, poll=0.5)
         self.assert_no_disks(self.server, base.DESTINATION)
         self.assertNotIn('_incoming', str(self.server.disks(base.SOURCE)))
         count = len(self.beats())
@@ -220,9 +243,51 @@ class TestLive(LiveTestCase):
 class TestLiveFull(TestLive):
     """Images without a base."""
 
-    options = base.cloud.config.merge(
+    options = cloud.config.merge(
         TLS, {'DEFAULT': {'use_cow_images': 'False'}})
     before = after = {'disk': False, 'disk.eph0': False, 'disk.swap': False}
+
+
+class TestLiveFiles(TestLive):
+    """Overlays in the instance directory; Glance has lost the image."""
+
+    options = FILES
+    disk_path = IN_FILES
+    # Their base images go along: the root disk's is lost in Glance.
+    after = dict.fromkeys(TestLive.before, False)
+
+    def before_boot(self):
+        images = self.cloud.connection().image
+        base_image = self.qemu_img_info(
+            base.SOURCE, self.path('disk'))['backing-filename']
+        images.delete_image(images.find_image(IMAGE))
+        self.destination.path(base_image).unlink(missing_ok=True)
+
+
+class TestLivePlaces(LiveTestCase):
+    """One host has pools, the other files."""
+
+    options = TLS
+    host_options = {base.SOURCE: FILES}
+
+    def test_into_the_pool_and_out_of_it(self):
+        config_drive = self.config_drive()
+        self.disk_path = IN_FILES
+        self.assert_in_place(TestLive.before)
+        boots = 1
+        for _round in range(2):
+            for here, there, self.disk_path in (
+                    (base.SOURCE, base.DESTINATION, IN_POOL),
+                    (base.DESTINATION, base.SOURCE, IN_FILES)):
+                last = self.beats()[-1]
+                self.server.live_migrate(there)
+                self.assertEqual(there, self.server.host)
+                self.assert_never_noticed(last)
+                self.assert_no_disks(self.server, here)
+                self.assert_in_place(TestLive.after)
+                self.assertEqual(config_drive, self.config_drive())
+                boots += 1
+                self.assert_all_written(boots)
 
 
 class TestLiveRefused(LiveTestCase):
@@ -294,11 +359,117 @@ class TestLiveStockSource(LiveTestCase):
         self.assert_as_before(last)
 
 
-class TestLiveFault(LiveTestCase):
+class LiveFaultTestCase(test_hosts.OutageMixin, LiveTestCase):
     """A fault during a live migration leaves the server as it was."""
 
-    options = base.cloud.config.merge(
-        TLS, {'libvirt': {'live_migration_bandwidth': BANDWIDTH}})
+    options = cloud.config.merge(TLS, {'libvirt': {
+        'live_migration_bandwidth': BANDWIDTH,
+        # For the files that are sent before QEMU begins.
+        'vol_upload_migration_bandwidth': 1}})
+
+    def begin(self, when: str) -> None:
+        """Begin a live migration, and return at a stage of it."""
+        self.last = self.beats()[-1]
+        self.start_live_migration()
+        reached = {SENDING: self._sends, COPYING: self._copies,
+                   MEMORY: self._copies_memory}[when]
+        daemons.wait_for(f'the stage {when}', reached, 180, poll=0.05)
+        self.when = when
+        self.broken_at = time.monotonic()
+
+    def _copy(self) -> pathlib.Path:
+        return self.destination.path(f'{servers.POOL}/{self.server.id}_disk')
+
+    def _sends(self) -> bool:
+        return self._copy().exists()
+
+    def _copies(self) -> bool:
+        return self._sends() and (
+            self._copy().stat().st_blocks * 512 > 16 * 1024 ** 2)
+
+    def _copies_memory(self) -> bool:
+        """Whether QEMU has the disks in sync, and goes on with memory."""
+        said = self.source.run(
+            ['virsh', 'domjobinfo', self.server.id], check=False).stdout
+        return re.search('Memory processed: +[1-9]', said) is not None
+
+    def assert_failed(self, fault: str, *statuses: str,
+                      outcome: str = fault_table.AT_SOURCE) -> None:
+        """The live migration ends, and the server is where it was.
+
+        :param statuses: of the migration that are expected
+        """
+        daemons.wait_for('the end of the live migration', lambda: (
+            self.migration_status() in (statuses or ('error', 'failed'))),
+            300, poll=0.5)
+        self.record(fault, outcome)
+        self.assert_as_before(self.last)
+
+    def record(self, fault: str, outcome: str) -> None:
+        fault_table.record(
+            fault, self.when, outcome, time.monotonic() - self.broken_at,
+            'NOVA_LIVE_FAULT_TABLE')
+
+    # Each of these happens once the stage is reached.
+
+    def is_aborted(self) -> None:
+        migration, = self.server.compute.server_migrations(self.server.id)
+        self.server.compute.abort_server_migration(migration, self.server.id)
+        self.assert_failed('it is aborted', 'cancelled', 'error', 'failed')
+
+    def qemu_is_killed(self) -> None:
+        os.kill(self._incoming(), signal.SIGKILL)
+        self.assert_failed('QEMU of the destination is killed')
+
+    def _incoming(self) -> int:
+        """The pid of the QEMU that the server moves to."""
+        for path in pathlib.Path('/proc').glob('[0-9]*/cmdline'):
+            with contextlib.suppress(OSError):
+                arguments = path.read_bytes().decode().split('\0')
+                if self.server.id in arguments and '-incoming' in arguments:
+                    return int(path.parent.name)
+        raise AssertionError('no QEMU waits for the server')
+
+    def libvirtd_is_killed(self) -> None:
+        self.addCleanup(self.bring_up, self.destination)
+        self.destination.stop_libvirtd(signal.SIGKILL)
+        self.destination.start_libvirtd()
+        self.assert_failed('libvirtd of the destination is killed and started')
+        self.cloud.wait_computes()
+
+    def host_goes_down(self) -> None:
+        self.take_down(self.destination)
+        self.wait_failed(300)
+        self.bring_up(self.destination)
+        self.assert_failed('host of the destination is down, and up again',
+                           outcome=fault_table.CLEARED)
+        self.cloud.wait_computes()
+
+    def link_is_cut(self) -> None:
+        self.addCleanup(self.destination.link, True)
+        self.destination.link(False)
+        # QEMU does not know before the link is there again.
+        with contextlib.suppress(daemons.Failed):
+            self.wait_failed(CUT_SECONDS)
+        self.destination.link(True)
+        self.assert_failed('link is cut', outcome=fault_table.CLEARED)
+        self.cloud.wait_computes()
+
+    def wait_failed(self, seconds: float) -> None:
+        """Wait until the source knows."""
+        daemons.wait_for('the source to know', lambda: (
+            self.migration_status() in ('error', 'failed')), seconds, poll=0.5)
+
+    def server_is_deleted(self) -> None:
+        self.server.delete()
+        for host in (base.SOURCE, base.DESTINATION):
+            daemons.wait_for(f'{host} to be clean', lambda: (
+                not self.server.disks(host)), seconds=60, poll=0.5)
+        self.record('server is deleted', 'nothing on either host')
+
+
+class TestLiveFault(LiveFaultTestCase):
+    """While QEMU copies."""
 
     def before_boot(self):
         """Have a disk that takes time to copy."""
@@ -308,83 +479,57 @@ class TestLiveFault(LiveTestCase):
              f'{servers.POOL}/{self.server.id}_disk'], user='nova')
         self.server.start()
 
-    def start_slow(self) -> None:
-        """Begin a live migration, and return while QEMU copies the disks."""
-        self.last = self.beats()[-1]
-        self.start_live_migration()
-        copy = self.destination.path(
-            f'{servers.POOL}/{self.server.id}_disk')
-        daemons.wait_for('the copy to begin', lambda: (
-            copy.exists() and copy.stat().st_blocks * 512 > 16 * 1024 ** 2),
-            poll=0.1)
-
-    def test_it_is_aborted(self):
-        self.start_slow()
-        migration, = self.server.compute.server_migrations(self.server.id)
-        self.server.compute.abort_server_migration(migration, self.server.id)
-        daemons.wait_for('the end of the live migration', lambda: (
-            self.migration_status() == 'cancelled'), poll=0.5)
-        self.assert_as_before(self.last)
+    def test_server_runs_on(self):
+        for fault in (self.libvirtd_is_killed, self.link_is_cut,
+                      self.is_aborted, self.qemu_is_killed,
+                      self.host_goes_down):
+            for when in COPYING, MEMORY:
+                self.begin(when)
+                fault()
         self.server.live_migrate(base.DESTINATION)
         self.assert_no_disks(self.server, base.SOURCE)
 
-    def incoming(self) -> int:
-        """The pid of the QEMU that the server moves to."""
-        for path in pathlib.Path('/proc').glob('[0-9]*/cmdline'):
-            with contextlib.suppress(OSError):
-                arguments = path.read_bytes().decode().split('\0')
-                if self.server.id in arguments and '-incoming' in arguments:
-                    return int(path.parent.name)
-        raise AssertionError('no QEMU waits for the server')
-
-    def test_qemu_of_the_destination_is_killed(self):
-        self.start_slow()
-        os.kill(self.incoming(), signal.SIGKILL)
-        daemons.wait_for('the end of the live migration', lambda: (
-            self.migration_status() in ('error', 'failed')), poll=0.5)
-        self.assert_as_before(self.last)
-
-    def test_link_is_cut(self):
-        self.addCleanup(self.destination.link, True)
-        self.start_slow()
-        self.destination.link(False)
-        time.sleep(60)
-        self.destination.link(True)
-        self.cloud.wait_computes()
-        daemons.wait_for('the end of the live migration', lambda: (
-            self.migration_status() in ('error', 'failed')), 180, poll=0.5)
-        self.assert_as_before(self.last)
-
     def test_server_is_deleted(self):
-        self.start_slow()
-        self.server.delete()
-        for host in (base.SOURCE, base.DESTINATION):
-            daemons.wait_for(f'{host} to be clean', lambda: (
-                not self.server.disks(host)), seconds=60, poll=0.5)
+        self.begin(COPYING)
+        self.server_is_deleted()
 
     def test_nova_compute_of_the_destination_ends(self):
-        self.start_slow()
-        self.cloud.daemon(f'nova-compute-{base.DESTINATION}').stop()
-        self.addCleanup(self.cloud.wait_computes)
-        self.addCleanup(self.cloud.start_compute, self.destination)
+        self.begin(COPYING)
+        self.kill_compute(base.DESTINATION)
         daemons.wait_for('the domain on the destination to run', lambda: (
             'running' in self.destination.run(
                 ['virsh', 'domstate', self.server.id],
                 check=False).stdout), 180, poll=1)
         daemons.wait_for('the source to be done', lambda: (
             not self.server.disks(base.SOURCE)), 180, poll=1)
-        self.cloud.start_compute(self.destination)
+        self.start_compute(base.DESTINATION)
         self.cloud.wait_computes()
         daemons.wait_for('the claim to end', lambda: (
             '_incoming' not in str(self.server.disks(base.DESTINATION))),
             poll=1)
+        self.record('nova-compute of the destination is killed and started',
+                    fault_table.MOVED)
         self.assertEqual(base.DESTINATION, self.server.host)
+
+
+class TestLiveFaultBefore(LiveFaultTestCase):
+    """While the source sends the base image that Glance has lost."""
+
+    def before_boot(self):
+        images = self.cloud.connection().image
+        images.delete_image(images.find_image(IMAGE))
+
+    def test_server_runs_on_or_is_deleted(self):
+        for fault in (self.is_aborted, self.host_goes_down, self.link_is_cut,
+                      self.libvirtd_is_killed, self.server_is_deleted):
+            self.begin(SENDING)
+            fault()
 
 
 class TestLiveNativeTLS(LiveTestCase):
     """QEMU encrypts what it sends."""
 
-    options = base.cloud.config.merge(
+    options = cloud.config.merge(
         TLS, {'libvirt': {'live_migration_with_native_tls': True}})
 
     def setUp(self):

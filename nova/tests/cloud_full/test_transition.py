@@ -110,6 +110,53 @@ class TestSideBySide(TransitionTestCase):
         self.assert_in(servers.POOL, old, base.DESTINATION)
 
 
+class TestThereAndBack(TransitionTestCase):
+    """One host has pools, the other files."""
+
+    host_options = {base.SOURCE: LEGACY}
+
+    def test_ten_times_into_the_pool_and_out_of_it(self):
+        server = self.create_booted(flavor='small-swap', config_drive=True)
+        directory = f'{servers.INSTANCES}/{server.id}'
+        places = {base.SOURCE: directory, base.DESTINATION: servers.POOL}
+        boots = 1
+        for _round in range(10):
+            for here, there in ((base.SOURCE, base.DESTINATION),
+                                (base.DESTINATION, base.SOURCE)):
+                self.migrate_without_ssh(server, there)
+                boots += 1
+                self.assert_counts(server, vda=boots, vdb=boots)
+                self.assert_disks(server, there, places[there])
+                server.confirm()
+                self.assert_no_disks(server, here)
+
+        # And back again, by a revert from either.
+        server.migrate(base.DESTINATION)
+        server.revert()
+        self.assert_counts(server, vda=boots + 1, vdb=boots + 1)
+        self.assert_disks(server, base.SOURCE, directory)
+        self.assert_no_disks(server, base.DESTINATION)
+        server.migrate(base.DESTINATION)
+        server.confirm()
+        server.migrate(base.SOURCE)
+        server.revert()
+        self.assert_counts(server, vda=boots + 3, vdb=boots + 3)
+        self.assert_disks(server, base.DESTINATION, servers.POOL)
+        self.assert_no_disks(server, base.SOURCE)
+
+    def assert_disks(self, server: servers.Server, host: str,
+                     path: str) -> None:
+        """The disks are in a place, and the config drive where Nova has it."""
+        disks = server.disks(host)
+        where = self.cloud.lab.host(host).path
+        drive = where(f'{servers.INSTANCES}/{server.id}/disk.config')
+        self.assertEqual(drive, disks.pop('disk.config'))
+        self.assertIn(b'config-2', drive.read_bytes())
+        self.assertEqual({'disk', 'disk.eph0', 'disk.swap'}, set(disks))
+        self.assertEqual({where(path)},
+                         {disk.parent for disk in disks.values()})
+
+
 class TestNotYetThere(TransitionTestCase):
     """The destination has Nova's own driver still, and so no pool."""
 

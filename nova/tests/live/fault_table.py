@@ -14,8 +14,9 @@
 """The table of faults in the documentation, written by the tests of them.
 
 The live and the cloud tests put what they saw into the file that
-NOVA_FAULT_TABLE names in their environment. The one that is in the
-documentation is doc/source/admin/fault-table.csv.
+NOVA_FAULT_TABLE names in their environment, or NOVA_LIVE_FAULT_TABLE for live
+migration. Those that are in the documentation are
+doc/source/admin/fault-table.csv and live-fault-table.csv.
 """
 
 import csv
@@ -38,27 +39,29 @@ NEXT = 'server at the source, the next attempt clears the destination'
 MOVED = 'server at the destination'
 
 
-def record(fault: str, when: str, outcome: str, seconds: float) -> None:
+def record(fault: str, when: str, outcome: str, seconds: float,
+           table: str = 'NOVA_FAULT_TABLE') -> None:
     """Add a row to the table, or replace that of this fault at this time.
 
     :param when: what was under way
     :param outcome: where the server is in the end
     :param seconds: from the fault until the migration ended
+    :param table: variable of the environment that names the file
     """
-    if 'NOVA_FAULT_TABLE' not in os.environ:
+    if table not in os.environ:
         return
-    path = pathlib.Path(os.environ['NOVA_FAULT_TABLE'])
+    path = pathlib.Path(os.environ[table])
     rows = {(row[0], row[1]): row for row in _rows(path)}
     rows[fault, when] = [fault, when, outcome, f'{seconds:.1f}']
-    with path.open('w', newline='') as table:
-        writer = csv.writer(table, lineterminator='\n')
+    with path.open('w', newline='') as file:
+        writer = csv.writer(file, lineterminator='\n')
         writer.writerow(COLUMNS)
         writer.writerows(rows[key] for key in sorted(rows))
 
 
 def _rows(path: pathlib.Path) -> list[list[str]]:
     try:
-        with path.open(newline='') as table:
-            return list(csv.reader(table))[1:]
+        with path.open(newline='') as file:
+            return list(csv.reader(file))[1:]
     except FileNotFoundError:
         return []

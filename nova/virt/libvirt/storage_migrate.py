@@ -168,6 +168,9 @@ class LibvirtDriver(driver.LibvirtDriver):
         if CONF.libvirt.use_storage_pools:
             self._init_disks_pool()
             self._warn_of_clear_text()
+        _native(local.tell_place, self._wants_files())
+        if (CONF.libvirt.use_storage_pools or
+                CONF.libvirt.vol_upload_migration):
             self._look_at_servers(host)
         if CONF.libvirt.vol_upload_migration:
             _native(local.end_pool, self._uri(), IMAGE_CACHE_POOL)
@@ -183,7 +186,15 @@ class LibvirtDriver(driver.LibvirtDriver):
         for instance in instances:
             if instance.task_state is None and self.instance_exists(instance):
                 local.drop_claims(layout.Layout.of(instance))
-        self._warn_of_files(instances)
+        if CONF.libvirt.use_storage_pools:
+            self._warn_of_files(instances)
+
+    @staticmethod
+    def _wants_files() -> bool:
+        """Whether servers that come here are to have their disks in files."""
+        return (CONF.libvirt.vol_upload_migration and
+                not CONF.libvirt.use_storage_pools and
+                CONF.libvirt.images_type in image.IMAGE_TYPES)
 
     def _mend_migrations(self, host) -> None:
         """Put right what Nova leaves of migrations that it ended in.
@@ -218,10 +229,10 @@ class LibvirtDriver(driver.LibvirtDriver):
         if count:
             LOG.warning(
                 'Servers on this host with disks in %(path)s rather than in '
-                'storage pool %(pool)s: %(count)d. A cold migration to '
-                'another host with a pool moves copy-on-write disks into the '
-                'pool there', {'path': CONF.instances_path, 'count': count,
-                               'pool': CONF.libvirt.disks_pool})
+                'storage pool %(pool)s: %(count)d. A migration to another '
+                'host with a pool moves copy-on-write disks into the pool '
+                'there', {'path': CONF.instances_path, 'count': count,
+                          'pool': CONF.libvirt.disks_pool})
 
     def _end_migration(self, context, instance, migration) -> None:
         """Let a migration fail, and this host be the server's again.
@@ -391,20 +402,16 @@ class LibvirtDriver(driver.LibvirtDriver):
         local.add_heads(moved, move.heads)
         return jsonutils.dumps(moved)
 
-    def _plan(self, server, places, enters_pool) -> tuple[
+    def _plan(self, server, places) -> tuple[
             list[dict[str, ty.Any]], list[layout.File]]:
         """List what goes along: every disk is in it, or it is refused.
 
-        :param enters_pool: whether the disks go from files into the pool
         :returns: what Nova says of the disks, and the files
         :raises: StorageError
         """
         disk_info = self._disk_info(server)
-        files = places.plan(disk_info, self._lost_bases(server, disk_info))
-        if enters_pool:
-            files = places.into_pool(files)
-        layout.refuse_raw_volumes(files)
-        return disk_info, files
+        return disk_info, places.plan(
+            disk_info, self._lost_bases(server, disk_info))
 
     def _begin_copy(self, instance, stack) -> tuple[_Copy, turns.Turn]:
         """Note a migration that is under way, and its place in the queue.
@@ -428,10 +435,12 @@ class LibvirtDriver(driver.LibvirtDriver):
         with _refused_on_error(server.instance):
             self._check_enabled()
             self._check_request(server, places, flavor)
-            disk_info, files = self._plan(server, places, enters_pool)
+            disk_info, files = self._plan(server, places)
+            place = (layout.POOL if enters_pool else
+                     self._place_outside(places, dest))
+            files = places.moved(files, place)
             move = self._new_transfer(
-                places, dest, files, server.instance.name,
-                uses_pool=enters_pool)
+                places, dest, files, server.instance.name, place=place)
             stack.callback(_native, move.close)
             self._check_vtpm(server.instance, places)
             self._read_nvram(server.instance)
@@ -797,8 +806,9 @@ class LibvirtDriver(driver.LibvirtDriver):
         data = super().check_can_live_migrate_destination(
             context, instance, src_compute_info, dst_compute_info,
             block_migration, disk_over_commit)
-        if CONF.libvirt.use_storage_pools:
-            live.introduce(layout.Layout.of(instance)).write(data)
+        if CONF.libvirt.use_storage_pools or self._wants_files():
+            live.introduce(layout.Layout.of(instance),
+                           CONF.libvirt.use_storage_pools).write(data)
         return data
 
     def cleanup_live_migration_destination_check(
@@ -820,11 +830,14 @@ class LibvirtDriver(driver.LibvirtDriver):
         """
         places = layout.Layout.of(instance)
         if not places.volumes():
-            return super().check_can_live_migrate_source(
+            data = super().check_can_live_migrate_source(
                 context, instance, dest_check_data, block_device_info)
+            self._offer_files(
+                context, instance, places, data, block_device_info)
+            return data
         try:
             disks = self._read_disk_info(instance, block_device_info)
-            sent = self._list_sent(context, instance, disks)
+            sent = self._list_sent(context, instance, places, disks)
             notice = live.check(places, dest_check_data, disks)
             if sent:
                 destination_uri('destination')
@@ -836,12 +849,42 @@ class LibvirtDriver(driver.LibvirtDriver):
         dataclasses.replace(notice, sent=sent).write(data)
         return data
 
-    def _list_sent(self, context, instance, disks) -> list[str]:
+    def _offer_files(self, context, instance, places, data,
+                     block_device_info) -> None:
+        """Offer to send what QEMU does not copy of a server with files.
+
+        Nova's own code migrates the server if either host is not set up for
+        that, or if a disk is not one that Nova made.
+
+        :raises: MigrationPreCheckError
+        """
+        notice = live.Notice.read(data)
+        if (notice is None or data.is_on_shared_storage() or
+                not CONF.libvirt.vol_upload_migration or
+                CONF.libvirt.images_type not in image.IMAGE_TYPES):
+            return
+        try:
+            disks = self._read_disk_info(instance, block_device_info)
+            places.plan(disks)
+            sent = self._list_sent(context, instance, places, disks)
+            destination_uri('destination')
+        except errors.StorageError as error:
+            LOG.info("Nova's own code live migrates the server: %s", error,
+                     instance=instance)
+            return
+        try:
+            live.check_names(notice)
+        except errors.Refused as error:
+            raise exception.MigrationPreCheckError(
+                reason=str(error)) from error
+        dataclasses.replace(notice, sent=sent).write(data)
+
+    def _list_sent(self, context, instance, places, disks) -> list[str]:
         """Names of the files that QEMU does not copy to the destination."""
         server = _Server(context, instance, None, None)
         lost = map(os.path.basename, self._lost_bases(server, disks))
         return live.list_sent(
-            disks, self._list_read_only(instance), set(lost))
+            places, disks, self._list_read_only(instance), set(lost))
 
     def _list_read_only(self, instance) -> set[str]:
         """Paths of the disks that the guest cannot write."""
@@ -882,31 +925,36 @@ class LibvirtDriver(driver.LibvirtDriver):
         """
         places = layout.Layout.of(instance)
         disks = jsonutils.loads(disk_info or '[]')
-        notice = live.Notice(places.pool_path)
+        notice = None
         if migrate_data.is_shared_block_storage:
             if places.volumes():
                 live.record_shared(places)
-        elif any(local.is_volume(places, disk) for disk in disks):
+                notice = live.Notice(places.pool_path)
+        else:
             notice = self._claim_for_live_migration(
-                instance, places, migrate_data)
-            disk_info = jsonutils.dumps(
-                live.disks_here(places, disks, notice))
+                instance, places, migrate_data, disks)
+        if notice and notice.claim:
+            disk_info = jsonutils.dumps(live.disks_here(disks, notice))
         migrate_data = super().pre_live_migration(
             context, instance, block_device_info, network_info, disk_info,
             migrate_data)
-        if places.volumes():
+        if notice:
             notice.write(migrate_data)
         return migrate_data
 
-    def _claim_for_live_migration(self, instance, places,
-                                  migrate_data) -> live.Notice:
+    def _claim_for_live_migration(self, instance, places, migrate_data,
+                                  disks) -> live.Notice | None:
         """Take possession of the names of a server's files on this host.
 
-        :returns: what to tell the source host
+        :param disks: what the source host says of them
+        :returns: what to tell the source host; None if the server has files
+            that Nova's own code makes here
         :raises: MigrationPreCheckError
         """
         notice = live.Notice.read(migrate_data)
         if notice is None or notice.sent is None:
+            if not any(local.is_volume(places, disk) for disk in disks):
+                return None
             raise exception.MigrationPreCheckError(reason=_(
                 'The disks of the server are in a storage pool, and host '
                 '%s does not have the driver for it. Set [DEFAULT]'
@@ -917,9 +965,11 @@ class LibvirtDriver(driver.LibvirtDriver):
                 'where it comes from, and undefine it if it is not needed.'))
         if places.claims():
             self._delete_leftovers(instance, places)
-        claim = live.claim(places, instance.host)
+        has_pool = CONF.libvirt.use_storage_pools
+        claim = live.claim(places, instance.host, has_pool)
         return live.Notice(
-            places.pool_path, sent=notice.sent, claim=claim.name)
+            places.pool_path if has_pool else '', sent=notice.sent,
+            claim=claim.name, paths=live.paths_here(places, disks, has_pool))
 
     def _live_migration_operation(
         self, context, instance, dest, block_migration, migrate_data, guest,
@@ -944,7 +994,7 @@ class LibvirtDriver(driver.LibvirtDriver):
                            migrate_data.target_connect_addr or dest)
             super()._live_migration_operation(
                 context, instance, dest, block_migration, migrate_data,
-                live.Guest(guest._domain, places, notice.path), device_names)
+                live.Guest(guest._domain, places, notice), device_names)
         except Exception as error:
             LOG.warning('The live migration of the server failed: %s', error,
                         instance=instance)
@@ -956,9 +1006,10 @@ class LibvirtDriver(driver.LibvirtDriver):
         """
         claim = layout.Claim.parse(places.uuid, notice.claim)
         with (self._copying(instance) as copy,
-              live.files_to_send(places, notice.sent) as files):
+              live.files_to_send(places, notice) as files):
             move = self._new_transfer(
-                places, dest, files, instance.name, claim, uses_pool=True)
+                places, dest, files, instance.name, claim,
+                layout.POOL if notice.path else layout.DIRECTORY)
             try:
                 _native(move.send, copy.cancel)
             finally:
@@ -1042,6 +1093,14 @@ class LibvirtDriver(driver.LibvirtDriver):
         xml = super()._get_guest_xml(context, instance, *args, **kwargs)
         path = layout.Layout.of(instance).nvram_path
         return nvram.name_path(xml, path) if os.path.exists(path) else xml
+
+    def _fetch_instance_kernel_ramdisk(self, context, instance,
+                                       fallback_from_host=None):
+        """Get kernel and ramdisk, unless the source host sends them."""
+        if not (instance.task_state == task_states.MIGRATING and
+                layout.Layout.of(instance).claims()):
+            super()._fetch_instance_kernel_ramdisk(
+                context, instance, fallback_from_host)
 
     def _create_image(
         self, context, instance, disk_mapping, injection_info=None,
@@ -1187,6 +1246,24 @@ class LibvirtDriver(driver.LibvirtDriver):
             self._streams_files(places) and
             not self._is_path_shared_with(dest, places.directory))
 
+    def _place_outside(self, places, dest) -> str | None:
+        """Where a server's disks go that are in a pool here.
+
+        :returns: DIRECTORY if the destination wants files, None if the disks
+            go into a pool again
+        :raises: StorageError
+        """
+        leaves_pool = places.volumes() and self._may_change_place(
+            places, dest, layout.DIRECTORY)
+        return layout.DIRECTORY if leaves_pool else None
+
+    def _may_change_place(self, places, dest, place) -> bool:
+        move = self._new_transfer(places, dest, [], '', place=place)
+        try:
+            return _native(move.may_change_place, place)
+        finally:
+            _native(move.close)
+
     def _enters_pool(self, server, places, dest) -> bool:
         """Whether a server's disks go from its directory into a pool.
 
@@ -1195,8 +1272,9 @@ class LibvirtDriver(driver.LibvirtDriver):
         destination has no pool migrates as if this host had none.
         """
         if not (CONF.libvirt.vol_upload_migration and
-                CONF.libvirt.use_storage_pools and places.has_files()
-                ) or places.volumes():
+                (CONF.libvirt.use_storage_pools or
+                 self._streams_files(places)) and
+                places.has_files()) or places.volumes():
             return False
         try:
             files = places.plan(self._disk_info(server))
@@ -1204,11 +1282,7 @@ class LibvirtDriver(driver.LibvirtDriver):
                     file for file in files
                     if file.name not in layout.COMPANIONS))):
                 return False
-            move = self._new_transfer(places, dest, [], '', uses_pool=True)
-            try:
-                return _native(move.enters_pool)
-            finally:
-                _native(move.close)
+            return self._may_change_place(places, dest, layout.POOL)
         except errors.StorageError as error:
             LOG.info('The disks of the server will not go into a pool: %s',
                      error, instance=server.instance)
@@ -1345,21 +1419,24 @@ class LibvirtDriver(driver.LibvirtDriver):
         return self.get_info(instance).state == power_state.RUNNING
 
     def _new_transfer(self, places, dest, files, name, claim=None,
-                      uses_pool=False) -> transfer.Transfer:
+                      place=None) -> transfer.Transfer:
         """The transfer of a server's files to another host.
 
         :param files: the plan
         :param name: of the server's domain
         :param claim: the claim that the destination made, None to make one
-        :param uses_pool: whether disks go into the pool from elsewhere
+        :param place: where the disks go, None if where they are here
         """
         claim = claim or layout.Claim.new(places.uuid)
-        uses_pool = uses_pool or not self._streams_files(places)
+        uses_pool = (not self._streams_files(places) if place is None else
+                     place == layout.POOL)
+        enters_pool = place == layout.POOL and not places.volumes()
         here, there = (
             site.Site(daemon.Daemon(host, uri), places,
-                      CONF.libvirt.disks_pool, claim, uses_pool)
-            for host, uri in ((CONF.host, self._uri()),
-                              (dest, destination_uri(dest))))
+                      CONF.libvirt.disks_pool, claim, uses)
+            for host, uri, uses in (
+                (CONF.host, self._uri(), uses_pool and not enters_pool),
+                (dest, destination_uri(dest), uses_pool)))
         return transfer.Transfer(here, there, files, name, self._bandwidth)
 
     def _power_off_for_copy(

@@ -77,21 +77,22 @@ HOOKS = {
     'check_can_live_migrate_destination': Hook(
         ('context', 'instance', 'src_compute_info', 'dst_compute_info',
          'block_migration', 'disk_over_commit'),
-        'Tells the source host about the pool on this host.'),
+        'Tells the source host where the disks are to be on this host.'),
     'cleanup_live_migration_destination_check': Hook(
         ('context', 'dest_check_data'),
         'Deletes the file that shows whether hosts share the pool.'),
     'check_can_live_migrate_source': Hook(
         ('context', 'instance', 'dest_check_data', 'block_device_info'),
-        'Refuses a live migration of disks in a pool to a host that cannot '
-        'take them.'),
+        'Refuses a live migration to a host that cannot take the disks, and '
+        'lists the files that QEMU does not copy.'),
     '_is_shared_block_storage': Hook(
         ('instance', 'dest_check_data', 'block_device_info'),
         'Finds out whether the destination host sees disks in the pool.'),
     'pre_live_migration': Hook(
         ('context', 'instance', 'block_device_info', 'network_info',
          'disk_info', 'migrate_data'),
-        'Has the disks of a server that is live migrated made in the pool.'),
+        'Has the disks of a server that is live migrated made where they are '
+        'to be.'),
     '_live_migration_operation': Hook(
         ('context', 'instance', 'dest', 'block_migration', 'migrate_data',
          'guest', 'device_names'),
@@ -147,6 +148,10 @@ HOOKS = {
         ('context', 'instance', 'instance_dir', 'disk_info',
          'fallback_from_host'),
         'Looks for disks where they are: in the pool.'),
+    '_fetch_instance_kernel_ramdisk': Hook(
+        ('context', 'instance', 'fallback_from_host'),
+        'Leaves kernel and ramdisk of a server that is live migrated to the '
+        'source host.'),
     '_is_path_shared_with': Hook(
         ('dest', 'path'),
         'Finds out without ssh whether two hosts share a directory.'),

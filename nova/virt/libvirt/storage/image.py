@@ -180,10 +180,16 @@ class RawVolume(_PoolVolume, imagebackend.Flat):
         return 'raw'
 
     def resize_image(self, size):
-        # Nova asks qemu-img for the size, which would probe what the guest
-        # wrote.
-        if size > os.path.getsize(self.path):
-            os.truncate(self.path, size)
+        _grow_raw(self.path, size)
+
+
+def _grow_raw(path: str, size: int) -> None:
+    """Let a raw disk be of a size in bytes, unless it is larger.
+
+    Nova asks qemu-img for the size, which would probe what the guest wrote.
+    """
+    if size > os.path.getsize(path):
+        os.truncate(path, size)
 
 
 class BootFile(imagebackend.Flat):
@@ -195,6 +201,44 @@ class BootFile(imagebackend.Flat):
     def cache(self, fetch_func, filename, size=None, *args, **kwargs):
         if not self.exists():
             super().cache(fetch_func, filename, size, *args, **kwargs)
+
+
+class _File(imagebackend.Image):
+    """A disk in the instance directory, which a migration brings along.
+
+    One that stands alone does not need the base image that Nova would fetch,
+    which Glance may have lost.
+    """
+
+    def cache(self, fetch_func, filename, size=None, *args, **kwargs):
+        base = os.path.join(layout.cache_dir(), filename)
+        if self.exists() and not os.path.exists(base) and (
+                self._stands_alone()):
+            if size:
+                self._grow(size)
+        else:
+            super().cache(fetch_func, filename, size, *args, **kwargs)
+
+    def _stands_alone(self) -> bool:
+        return (self.driver_format == 'raw' or
+                layout.backing_file(self.path) is None)
+
+    def _grow(self, size: int) -> None:
+        if self.driver_format == 'raw':
+            _grow_raw(self.path, size)
+        else:
+            self.resize_image(size)
+
+
+class FlatFile(_File, imagebackend.Flat):
+    """A disk of Nova's raw backend, which may be an image all the same."""
+
+
+class Qcow2File(_File, imagebackend.Qcow2):
+    """A disk of Nova's qcow2 backend."""
+
+
+_FILES = {imagebackend.Flat: FlatFile, imagebackend.Qcow2: Qcow2File}
 
 
 class Backend(imagebackend.Backend):
@@ -210,8 +254,15 @@ class Backend(imagebackend.Backend):
             return BootFile(instance=instance, disk_name=name,
                             disk_info_mapping=disk_info_mapping)
         if not self._belongs_in_pool(places, name):
-            return super().by_name(
-                instance, name, image_type, disk_info_mapping)
+            if not CONF.libvirt.vol_upload_migration:
+                return super().by_name(
+                    instance, name, image_type, disk_info_mapping)
+            if image_type is None and self._is_missing_image(places, name):
+                image_type = 'qcow2'
+            backend = self.backend(image_type)
+            return _FILES.get(backend, backend)(
+                instance=instance, disk_name=name,
+                disk_info_mapping=disk_info_mapping)
         volume_class = self._volume_class(
             places, places.volume_path(name), image_type)
         return volume_class(
@@ -225,6 +276,16 @@ class Backend(imagebackend.Backend):
         volume_class = self._volume_class(places, path, image_type)
         return volume_class(
             instance=instance, disk_name=places.disk_name(path), path=path)
+
+    def _is_missing_image(self, places: layout.Layout, name: str) -> bool:
+        """Whether a file is to be made that is recorded as an image.
+
+        Nova would make a raw one on a host without use_cow_images, whatever
+        the format that the domain says, of a server that is live migrated.
+        """
+        return (os.path.isabs(name) and not os.path.exists(name) and
+                self.backend() is imagebackend.Flat and
+                _recorded_format(places, name) == 'qcow2')
 
     @staticmethod
     def _belongs_in_pool(places: layout.Layout, name: str) -> bool:

@@ -20,6 +20,7 @@ The names on disk are a protocol between hosts and between releases:
 * ``{uuid}_incoming-...``: the claim of a copy that is not complete
 * ``{uuid}_arrived-...``: a complete copy in an instance directory
 * ``nova-{uuid}``: the transient pool of an instance directory
+* ``nova-no-pool``: among the instance directories, where disks are files
 
 This module knows files and nothing of libvirt.
 """
@@ -60,6 +61,10 @@ ARRIVED = 'arrived'
 # Bytes at the start of a file in which an image format is recognized. libvirt
 # reads 33 KiB of them.
 HEAD_BYTES = 64 * 1024
+
+# Name of the file among the instance directories of a host on which servers
+# are to have their disks in files, and not in a pool.
+NO_POOL = 'nova-no-pool'
 
 RECORD = 'disk.info'
 
@@ -275,6 +280,10 @@ class Layout:
         """Whether a path is that of a file in the pool."""
         return _is_same(os.path.dirname(path), self.pool_path)
 
+    def is_in_directory(self, path: str) -> bool:
+        """Whether a path is that of a file in the instance directory."""
+        return _is_same(os.path.dirname(path), self.directory)
+
     def path(self, file: File) -> str:
         """Where a file is, or would be."""
         place = self.pool_path if file.place == POOL else self.directory
@@ -394,21 +403,45 @@ class Layout:
                 *(File(BASE + os.path.basename(path), DIRECTORY, path,
                        has_hostile_head=True) for path in sorted(bases))]
 
-    def into_pool(self, files: list[File]) -> list[File]:
-        """Have the disks of the instance directory go into the pool.
+    def moved(self, files: list[File], place: str | None) -> list[File]:
+        """The files as the destination gets them.
 
         :param files: see plan()
+        :param place: where the disks go, None if where they are here
+        :raises: Refused for a raw disk that would go into a pool: libvirtd
+            there would probe what its guest wrote
         """
-        return [dataclasses.replace(
+        if place == POOL:
+            files = [self._into_pool(file) for file in files]
+        elif place == DIRECTORY:
+            files = [self._out_of_pool(file) for file in files]
+        for file in files:
+            if file.place == POOL and file.format == 'raw':
+                raise errors.Refused(
+                    f'disk {file.path} is a raw disk in a pool, as only an '
+                    f'early release made them',
+                    'Shelve and unshelve the server.')
+        return files
+
+    def _into_pool(self, file: File) -> File:
+        if not may_enter_pool(file):
+            return file
+        return dataclasses.replace(
             file, name=self.volume_name(file.name), place=POOL)
-            if may_enter_pool(file) else file for file in files]
+
+    def _out_of_pool(self, file: File) -> File:
+        if file.place != POOL:
+            return file
+        return dataclasses.replace(
+            file, name=self.disk_name(file.name), place=DIRECTORY,
+            has_hostile_head=file.format != 'qcow2')
 
     def _disk(self, info: dict[str, ty.Any]) -> File:
         path = info['path']
         name = os.path.basename(path)
         if self.is_in_pool(path):
             place, disk = POOL, name.removeprefix(self.prefix)
-        elif _is_same(os.path.dirname(path), self.directory):
+        elif self.is_in_directory(path):
             place, disk = DIRECTORY, name
         else:
             raise errors.Refused(
@@ -457,20 +490,6 @@ def room(files: list[File]) -> dict[str, int]:
 def may_enter_pool(file: File) -> bool:
     """Whether a file is a disk whose header QEMU wrote."""
     return file.format == 'qcow2' and file.name not in COMPANIONS
-
-
-def refuse_raw_volumes(files: list[File]) -> None:
-    """Refuse to take a raw disk into the pool of another host.
-
-    libvirtd there would probe what its guest wrote.
-
-    :raises: Refused
-    """
-    for file in files:
-        if file.place == POOL and file.format == 'raw':
-            raise errors.Refused(
-                f'disk {file.path} is a raw disk in a pool, as only an early '
-                f'release made them', 'Shelve and unshelve the server.')
 
 
 def without_swap(

@@ -11,11 +11,15 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-"""Live migration of servers with disks in a storage pool.
+"""Live migration of servers with disks that the hosts do not share.
 
 QEMU copies the disks, as it does for Nova's own driver. This module has the
 rest: what the two hosts tell each other about their pools, the files that QEMU
 does not copy, and the domain as the destination host has to define it.
+
+The destination host chooses the place of the disks, as for new servers: images
+go into its pool if it has one. A server with a raw file keeps all of them
+files: libvirtd would probe what its guest writes into the pool.
 
 The hosts talk through the field of Nova's LibvirtLiveMigrateData that
 describes block devices. Every Nova carries it, and looks in it for the serial
@@ -37,7 +41,6 @@ from nova import objects
 from nova.virt.libvirt import guest as libvirt_guest
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import layout
-from nova.virt.libvirt.storage import local
 
 # No Cinder volume has such a serial number.
 SERIAL = 'nova-storage-migrate/pool'
@@ -47,19 +50,23 @@ SERIAL = 'nova-storage-migrate/pool'
 class Notice:
     """The notice that the hosts of a live migration give each other.
 
-    :ivar path: directory of the pool on the destination host
+    :ivar path: directory of the pool on the destination host; empty if it
+        has disks in files
     :ivar marker: name of an empty file in that pool, there during the check
     :ivar in_the_way: paths of what the destination host has of the server
     :ivar sent: names of the files that the source host sends; None if it has
         not told
     :ivar claim: name of the claim on the server's files on the destination
         host
+    :ivar paths: where the destination host has the disks, by the names of
+        their files on the source host
     """
     path: str
     marker: str = ''
     in_the_way: list[str] = dataclasses.field(default_factory=list)
     sent: list[str] | None = None
     claim: str = ''
+    paths: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def read(cls, migrate_data) -> 'Notice | None':
@@ -70,6 +77,10 @@ class Notice:
                 return cls(**{name: value for name, value in
                               device.connection_info.items() if name in names})
         return None
+
+    def path_of(self, name: str) -> str:
+        """Where the destination host has a disk, by its name on the source."""
+        return self.paths.get(name, os.path.join(self.path, name))
 
     def write(self, migrate_data) -> None:
         """Put the notice into Nova's data, in place of an earlier one."""
@@ -87,25 +98,29 @@ def _devices(migrate_data) -> list[ty.Any]:
 
 # The destination host.
 
-def introduce(places: layout.Layout) -> Notice:
+def introduce(places: layout.Layout, has_pool: bool) -> Notice:
     """Tell the source host what it has to know before it decides.
 
     Makes a file in the pool, to see whether the hosts share it. Its name is
     not that of a volume of the server, which may have none.
 
+    :param has_pool: whether new servers have their disks in the pool here
     :raises: OSError
     """
     in_the_way = []
     if not places.claims():
         in_the_way = [path for path in [*places.volumes(), places.directory]
                       if os.path.exists(path)]
+    if not has_pool:
+        return Notice('', in_the_way=in_the_way)
     descriptor, marker = tempfile.mkstemp(
         prefix=f'{places.uuid}-live-', dir=places.pool_path)
     os.close(descriptor)
     return Notice(places.pool_path, os.path.basename(marker), in_the_way)
 
 
-def claim(places: layout.Layout, source: str) -> layout.Claim:
+def claim(places: layout.Layout, source: str,
+          has_pool: bool) -> layout.Claim:
     """Take possession of the names of a server's files on this host.
 
     The claim on the instance directory says "arrived" from the beginning: no
@@ -114,31 +129,49 @@ def claim(places: layout.Layout, source: str) -> layout.Claim:
     attempt is abandoned.
 
     :param source: name of the source host
+    :param has_pool: see introduce()
     :raises: OSError
     """
     made = layout.Claim(places.uuid, uuidutils.generate_uuid(), source)
-    for path in (os.path.join(places.pool_path, made.name),
-                 os.path.join(places.parent, made.arrived_name)):
+    paths = [os.path.join(places.parent, made.arrived_name)]
+    if has_pool:
+        paths.insert(0, os.path.join(places.pool_path, made.name))
+    for path in paths:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL, layout.FILE_MODE))
     return made
 
 
+def paths_here(
+    places: layout.Layout, disks: list[dict[str, ty.Any]], has_pool: bool,
+) -> dict[str, str]:
+    """Choose where this host is to have the disks of a server.
+
+    :param disks: what the source host says of them
+    :param has_pool: see introduce()
+    :returns: the paths, by the names of the files on the source host
+    """
+    formats = {os.path.basename(disk['path']): disk['type'] for disk in disks}
+    images = formats.keys() - set(layout.COMPANIONS)
+    into_pool = has_pool and all(
+        formats[name] == 'qcow2' for name in images)
+    return {name: places.volume_path(places.disk_name(name))
+            if into_pool and name in images else
+            os.path.join(places.directory, places.disk_name(name))
+            for name in formats}
+
+
 def disks_here(
-    places: layout.Layout, disks: list[dict[str, ty.Any]], notice: Notice,
+    disks: list[dict[str, ty.Any]], notice: Notice,
 ) -> list[dict[str, ty.Any]]:
     """Describe the disks of a server as this host is to make them.
 
     :param disks: what the source host says of them
+    :param notice: what this host tells it
     """
-    sent = notice.sent or []
-    here = []
-    for disk in disks:
-        name = os.path.basename(disk['path'])
-        path = os.path.join(
-            places.pool_path if local.is_volume(places, disk) else
-            places.directory, name)
-        here.append(dict(disk, path=path, sent=name in sent))
-    return here
+    names = [os.path.basename(disk['path']) for disk in disks]
+    return [dict(disk, path=notice.path_of(name),
+                 sent=name in (notice.sent or []))
+            for name, disk in zip(names, disks)]
 
 
 def record(places: layout.Layout, disks: list[dict[str, ty.Any]]) -> None:
@@ -180,44 +213,64 @@ def check(places: layout.Layout, migrate_data,
             'the disks of the server are in a storage pool, and the '
             'destination has none',
             'Set [libvirt]use_storage_pools there, with this driver.')
-    if notice.in_the_way and not shares_pool(places, notice):
-        paths = ', '.join(notice.in_the_way)
-        raise errors.Refused(
-            f'on the destination {paths} is in the way',
-            'Find out whose it is, and delete it if it is not needed.')
+    if not shares_pool(places, notice):
+        check_names(notice)
     for file in places.plan(disks):
-        if file.place == layout.POOL and file.format != 'qcow2':
+        if notice.path and file.place == layout.POOL and (
+                file.format != 'qcow2'):
             raise errors.Refused(
                 f'disk {file.path} is {file.format}, as an early release '
                 f'made it', 'Shelve and unshelve the server.')
     return notice
 
 
+def check_names(notice: Notice) -> None:
+    """Check that nothing of the server is on the destination host.
+
+    :raises: Refused
+    """
+    if notice.in_the_way:
+        paths = ', '.join(notice.in_the_way)
+        raise errors.Refused(
+            f'on the destination {paths} is in the way',
+            'Find out whose it is, and delete it if it is not needed.')
+
+
 def shares_pool(places: layout.Layout, notice: Notice) -> bool:
     """Whether the destination's pool is this host's, under any path."""
-    return os.path.exists(os.path.join(places.pool_path, notice.marker))
+    return bool(notice.marker) and os.path.exists(
+        os.path.join(places.pool_path, notice.marker))
 
 
-def list_sent(disks: list[dict[str, ty.Any]], read_only: ty.Collection[str],
-              lost: ty.Collection[str]) -> list[str]:
-    """List the disks that QEMU does not copy, or not as a whole.
+def list_sent(
+    places: layout.Layout, disks: list[dict[str, ty.Any]],
+    read_only: ty.Collection[str], lost: ty.Collection[str],
+) -> list[str]:
+    """List what QEMU does not copy, or not as a whole.
+
+    Kernel and ramdisk are no disks. Glance may have lost them.
 
     :param disks: what Nova's driver says of the disks of the domain
     :param read_only: paths of the disks that the guest cannot write
     :param lost: names of base images that the destination host cannot get
     :returns: names of their files
     """
-    return [os.path.basename(disk['path']) for disk in disks
-            if disk['path'] in read_only or disk.get('backing_file') and (
-                disk['backing_file'] in lost or
-                disk['backing_file'].startswith(layout.OWN_BASES))]
+    boot_files = [name for name in layout.BOOT_FILES
+                  if os.path.exists(os.path.join(places.directory, name))]
+    return boot_files + [
+        os.path.basename(disk['path']) for disk in disks
+        if disk['path'] in read_only or disk.get('backing_file') and (
+            disk['backing_file'] in lost or
+            disk['backing_file'].startswith(layout.OWN_BASES))]
 
 
 @contextlib.contextmanager
 def files_to_send(
-    places: layout.Layout, sent: list[str],
+    places: layout.Layout, notice: Notice,
 ) -> ty.Iterator[list[layout.File]]:
     """The files that list_sent() has named.
+
+    :param notice: what the destination host tells
 
     Of an overlay it is an image with the content of its base image. QEMU then
     writes the content of the overlay over it.
@@ -225,17 +278,21 @@ def files_to_send(
     :raises: OSError, ProcessExecutionError
     """
     with tempfile.TemporaryDirectory(dir=places.directory) as directory:
-        yield [_file_to_send(places, name, directory) for name in sent]
+        yield [_file_to_send(places, name, notice, directory)
+               for name in notice.sent or []]
 
 
-def _file_to_send(places: layout.Layout, name: str,
+def _file_to_send(places: layout.Layout, name: str, notice: Notice,
                   directory: str) -> layout.File:
-    if not name.startswith(places.prefix):
-        return layout.File(
-            name, layout.DIRECTORY, os.path.join(places.directory, name))
+    here = os.path.join(places.pool_path if name.startswith(places.prefix)
+                        else places.directory, name)
+    if name in layout.COMPANIONS:
+        return layout.File(name, layout.DIRECTORY, here)
+    parent, there = os.path.split(notice.path_of(name))
+    place = layout.POOL if parent == notice.path else layout.DIRECTORY
     path = os.path.join(directory, name)
-    _copy_base(os.path.join(places.pool_path, name), path)
-    return layout.File(name, layout.POOL, path, 'qcow2')
+    _copy_base(here, path)
+    return layout.File(there, place, path, 'qcow2')
 
 
 def _copy_base(overlay: str, path: str) -> None:
@@ -251,27 +308,34 @@ def _copy_base(overlay: str, path: str) -> None:
 
 
 class Guest(libvirt_guest.Guest):
-    """A domain whose volumes are to be in the pool of another host."""
+    """A domain whose disks are to be where another host wants them."""
 
-    def __init__(self, domain, places: layout.Layout, pool_path: str):
+    def __init__(self, domain, places: layout.Layout, notice: Notice):
         """Wrap a domain of this host.
 
         :param places: where the files are on this host
-        :param pool_path: directory of the pool on the destination host
+        :param notice: what the destination host tells
         """
         super().__init__(domain)
         self._places = places
-        self._pool_path = pool_path
+        self._notice = notice
 
     def get_xml_desc(self, *args, **kwargs):
         xml = etree.fromstring(super().get_xml_desc(*args, **kwargs))
         for source in xml.findall('devices/disk/source[@file]'):
-            path = source.get('file')
-            if self._places.is_in_pool(path):
-                source.set('file', os.path.join(
-                    self._pool_path, os.path.basename(path)))
+            path = self._path_there(source.get('file'))
+            if path:
+                source.set('file', path)
                 # The destination's libvirt reads the chain from the image.
                 disk = source.getparent()
                 for chain in disk.findall('backingStore'):
                     disk.remove(chain)
         return etree.tostring(xml, encoding='unicode')
+
+    def _path_there(self, path: str) -> str | None:
+        """Where the destination host has a disk, None if it is not ours."""
+        name = os.path.basename(path)
+        if self._places.is_in_pool(path):
+            return self._notice.path_of(name)
+        return (self._notice.paths.get(name)
+                if self._places.is_in_directory(path) else None)

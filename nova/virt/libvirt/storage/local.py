@@ -64,6 +64,8 @@ def adopt(places: layout.Layout, disks: list[dict[str, ty.Any]]) -> None:
     :raises: StorageError, OSError
     """
     claims = places.claims()
+    if claims and not any(is_volume(places, info) for info in disks):
+        _refuse_volumes(places)
     for path, digest in heads(disks).items():
         _check_head(path, digest)
     for info in layout.without_swap(disks):
@@ -107,6 +109,14 @@ def _overlays(places: layout.Layout, names: set[str]) -> list[str]:
               if disk_format == 'qcow2' and os.path.isfile(path)]
     return [path for path in images
             if os.path.basename(layout.backing_file(path) or '') in names]
+
+
+def _refuse_volumes(places: layout.Layout) -> None:
+    """Refuse what would be taken for the disks that arrived as files."""
+    for path in _volumes(places):
+        raise errors.StorageError(
+            f'volume {path} is in the way of the disks in {places.directory}',
+            'Revert the migration, and find out whose the volume is.')
 
 
 def heads(disks: list[dict[str, ty.Any]]) -> dict[str, str]:
@@ -172,10 +182,13 @@ def settle(places: layout.Layout) -> None:
 
     :raises: OSError
     """
+    volumes = _volumes(places)
     names = [places.record_path, *(
-        os.path.join(places.directory, name) for name in layout.COMPANIONS)]
-    for path in [*_volumes(places), *filter(os.path.exists, names),
-                 places.pool_path, places.directory,
+        os.path.join(places.directory, name) for name in layout.COMPANIONS),
+        *(path for path in places.formats()
+          if os.path.dirname(path) == places.directory)]
+    for path in [*volumes, *dict.fromkeys(filter(os.path.exists, names)),
+                 *([places.pool_path] if volumes else []), places.directory,
                  os.path.dirname(places.directory)]:
         layout.flush(path)
     drop_claims(places)
@@ -439,6 +452,20 @@ def ensure_pool(uri: str, name: str, path: str, autostart: bool) -> str:
             connection, name=name, path=path, autostart=autostart,
             permissions=storage_pool.Permissions(
                 os.getuid(), os.getgid(), layout.DIRECTORY_MODE)).path
+
+
+def tell_place(in_files: bool) -> None:
+    """Tell other hosts where servers have their disks on this one.
+
+    :param in_files: whether in files of their instance directories
+    :raises: OSError
+    """
+    path = os.path.join(CONF.instances_path, layout.NO_POOL)
+    if in_files:
+        fileutils.ensure_tree(CONF.instances_path)
+        os.close(os.open(path, os.O_CREAT, layout.FILE_MODE))
+    else:
+        fileutils.delete_if_exists(path)
 
 
 def end_pool(uri: str, name: str) -> None:

@@ -620,6 +620,15 @@ class Site:
                 'Share both or neither.')
         return shares_directory
 
+    def wants_files(self) -> bool:
+        """Whether disks are to be files there, and not in a pool.
+
+        :raises: Refused, libvirtError, TimeoutError
+        """
+        self._instances()
+        return self._on_parent(
+            lambda parent: bool(parent.volumes(server_layout.NO_POOL)))
+
     def shares_directory(self, here: server_layout.Layout) -> bool:
         """Whether a new file beside the instance directory shows up there."""
         self._instances()

@@ -222,14 +222,19 @@ class Transfer:
             self.there.connect()
             return self.there.shares_directory(self._places)
 
-    def enters_pool(self) -> bool:
-        """Whether the destination has a pool, and a directory of its own.
+    def may_change_place(self, place: str) -> bool:
+        """Whether the destination wants disks in another place than here.
 
+        It does not where it has the instance directory in common with this
+        host.
+
+        :param place: POOL or DIRECTORY
         :raises: HostError
         """
         with self._located(self.there.daemon):
             self.there.connect()
-            return not self.there.shares_directory(self._here.layout)
+            return (self.there.wants_files() == (place == layout.DIRECTORY) and
+                    not self.there.shares_directory(self._here.layout))
 
     def claim(self) -> None:
         """Take possession of the names on the destination.

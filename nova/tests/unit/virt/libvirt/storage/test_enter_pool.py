@@ -21,7 +21,9 @@ from oslo_utils.fixture import uuidsentinel as uuids
 from nova import exception
 from nova.tests.unit.virt.libvirt import test_storage_migrate
 from nova.virt.libvirt import driver
+from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import layout
+from nova.virt.libvirt.storage import local
 from nova.virt.libvirt import storage_migrate
 
 
@@ -122,6 +124,24 @@ class EnterPoolTestCase(test_storage_migrate.DriverTestCase):
                          [info['path'] for info in moved])
         self.assertIn(f'{self.directory}/disk', self.dest.files)
 
+    def test_source_that_takes_files_over_libvirt_needs_no_pool(self):
+        self.flags(use_storage_pools=False, vol_upload_migration_legacy=True,
+                   group='libvirt')
+        self.source.pools.clear()
+        self.add()
+        self._migrate()
+        self.assertIn(self.volume('disk'),
+                      self.dest.volume_names('nova-disks'))
+
+    def test_destination_that_wants_files_gets_files(self):
+        self.flags(vol_upload_migration_legacy=True, group='libvirt')
+        self.dest.add_file(f'{self.instances}/{layout.NO_POOL}', b'')
+        self.add()
+        moved = jsonutils.loads(self._migrate())
+        self.assertEqual([f'{self.directory}/disk'],
+                         [info['path'] for info in moved])
+        self.assertEqual([], self.dest.volume_names('nova-disks'))
+
     def test_destination_that_shares_the_directory_is_novas(self):
         self.add()
         with mock.patch('nova.virt.libvirt.storage.site.Site.'
@@ -151,3 +171,114 @@ class EnterPoolTestCase(test_storage_migrate.DriverTestCase):
         with mock.patch.object(storage_migrate.LOG, 'warning') as warning:
             self.driver._warn_of_files([self.instance])
         warning.assert_not_called()
+
+
+@ddt.ddt
+class LeavePoolTestCase(test_storage_migrate.DriverTestCase):
+    """A server in a pool, which migrates to a host that wants files."""
+
+    def setUp(self):
+        super().setUp()
+        self.useFixture(fixtures.MockPatchObject(
+            layout, 'backing_file', return_value=None))
+        self.dest.add_file(f'{self.instances}/{layout.NO_POOL}', b'')
+
+    def add(self, name='disk', disk_format='qcow2', data=b'QFI'):
+        path = os.path.join(self.pool_path, self._add_disk(name, disk_format))
+        with open(path, 'wb') as file:
+            file.write(data)
+        return path
+
+    def arrived(self, name):
+        content = self.dest.files[f'{self.directory}/{name}'].content
+        return content.read(0, content.size)
+
+    @ddt.data(True, False)
+    def test_every_disk_becomes_a_file(self, has_pool):
+        if not has_pool:
+            self.dest.pools.clear()
+        self.add()
+        self.add('disk.eph0', data=b'ephemeral')
+        moved = jsonutils.loads(self._migrate())
+        self.assertEqual(b'QFI', self.arrived('disk'))
+        self.assertEqual(b'ephemeral', self.arrived('disk.eph0'))
+        paths = [f'{self.directory}/{name}' for name in ('disk', 'disk.eph0')]
+        self.assertEqual(paths, [info['path'] for info in moved])
+        self.assertEqual(dict.fromkeys(paths, 'qcow2'),
+                         jsonutils.loads(self.arrived('disk.info')))
+        if has_pool:
+            self.assertEqual([], self.dest.volume_names('nova-disks'))
+
+    def test_source_keeps_its_volumes_until_the_end(self):
+        path = self.add()
+        self._migrate()
+        self.assertTrue(os.path.exists(path))
+        self.assertTrue(os.path.exists(self.directory + '_resize'))
+
+    def test_raw_volume_of_an_early_release_may_leave(self):
+        data = b'raw' * 100000
+        self.add(disk_format='raw', data=data)
+        moved = jsonutils.loads(self._migrate())
+        self.assertEqual(data, self.arrived('disk'))
+        self.assertEqual(
+            [f'{self.directory}/disk'], list(local.heads(moved)))
+
+    def test_failure_leaves_the_volumes_where_they_are(self):
+        path = self.add()
+        self.dest.fail('stream.send', after=0)
+        self.assertRaises(exception.InstanceFaultRollback, self._migrate)
+        self.assertTrue(os.path.exists(path))
+        self.assertNotIn(f'{self.directory}/disk', self.dest.files)
+
+    def test_destination_without_a_pool_that_does_not_say_so_is_refused(self):
+        del self.dest.files[f'{self.instances}/{layout.NO_POOL}']
+        self.dest.pools.clear()
+        self.add()
+        error = self.assertRaises(
+            exception.InstanceFaultRollback, self._migrate)
+        self.assertIn('no storage pool', str(error))
+
+    def test_shared_directory_does_not_change_the_place(self):
+        self.add()
+        with mock.patch('nova.virt.libvirt.storage.site.Site.'
+                        'shares_directory', return_value=True):
+            error = self.assertRaises(
+                exception.InstanceFaultRollback, self._migrate)
+        self.assertIn('Share both or neither', str(error))
+
+
+@ddt.ddt
+class TellPlaceTestCase(test_storage_migrate.DriverTestCase):
+    """Other hosts see where servers have their disks on this one."""
+
+    @ddt.data((True, True, 'default', False), (False, True, 'default', True),
+              (False, False, 'default', False), (False, True, 'rbd', False))
+    @ddt.unpack
+    def test_files_are_wanted(self, pools, upload, image_type, wanted):
+        self.flags(use_storage_pools=pools, vol_upload_migration=upload,
+                   images_type=image_type, group='libvirt')
+        self.assertEqual(wanted, self.driver._wants_files())
+
+    def test_it_is_told_and_taken_back(self):
+        path = os.path.join(self.instances, layout.NO_POOL)
+        for wanted in (True, True, False, False):
+            local.tell_place(wanted)
+            self.assertEqual(wanted, os.path.exists(path))
+
+
+class ArrivedFilesTestCase(test_storage_migrate.DriverTestCase):
+
+    def test_volume_that_would_be_taken_for_the_disk_is_refused(self):
+        path = self._add_file('disk', b'')
+        self._add_record({path: 'qcow2'})
+        claim = layout.Claim(uuids.instance, 'a', 'source')
+        open(os.path.join(self.instances, claim.arrived_name), 'wb').close()
+        disks = [{'path': path, 'type': 'qcow2'}]
+        volume = self.places.volume_path('disk')
+        open(volume, 'wb').close()
+        error = self.assertRaises(
+            errors.StorageError, local.adopt, self.places, disks)
+        self.assertIn(volume, str(error))
+        os.unlink(volume)
+        local.adopt(self.places, disks)
+        self.assertEqual({}, self.places.claims())

@@ -12,11 +12,13 @@
 
 
 import os
+import subprocess
 from unittest import mock
 
 import ddt
 import fixtures
 from oslo_concurrency import processutils
+from oslo_serialization import jsonutils
 from oslo_utils.fixture import uuidsentinel as uuids
 from oslo_utils import units
 
@@ -447,3 +449,71 @@ class BootFileTestCase(BackendTestCase):
     def test_kernel_is_nova_s_with_the_option_off(self):
         self.flags(vol_upload_migration=False, group='libvirt')
         self.assertIs(imagebackend.Flat, type(self._kernel()))
+
+
+@ddt.ddt
+class FileTestCase(BackendTestCase):
+    """A server whose disks are files, and whose image Glance has lost."""
+
+    def setUp(self):
+        super().setUp()
+        self.flags(use_storage_pools=False, vol_upload_migration=True,
+                   group='libvirt')
+        self.path = os.path.join(self.directory, 'disk')
+        self.fetch = mock.Mock(side_effect=exception.ImageNotFound(
+            image_id='a'))
+
+    def _image(self, *options):
+        subprocess.run(
+            ['qemu-img', 'create', '-q', '-f', 'qcow2', *options, self.path,
+             '1M'], check=True)
+        layout.write_record(self.places.record_path, {self.path: 'qcow2'})
+
+    def _cache(self, use_cow=True, size=2 * units.Mi):
+        self._by_name(use_cow=use_cow).cache(self.fetch, 'lost', size)
+
+    def _size(self):
+        said = subprocess.check_output(
+            ['qemu-img', 'info', '-f', 'qcow2', '--output=json', self.path])
+        return jsonutils.loads(said)['virtual-size']
+
+    @ddt.data(True, False)
+    def test_image_without_a_base_needs_none(self, use_cow):
+        self._image()
+        self._cache(use_cow)
+        self.fetch.assert_not_called()
+        self.assertEqual(2 * units.Mi, self._size())
+
+    def test_raw_disk_needs_none_and_is_not_probed(self):
+        self._write(self.path, HEADER)
+        layout.write_record(self.places.record_path, {self.path: 'raw'})
+        with mock.patch('nova.virt.images.qemu_img_info') as info:
+            self._cache(use_cow=False)
+        info.assert_not_called()
+        self.fetch.assert_not_called()
+        self.assertEqual(2 * units.Mi, os.path.getsize(self.path))
+        self._cache(use_cow=False, size=None)
+        self.assertEqual(2 * units.Mi, os.path.getsize(self.path))
+
+    def test_overlay_needs_its_base(self):
+        base = os.path.join(self.instances, 'base')
+        self._write(base, b'x' * units.Mi)
+        self._image('-b', base, '-F', 'raw')
+        self.assertRaises(exception.ImageNotFound, self._cache)
+
+    def test_new_disk_needs_its_base(self):
+        self.assertRaises(exception.ImageNotFound, self._cache)
+
+    @ddt.data(True, False)
+    def test_nova_has_its_own_way_without_the_option(self, use_cow):
+        self.flags(vol_upload_migration=False, group='libvirt')
+        self.assertIn(type(self._by_name(use_cow=use_cow)),
+                      (imagebackend.Flat, imagebackend.Qcow2))
+
+    @ddt.data('lvm', 'rbd')
+    def test_disks_that_are_no_files_are_novas(self, image_type):
+        backend = mock.Mock()
+        with mock.patch.object(image.Backend, 'backend',
+                               return_value=backend):
+            self.assertIs(backend.return_value,
+                          self._by_name(image_type=image_type))

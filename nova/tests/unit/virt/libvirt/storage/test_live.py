@@ -29,6 +29,7 @@ from nova import test
 from nova.tests.unit.virt.libvirt import test_storage_migrate
 from nova.virt.libvirt import driver
 from nova.virt.libvirt import guest
+from nova.virt.libvirt import imagebackend
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import image
 from nova.virt.libvirt.storage import layout
@@ -93,7 +94,7 @@ class LiveTestCase(test_storage_migrate.DriverTestCase):
         return list(set(self.places.claims().values()))
 
     def add_claim(self, source='source'):
-        return live.claim(self.places, source)
+        return live.claim(self.places, source, True)
 
 
 class NoticeTestCase(LiveTestCase):
@@ -123,6 +124,7 @@ class NoticeTestCase(LiveTestCase):
         self.assertEqual(live.Notice('/a'), live.Notice.read(self.data))
 
 
+@ddt.ddt
 class CheckAtDestinationTestCase(LiveTestCase):
 
     def setUp(self):
@@ -158,14 +160,31 @@ class CheckAtDestinationTestCase(LiveTestCase):
         nova.assert_called_once_with(self.context, self.data)
         self.assertEqual([], self._volumes())
 
-    def test_without_pools_it_tells_nothing(self):
-        self.flags(use_storage_pools=False, group='libvirt')
+    def test_with_both_options_off_it_tells_nothing(self):
+        self.flags(use_storage_pools=False, vol_upload_migration=False,
+                   group='libvirt')
         self.assertIsNone(self.check())
         with self.novas('cleanup_live_migration_destination_check'):
             self.driver.cleanup_live_migration_destination_check(
                 self.context, self.data)
 
-    def test_it_tells_what_is_in_the_way(self):
+    def test_without_a_pool_it_tells_that_it_has_files(self):
+        self.flags(use_storage_pools=False, group='libvirt')
+        self.assertEqual(live.Notice(''), self.check())
+        self.assertEqual([], self._volumes())
+        with self.novas('cleanup_live_migration_destination_check'):
+            self.driver.cleanup_live_migration_destination_check(
+                self.context, self.data)
+
+    @ddt.data('rbd', 'lvm')
+    def test_with_disks_that_are_no_files_it_tells_nothing(self, image_type):
+        self.flags(use_storage_pools=False, images_type=image_type,
+                   group='libvirt')
+        self.assertIsNone(self.check())
+
+    @ddt.data(True, False)
+    def test_it_tells_what_is_in_the_way(self, has_pool):
+        self.flags(use_storage_pools=has_pool, group='libvirt')
         os.mkdir(self.directory)
         path = os.path.join(self.pool_path, self._add_disk())
         self.assertEqual([path, self.directory], self.check().in_the_way)
@@ -182,8 +201,8 @@ class CheckAtDestinationTestCase(LiveTestCase):
             pass
 
 
-@ddt.ddt
-class CheckAtSourceTestCase(LiveTestCase):
+class SourceTestCase(LiveTestCase):
+    """The check on the source host."""
 
     def setUp(self):
         super().setUp()
@@ -208,14 +227,17 @@ class CheckAtSourceTestCase(LiveTestCase):
         for text in texts:
             self.assertIn(text, str(error))
 
+    def sent(self):
+        return live.Notice.read(self.check()).sent
+
+
+@ddt.ddt
+class CheckAtSourceTestCase(SourceTestCase):
+
     def add_image(self, name='disk', base=''):
         volume = self._add_disk(name, 'qcow2')
         self.disk_info.return_value[-1]['backing_file'] = base
         return volume
-
-    def test_server_with_files_is_novas(self):
-        self.assertIs(self.data, self.check())
-        self.assertNotIn('bdms', self.data)
 
     def test_destination_that_says_nothing_is_refused(self):
         self.add_image()
@@ -258,10 +280,18 @@ class CheckAtSourceTestCase(LiveTestCase):
                 self.driver._is_shared_block_storage, self.instance,
                 self.data)
 
-    # What the source sends.
+    def test_raw_volume_may_leave_the_pool(self):
+        self._add_disk('disk', 'raw')
+        self.notice(path='', marker='')
+        self.assertEqual([], self.sent())
 
-    def sent(self):
-        return live.Notice.read(self.check()).sent
+    def test_no_pool_is_no_shared_pool(self):
+        self.add_image()
+        self.notice(path='', marker='')
+        self.assertFalse(self.driver._is_shared_block_storage(
+            self.instance, self.data))
+
+    # What the source sends.
 
     def test_qemu_copies_images_and_overlays_on_glances(self):
         self.add_image(base='abc')
@@ -292,6 +322,13 @@ class CheckAtSourceTestCase(LiveTestCase):
         self.driver._list_read_only.return_value = {path}
         self.assertEqual(['disk.config'], self.sent())
 
+    def test_kernel_and_ramdisk_are_sent(self):
+        self.add_image()
+        self._add_file('kernel', b'kernel')
+        self._add_file('ramdisk', b'ramdisk')
+        self.notice()
+        self.assertEqual(['kernel', 'ramdisk'], self.sent())
+
     def test_uri_that_is_not_safe_is_refused_if_anything_is_sent(self):
         self.flags(vol_upload_migration_uri='qemu+tls://%s/system?no_verify=1',
                    group='libvirt')
@@ -300,6 +337,66 @@ class CheckAtSourceTestCase(LiveTestCase):
         self.check()
         self.add_image('disk.swap', 'swap_64')
         self.refused('no_verify')
+
+
+@ddt.ddt
+class CheckFilesAtSourceTestCase(SourceTestCase):
+    """A server with files in its instance directory."""
+
+    def setUp(self):
+        super().setUp()
+        self.path = self._add_file('disk', b'')
+        self.config = self._add_file('disk.config', b'')
+        self._add_record({self.path: 'qcow2', self.config: 'raw'})
+        self.disk_info.return_value += [
+            {'path': self.path, 'type': 'qcow2', 'backing_file': 'abc'},
+            {'path': self.config, 'type': 'raw', 'backing_file': ''}]
+        self.driver._list_read_only.return_value = {self.config}
+
+    def test_config_drive_is_sent(self):
+        self.notice()
+        self.assertEqual(['disk.config'], self.sent())
+
+    def test_overlay_whose_base_glance_has_lost_is_sent(self):
+        self.lost.return_value = ['/base/abc']
+        self.notice(path='', marker='')
+        self.assertEqual(['disk', 'disk.config'], self.sent())
+
+    def test_what_is_in_the_way_is_named(self):
+        self.notice(in_the_way=['/instances/a'])
+        self.refused('/instances/a', 'delete')
+
+    def assert_novas(self):
+        self.check()
+        notice = live.Notice.read(self.data)
+        self.assertIsNone(notice and notice.sent)
+
+    def test_destination_that_says_nothing_is_novas(self):
+        self.assert_novas()
+
+    @ddt.data('is_shared_instance_path', 'is_shared_block_storage')
+    def test_shared_storage_is_novas(self, shared):
+        setattr(self.data, shared, True)
+        self.notice(in_the_way=['/instances/a'])
+        self.assert_novas()
+
+    @ddt.data({'vol_upload_migration': False}, {'images_type': 'lvm'})
+    def test_source_without_the_options_is_novas(self, options):
+        self.flags(group='libvirt', **options)
+        self.notice()
+        self.assert_novas()
+
+    def test_disk_that_nova_did_not_make_is_novas(self):
+        self.disk_info.return_value.append(
+            {'path': '/elsewhere/disk', 'type': 'raw', 'backing_file': ''})
+        self.notice()
+        self.assert_novas()
+
+    def test_uri_that_is_not_safe_is_novas(self):
+        self.flags(vol_upload_migration_uri='qemu+tls://%s/system?no_verify=1',
+                   group='libvirt')
+        self.notice()
+        self.assert_novas()
 
 
 @ddt.ddt
@@ -395,7 +492,77 @@ class PrepareTestCase(LiveTestCase):
             (self.there('disk'), 'qcow2', ''))
         self.assertEqual(1, len(self.claims()))
 
-    def test_server_with_files_stays_one(self):
+    def prepare_files(self, *disks):
+        """A server whose disks are files on the source host."""
+        self.notice(sent=['disk.config'])
+        config = os.path.join(self.directory, 'disk.config')
+        return self.prepare(*(
+            (os.path.join(self.directory, name), form, backing)
+            for name, form, backing in disks), (config, 'raw', ''))
+
+    def test_images_go_into_the_pool(self):
+        notice = self.prepare_files(
+            ('disk', 'qcow2', 'abc'), ('disk.swap', 'qcow2', ''))
+        config = os.path.join(self.directory, 'disk.config')
+        self.assertEqual(
+            {'disk': self.here('disk'), 'disk.swap': self.here('disk.swap'),
+             'disk.config': config}, notice.paths)
+        self.assertEqual(self.here('disk'), self.fetch.call_args.args[0].path)
+        self.create.assert_called_once_with(
+            self.here('disk.swap'), 'qcow2', SIZE)
+        self.assertEqual(
+            {self.here('disk'): 'qcow2', self.here('disk.swap'): 'qcow2',
+             config: 'raw'}, self.places.formats())
+        self.assertEqual(1, len(self.claims()))
+
+    def test_raw_file_keeps_all_of_them_files(self):
+        notice = self.prepare_files(
+            ('disk', 'raw', ''), ('disk.eph0', 'qcow2', ''))
+        self.assertEqual(
+            {name: os.path.join(self.directory, name)
+             for name in ('disk', 'disk.eph0', 'disk.config')}, notice.paths)
+        self.assertEqual([notice.claim], self._volumes())
+
+    def test_disks_leave_the_pool(self):
+        self.flags(use_storage_pools=False, group='libvirt')
+        self.notice(path='', sent=[f'{uuids.instance}_disk.eph0'])
+        notice = self.prepare((self.there('disk'), 'raw', ''),
+                              (self.there('disk.eph0'), 'qcow2', ''))
+        root, ephemeral = (os.path.join(self.directory, name)
+                           for name in ('disk', 'disk.eph0'))
+        self.assertEqual({f'{uuids.instance}_disk': root,
+                          f'{uuids.instance}_disk.eph0': ephemeral},
+                         notice.paths)
+        self.assertEqual('', notice.path)
+        self.create.assert_called_once_with(root, 'raw', SIZE)
+        self.assertEqual({root: 'raw', ephemeral: 'qcow2'},
+                         self.places.formats())
+        made, = self.claims()
+        self.assertEqual(made.name, notice.claim)
+        self.assertEqual([], self._volumes())
+
+    @ddt.data(True, False)
+    def test_image_is_one_whatever_this_host_makes_of_new_disks(self, cow):
+        self.flags(use_cow_images=cow)
+        self.flags(use_storage_pools=False, group='libvirt')
+        self.driver.image_backend = image.Backend(cow)
+        self.notice(path='', sent=[])
+        self.prepare((self.there('disk'), 'qcow2', 'abc'))
+        self.assertIsInstance(
+            self.fetch.call_args.args[0], imagebackend.Qcow2)
+
+    def test_kernel_and_ramdisk_are_not_fetched_if_they_are_sent(self):
+        self.instance.kernel_id = uuids.kernel
+        self.instance.ramdisk_id = ''
+        with mock.patch.object(self.driver, '_try_fetch_image') as fetch:
+            self.prepare_files(('disk', 'qcow2', ''))
+            fetch.assert_not_called()
+            self.driver.delete_instance_files(self.instance)
+            self.data.bdms = []
+            self.prepare((os.path.join(self.directory, 'disk'), 'raw', ''))
+            fetch.assert_called_once()
+
+    def test_server_with_files_stays_one_if_the_source_is_novas(self):
         """Nova names the disk by its path, which is not there yet."""
         path = os.path.join(self.directory, 'disk')
         self.notice()
@@ -456,6 +623,19 @@ class EndTestCase(LiveTestCase):
             [mock.call(path) for path in (
                 self.here, self.places.record_path, config, self.pool_path,
                 self.directory, self.instances)], flush.mock_calls)
+        self.assertEqual([], self.claims())
+
+    def test_files_are_flushed_where_there_is_no_pool(self):
+        disk = self._add_file('disk', b'')
+        self._add_record({disk: 'qcow2'})
+        live.claim(self.places, 'source', False)
+        os.rmdir(self.pool_path)
+        with mock.patch.object(layout, 'flush') as flush:
+            self.end()
+        self.assertEqual(
+            [mock.call(path) for path in (
+                self.places.record_path, disk, self.directory,
+                self.instances)], flush.mock_calls)
         self.assertEqual([], self.claims())
 
     def test_what_qemu_owns_is_not_flushed(self):
@@ -568,6 +748,28 @@ class OperationTestCase(LiveTestCase):
         self.assertRaises(test.TestingException, self.operate,
                           side_effect=test.TestingException)
 
+    def test_disks_are_where_the_destination_wants_them(self):
+        config = os.path.join(self.directory, 'disk.config')
+        self.notice(path='', sent=[], paths={
+            f'{uuids.instance}_disk': '/there/disk', 'disk.config': config})
+        xml = etree.fromstring(self.operate().get_xml_desc())
+        self.assertIsNone(xml.find('devices/disk/backingStore'))
+        self.assertEqual(
+            ['/there/disk', config, None],
+            [source.get('file')
+             for source in xml.findall('devices/disk/source')])
+
+    def test_file_goes_into_the_pool_and_a_cinder_volume_nowhere(self):
+        self.domain.XMLDesc.return_value = '''<domain><devices>
+            <disk><source file='%s/disk'/></disk>
+            <disk><source file='/mnt/nfs/disk'/></disk>
+            </devices></domain>''' % self.directory
+        self.notice(sent=[], paths={'disk': self.there('disk')})
+        xml = etree.fromstring(self.operate().get_xml_desc())
+        self.assertEqual(
+            [self.there('disk'), '/mnt/nfs/disk'],
+            [source.get('file') for source in xml.iter('source')])
+
     def test_server_with_files_is_migrated_as_it_is(self):
         self.assertIs(guest.Guest, type(self.operate()))
 
@@ -580,7 +782,8 @@ class OperationTestCase(LiveTestCase):
         self.dest.add_file(f'{self.directory}/disk.info', b'{}')
         self._add_file('disk.config', b'config')
         self.volume = f'{uuids.instance}_disk.eph0'
-        self.notice(sent=['disk.config', self.volume], claim=made.name)
+        self.notice(sent=['disk.config', self.volume], claim=made.name,
+                    paths={self.volume: f'/srv/disks/{self.volume}'})
         return made.name
 
     @contextlib.contextmanager
@@ -608,6 +811,23 @@ class OperationTestCase(LiveTestCase):
         self.assertEqual(['disk.config'], os.listdir(self.directory))
         self.assertTrue(all(connection.closed
                             for connection in self.dest.connections))
+
+    def test_files_arrive_where_there_is_no_pool(self):
+        self.add_destination()
+        self.dest.pools.clear()
+        made = layout.Claim(uuids.instance, 'a', 'source')
+        self.dest.add_file(f'{self.instances}/{made.arrived_name}', b'')
+        self.notice(path='', sent=['disk.config', self.volume],
+                    claim=made.name, paths={
+                        self.volume: f'{self.directory}/disk.eph0'})
+        with self.images():
+            self.operate()
+        self.nova.assert_called_once()
+        for name, data in (('disk.eph0', b'base'), ('disk.config', b'config')):
+            self.assertEqual(data, self.dest.files[
+                f'{self.directory}/{name}'].content.read(0, 10))
+        self.assertEqual([], list(self.dest.pools))
+        self.assertEqual(['disk.config'], os.listdir(self.directory))
 
     @ddt.data('claim', 'host')
     def test_qemu_does_not_begin_without_them(self, what):
@@ -656,8 +876,10 @@ class FilesToSendTestCase(LiveTestCase):
                      'raw', overlay, '2M')
         self.execute('qemu-io', '-f', 'qcow2', '-c', 'write -P 7 0 64k',
                      overlay)
-        with live.files_to_send(
-                self.places, [os.path.basename(overlay)]) as files:
+        name = os.path.basename(overlay)
+        notice = live.Notice(
+            '/srv/disks', sent=[name], paths={name: self.there('disk.eph0')})
+        with live.files_to_send(self.places, notice) as files:
             file, = files
             self.assertEqual(
                 (layout.POOL, os.path.basename(overlay), 'qcow2'),
