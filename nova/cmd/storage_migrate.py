@@ -161,3 +161,7 @@ def _check_destination(
                             error.remedy.rstrip('.'))
         return
     yield from check.Destination(host, uri, source, settings, size).run()
+
+
+if __name__ == '__main__':
+    sys.exit(main())
