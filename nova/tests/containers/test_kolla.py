@@ -257,13 +257,17 @@ class KollaTestCase(pages.PageMixin, base.LiveTestCase):
 
     def start(self, **layout):
         """Start both hosts, and let nova-compute make their pools."""
+        self.start_hosts(**layout)
+        self.made = [node.ask('start') for node in self.nodes]
+
+    def start_hosts(self, **layout):
+        """Start both hosts without nova-compute."""
         self.nodes = []
         for host in self.hosts:
             node = Node(host, IMAGES, self.volumes)
             self.addCleanup(node.stop)
             self.nodes.append(node)
             node.start(Layout(**layout))
-        self.made = [node.ask('start') for node in self.nodes]
 
     def assert_check(self, name, expected, destination):
         status, out = self.nodes[0].check(destination)
@@ -334,7 +338,10 @@ class UnsharedTestCase(KollaTestCase):
                if name != 'libvirtd'}
 
     def test_check(self):
-        self.start(tls=True, added=ADDED + INBOUND)
+        self.start_hosts(tls=True, added=ADDED + INBOUND)
+        for node in self.nodes:
+            error = self.assertRaises(lab.LabError, node.ask, 'start')
+            self.assertIn('Mount the directory into the container', str(error))
         self.assert_check('unshared', 1, self.nodes[1].host.name)
 
 

@@ -33,6 +33,7 @@ EXAMPLES = (
     (r'at \d+ MiB/s', 'at 210 MiB/s'),
     (r'[\d.]+ GiB free', '812.4 GiB free'),
     (r'test-[0-9a-f-]{36}', 'nova-disks'),
+    (r'/[0-9a-f-]{36}_\w+ cannot', '/UUID_PART cannot'),
     (r'/var/lib/nova/nova-disks', '/var/lib/libvirt/images/nova-disks'),
 )
 
