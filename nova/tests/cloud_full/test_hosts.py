@@ -79,7 +79,8 @@ class ComputeTestCase(OutageMixin, test_failure.FaultTestCase):
 
     def record(self, fault, when, outcome) -> None:
         fault_table.record(
-            fault, when, outcome, time.monotonic() - self.broken_at)
+            fault, when, outcome, self.was_off,
+            time.monotonic() - self.broken_at)
 
     def wait_moved(self) -> None:
         """Wait for the server on the destination, and its next boot."""
@@ -238,6 +239,7 @@ class ManyTestCase(base.CloudTestCase):
                 move.server.disks(move.there.name)))
         fault_table.record('two servers each way at once',
                            fault_table.COPYING, fault_table.MOVED,
+                           any(not move.server.qemu_pids() for move in moves),
                            time.monotonic() - started)
 
     def make_move(self, here, there) -> Move:

@@ -406,9 +406,8 @@ class LiveFaultTestCase(test_hosts.OutageMixin, LiveTestCase):
         self.assert_as_before(self.last)
 
     def record(self, fault: str, outcome: str) -> None:
-        fault_table.record(
-            fault, self.when, outcome, time.monotonic() - self.broken_at,
-            'NOVA_LIVE_FAULT_TABLE')
+        fault_table.record_live(
+            fault, self.when, outcome, time.monotonic() - self.broken_at)
 
     # Each of these happens once the stage is reached.
 

@@ -23,7 +23,9 @@ import csv
 import os
 import pathlib
 
-COLUMNS = ('Fault', 'When', 'Outcome', 'Seconds until known')
+COLUMNS = ('Fault', 'When', 'Outcome', 'Was the guest off?',
+           'Seconds until known')
+LIVE_COLUMNS = ('Fault', 'When', 'Outcome', 'Seconds until known')
 
 # When a fault may happen.
 CONNECTING = 'before connecting'
@@ -32,6 +34,9 @@ COPYING = 'in the middle of the copy'
 FINISHING = 'when all was sent, before the end of the stream'
 CHECKING = 'after the end of the stream, before the check'
 
+# The same while the guest runs and its disks are copied for the first time.
+RUNNING = '{0}; the guest runs'
+
 # What may come of it.
 AT_SOURCE = 'server at the source, nothing at the destination'
 CLEARED = 'server at the source, the destination is cleared when it is back'
@@ -39,23 +44,35 @@ NEXT = 'server at the source, the next attempt clears the destination'
 MOVED = 'server at the destination'
 
 
-def record(fault: str, when: str, outcome: str, seconds: float,
-           table: str = 'NOVA_FAULT_TABLE') -> None:
+def record(
+    fault: str, when: str, outcome: str, was_off: bool, seconds: float,
+) -> None:
     """Add a row to the table, or replace that of this fault at this time.
 
     :param when: what was under way
     :param outcome: where the server is in the end
+    :param was_off: whether the guest that ran before was off at any time
     :param seconds: from the fault until the migration ended
-    :param table: variable of the environment that names the file
     """
-    if table not in os.environ:
+    _write('NOVA_FAULT_TABLE', COLUMNS, [
+        fault, when, outcome, 'yes' if was_off else 'no', f'{seconds:.1f}'])
+
+
+def record_live(fault: str, when: str, outcome: str, seconds: float) -> None:
+    """Do the same for the table of faults in live migrations."""
+    _write('NOVA_LIVE_FAULT_TABLE', LIVE_COLUMNS,
+           [fault, when, outcome, f'{seconds:.1f}'])
+
+
+def _write(variable: str, columns: tuple[str, ...], row: list[str]) -> None:
+    """Put a row into the file that a variable of the environment names."""
+    if variable not in os.environ:
         return
-    path = pathlib.Path(os.environ[table])
-    rows = {(row[0], row[1]): row for row in _rows(path)}
-    rows[fault, when] = [fault, when, outcome, f'{seconds:.1f}']
-    with path.open('w', newline='') as file:
-        writer = csv.writer(file, lineterminator='\n')
-        writer.writerow(COLUMNS)
+    path = pathlib.Path(os.environ[variable])
+    rows = {tuple(each[:2]): each for each in [*_rows(path), row]}
+    with path.open('w', newline='') as table:
+        writer = csv.writer(table, lineterminator='\n')
+        writer.writerow(columns)
         writer.writerows(rows[key] for key in sorted(rows))
 
 

@@ -14,6 +14,10 @@
 
 """The files of a server moved as the driver moves them, without Nova."""
 
+import pathlib
+import subprocess
+import typing as ty
+
 from oslo_utils import uuidutils
 
 from nova.virt.libvirt.storage import daemon
@@ -56,6 +60,46 @@ class Watch:
         self.losses.append(error)
 
 
+class Guest:
+    """QEMU that has a disk open, as that of a server, and does not write.
+
+    What the copy does to it shows in its process alone.
+    """
+
+    def __init__(self, path: str | pathlib.Path, disk_format: str = 'raw'):
+        """Start it."""
+        self._command = [
+            'qemu-system-x86_64', '-S', '-display', 'none', '-nodefaults',
+            '-machine', 'none', '-monitor', 'stdio', '-drive',
+            f'if=none,format={disk_format},cache=none,aio=threads,file={path}']
+        self._processes: list[subprocess.Popen] = []
+        self.start()
+
+    def start(self) -> None:
+        """Start it, again if it was stopped; return when the disk is open."""
+        process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL)
+        self._processes.append(process)
+        output = ty.cast(ty.IO[bytes], process.stdout)
+        if not output.readline():
+            raise RuntimeError('QEMU did not start')
+
+    def stop(self) -> None:
+        """Stop it, as a power off does."""
+        process = self._processes[-1]
+        process.kill()
+        process.wait()
+        for pipe in process.stdin, process.stdout:
+            if pipe:
+                pipe.close()
+
+    @property
+    def was_off(self) -> bool:
+        """Whether the process that was started first is not there any more."""
+        return self._processes[0].poll() is not None
+
+
 def new_transfer(
     source_uri: str,
     host: str,
@@ -90,10 +134,20 @@ def start(move: transfer.Transfer) -> None:
 
 def migrate(move: transfer.Transfer, cancel: stream.CancelEvent | None = None,
             watch: transfer.Watch | None = None,
-            steps: undo.Undo | None = None) -> None:
-    """Move the files, or leave nothing behind."""
+            steps: undo.Undo | None = None, guest: Guest | None = None,
+            precopy: bool = False) -> None:
+    """Move the files, or leave nothing behind.
+
+    :param guest: stopped for the copy; started again where that fails
+    :param precopy: whether to copy the disks before that, too
+    """
     with steps or undo.Undo() as steps:
         start(move)
         steps.push(move.discard)
+        if precopy:
+            move.precopy(cancel, watch)
+        if guest:
+            steps.push(guest.start)
+            guest.stop()
         move.run(cancel, watch)
         steps.commit()

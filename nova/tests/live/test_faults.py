@@ -20,6 +20,7 @@ destination, or whole at the destination.
 import collections
 import contextlib
 import errno
+import functools
 import os
 import pathlib
 import random
@@ -41,6 +42,7 @@ from oslo_utils import units
 from nova.tests.live import fault_table
 from nova.tests.live import moves
 from nova.tests.live import test_transfer
+from nova.virt.libvirt.storage import changes
 from nova.virt.libvirt.storage import daemon
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import layout
@@ -89,10 +91,14 @@ class FaultTestCase(test_transfer.TransferTestCase):
 
     :ivar direct: whether the disk's file is read, past libvirt
     :ivar part: of the disk that was read when it is in the middle of a copy
+    :cvar has_guest: whether a guest has the disk open
+    :cvar precopy: whether the disk is copied while that runs, too
     """
 
     direct = True
     part = 0.5
+    has_guest = True
+    precopy = False
 
     def setUp(self):
         super().setUp()
@@ -115,6 +121,7 @@ class FaultTestCase(test_transfer.TransferTestCase):
     def _hook(self) -> None:
         """Reach the moments while a real migration passes them."""
         create_file, verify_file = site.Site.create, site.Site.verify
+        self._track_changes = changes.track
 
         def create(there, file, *args):
             if file.name == self.volume:
@@ -129,6 +136,7 @@ class FaultTestCase(test_transfer.TransferTestCase):
         for name, function in (
                 ('site.Site.create', create),
                 ('site.Site.verify', verify),
+                ('changes.track', self._track),
                 ('stream.open_source', self._open_source)):
             self.useFixture(fixtures.MonkeyPatch(
                 'nova.virt.libvirt.storage.' + name, function))
@@ -139,6 +147,17 @@ class FaultTestCase(test_transfer.TransferTestCase):
         # not on.
         source = (stream.FileSource(str(self.path), offset) if self.direct else
                   stream.VolumeSource(volume, offset=offset))
+        return Source(source, self.part, self.moments)
+
+    def _track(self, *args, **kwargs) -> changes.Changes:
+        tracked = self._track_changes(*args, **kwargs)
+        tracked.source = functools.partial(self._source_of, tracked.source)
+        return tracked
+
+    def _source_of(self, open_source, ranges=None) -> stream.Source:
+        source = open_source(ranges)
+        if ranges is not None:
+            return source
         return Source(source, self.part, self.moments)
 
     # ---- what happens
@@ -169,26 +188,62 @@ class FaultTestCase(test_transfer.TransferTestCase):
 
     def migrate(self, cancel=None) -> None:
         """Move the disk, and note when that fails and what it leaves."""
+        guest = self.guest = self._start_guest()
         self.moments[CONNECTING]()
         move = self.move = self._transfer()
         discard = move.discard
+        self.ended = None
+
+        def note_end():
+            self.ended = self.ended or time.monotonic()
 
         def note_discard():
-            self.ended = time.monotonic()
+            note_end()
             self.discarded = False
             discard()
             self.discarded = True
 
+        def note_start():
+            note_end()
+            start()
+
         self.discarded = True
-        try:
-            with mock.patch.object(move, 'discard', note_discard):
-                moves.migrate(move, cancel)
-        finally:
-            move.close()
+        with contextlib.ExitStack() as stack:
+            stack.callback(move.close)
+            stack.enter_context(
+                mock.patch.object(move, 'discard', note_discard))
+            if guest:
+                start = guest.start
+                stack.enter_context(
+                    mock.patch.object(guest, 'start', note_start))
+            moves.migrate(
+                move, cancel, guest=guest, precopy=self.precopy)
+
+    def _start_guest(self) -> moves.Guest | None:
+        if not self.has_guest:
+            return None
+        guest = moves.Guest(self.path)
+        self.addCleanup(guest.stop)
+        return guest
+
+    def record(self, fault: str, when: str, outcome: str,
+               seconds: float) -> None:
+        """Add what was seen to the table of the documentation."""
+        if self.guest:
+            fault_table.record(
+                fault, when, outcome, self.guest.was_off, seconds)
 
     def wait_for(self, condition: ty.Callable[[], bool],
                  seconds: float = 30) -> None:
         waiting.wait_for('it', condition, seconds, poll=0.01)
+
+    @property
+    def when(self) -> str:
+        """When the fault happened, as the table tells it."""
+        is_running = self.precopy and self.moment in (
+            CREATING, COPYING, FINISHING)
+        return (fault_table.RUNNING.format(self.moment) if is_running
+                else self.moment)
 
     # ---- what comes of it
 
@@ -217,8 +272,7 @@ class FaultTestCase(test_transfer.TransferTestCase):
             self.wait_answered()
             self.move.discard()
         self.assert_nothing_there()
-        fault_table.record(
-            fault, self.moment, outcome, ended - self.happened)
+        self.record(fault, self.when, outcome, ended - self.happened)
         return str(error)
 
     def succeed(self, fault: str,
@@ -228,8 +282,8 @@ class FaultTestCase(test_transfer.TransferTestCase):
         self.assertIsNotNone(self.happened, 'there was no fault')
         self.assertEqual(self.sha, self.sha256(self.path))
         self.assertEqual(self.sha, self.sha256(self._path(self.destination)))
-        fault_table.record(fault, self.moment, fault_table.MOVED,
-                           time.monotonic() - self.happened)
+        self.record(fault, self.when, fault_table.MOVED,
+                    time.monotonic() - self.happened)
         heal()
         self.clear()
 
@@ -519,6 +573,7 @@ class DestinationDiskHangsTestCase(MountedPoolTestCase):
         self.at(CONNECTING, self.freeze)
         error = self.assertRaises(errors.HostError, self.migrate)
         seconds = time.monotonic() - self.happened
+        guest = self.guest
         self.assertIn('no answer within 2 seconds', str(error))
         self.assertLess(seconds, 10)
         self.assertEqual(self.sha, self.sha256(self.path))
@@ -528,8 +583,8 @@ class DestinationDiskHangsTestCase(MountedPoolTestCase):
         self.wait_for(lambda: any(
             self._path(self.destination).parent.glob(claim)))
         self.assert_next_attempt_works()
-        fault_table.record(
-            self.fault, CONNECTING, fault_table.NEXT, seconds)
+        self.guest = guest
+        self.record(self.fault, CONNECTING, fault_table.NEXT, seconds)
 
 
 @ddt.ddt
@@ -694,12 +749,15 @@ class SourceTestCase(FaultTestCase):
         self.assertFalse(self.discarded)
         self.assertEqual(
             self.sha, self.sha256(self._path(self.destination)))
-        fault_table.record('second attempt for the server', COPYING,
-                           'that of the second attempt counts',
-                           self.ended - self.happened)
+        self.record('second attempt for the server', COPYING,
+                    'that of the second attempt counts',
+                    self.ended - self.happened)
         self.clear()
 
     def test_process_killed(self):
+        # The copy of one that was powered off.
+        guest = self._start_guest()
+        guest.stop()
         copier = self.start_copier()
         self.wait_for(lambda: self.arrived() > 0)
         self.happened = time.monotonic()
@@ -709,9 +767,63 @@ class SourceTestCase(FaultTestCase):
         self.assertTrue(self._path(self.destination).exists())
         self.assert_next_attempt_works()
         self.assertEqual(self.sha, self.sha256(self.path))
-        fault_table.record(
-            'process that copies is killed', COPYING, fault_table.NEXT,
-            time.monotonic() - self.happened)
+        self.guest = guest
+        self.record('process that copies is killed', COPYING,
+                    fault_table.NEXT, time.monotonic() - self.happened)
+
+
+@ddt.ddt
+class PrecopyTestCase(FaultTestCase):
+    """Faults while the guest runs, whose disk is copied meanwhile."""
+
+    precopy = True
+
+    def assert_fails(self, *args, **kwargs):
+        error = super().assert_fails(*args, **kwargs)
+        self.assertFalse(self.guest.was_off)
+        return error
+
+    @ddt.data(CREATING, COPYING, FINISHING)
+    def test_daemon_killed(self, moment):
+        self.addCleanup(self.restart, self.destination)
+        self.at(moment, lambda: self.destination.stop_libvirtd(
+            signal.SIGKILL))
+        self.assert_fails('libvirtd of the destination is killed',
+                          heal=lambda: self.restart(self.destination))
+
+    def test_daemon_stopped_for_longer_than_the_limits(self):
+        self.set_limits(stall_timeout=2)
+        self.addCleanup(self.signal, signal.SIGCONT)
+        self.at(COPYING, lambda: self.signal(signal.SIGSTOP))
+        self.assert_fails('libvirtd of the destination stands still for long',
+                          heal=lambda: self.signal(signal.SIGCONT), within=20)
+
+    def test_link_down_for_long(self):
+        self.addCleanup(self.destination.link, True)
+        self.at(COPYING, lambda: self.destination.link(False))
+        self.assert_fails('link is down for longer than the keepalive',
+                          heal=lambda: self.destination.link(True), within=20)
+
+    def test_pool_stopped(self):
+        self.at(COPYING, lambda: self.pool_there().destroy())
+        self.assert_fails('pool of the destination is stopped',
+                          heal=lambda: self.restart(self.destination),
+                          text='active')
+
+    @ddt.data(COPYING, FINISHING)
+    def test_volume_deleted(self, moment):
+        self.at(moment, lambda: self.volume_there().delete())
+        self.assert_fails('volume of the destination is deleted')
+
+    def test_volume_truncated(self):
+        self.at(FINISHING, lambda: os.truncate(
+            self._path(self.destination), SIZE // 2))
+        self.assert_fails('volume of the destination is truncated')
+
+    def test_server_is_deleted(self):
+        cancel = threading.Event()
+        self.at(COPYING, cancel.set)
+        self.assert_fails('server is deleted', cancel=cancel, within=1)
 
 
 FAULTS = ('kill', 'stop', 'link', 'delete', 'truncate', 'cancel',
@@ -724,6 +836,8 @@ class RandomFaultsTestCase(FaultTestCase):
     NOVA_FAULT_RUNS says how many there are. A run that fails names its seed:
     NOVA_FAULT_RUNS=1 NOVA_FAULT_SEED=<seed> is the same one again.
     """
+
+    has_guest = False
 
     def test_faults_in_a_row(self):
         first = int(os.environ.get('NOVA_FAULT_SEED', '1'))

@@ -28,6 +28,7 @@ from oslo_utils import units
 
 from nova.tests.live import base
 from nova.tests.live import fault_table
+from nova.tests.live import moves
 from nova.tests.live import test_transfer
 
 from tools.lab import auth as lab_auth
@@ -92,6 +93,8 @@ class SecurityTestCase(test_transfer.TransferTestCase):
         :param fault: what the table of faults has of it
         """
         uri = uri or self.by_name
+        guest = moves.Guest(self._path(self.source))
+        self.addCleanup(guest.stop)
         started = time.monotonic()
         error = self._migrate(uri).get('error', '')
         seconds = time.monotonic() - started
@@ -101,7 +104,9 @@ class SecurityTestCase(test_transfer.TransferTestCase):
         self.assertEqual(self.sha, self.sha256(self._path(self.source)))
         self._assert_nothing_on_destination()
         fault_table.record(fault, fault_table.CONNECTING,
-                           fault_table.AT_SOURCE, seconds)
+                           fault_table.AT_SOURCE, guest.was_off, seconds)
+        self.assertFalse(guest.was_off)
+        guest.stop()
 
     def _assert_not_confirmed(self, fault):
         """Assert that the destination does not take the certificate."""
