@@ -151,14 +151,15 @@ class FaultTestCase(test_transfer.TransferTestCase):
 
     def _track(self, *args, **kwargs) -> changes.Changes:
         tracked = self._track_changes(*args, **kwargs)
-        tracked.source = functools.partial(self._source_of, tracked.source)
+        tracked.source = functools.partial(
+            self._source_of, tracked.source, iter([True]))
         return tracked
 
-    def _source_of(self, open_source, ranges=None) -> stream.Source:
+    def _source_of(self, open_source, is_first, ranges) -> stream.Source:
         source = open_source(ranges)
-        if ranges is not None:
-            return source
-        return Source(source, self.part, self.moments)
+        if next(is_first, False):
+            return Source(source, self.part, self.moments)
+        return source
 
     # ---- what happens
 

@@ -374,7 +374,13 @@ class Transfer:
         self._verify(file, copy.path, length, cancel)
 
     def _open(self, file: layout.File, offset: int) -> stream.Source:
-        return self._here.open(file, offset)[0]
+        try:
+            return self._here.open(file, offset)[0]
+        except TimeoutError:
+            raise
+        except (OSError, libvirt.libvirtError) as error:
+            raise errors.CopyError(
+                'source', file.path, offset, error) from error
 
     def _verify(
         self, file: layout.File, path: str, length: int,
