@@ -329,7 +329,7 @@ class LiveMigrateTestCase(StorageMigrateTestCase):
 
     def test_disk_is_copied_into_the_pool(self):
         server = self._boot()
-        self._live_migrate(server, host='dest')
+        self._live_migrate(server)
         self.assertEqual(f'{self.seen}/disks/{self.disk}', self.copied)
         self._assert_empty(self.source)
         self.assertEqual(self.before, self._files(self.dest))
@@ -338,7 +338,7 @@ class LiveMigrateTestCase(StorageMigrateTestCase):
 
     def test_disk_is_made_under_a_claim_and_its_format_recorded(self):
         server = self._boot()
-        self._live_migrate(server, host='dest')
+        self._live_migrate(server)
         claims = {path for path in self.during if path.endswith('@source')}
         self.assertEqual(
             [f'disks/{server["id"]}_incoming',
@@ -356,7 +356,7 @@ class LiveMigrateTestCase(StorageMigrateTestCase):
     def test_failure_leaves_the_server_active_and_nothing_there(self):
         server = self._boot()
         self.fails = True
-        self._live_migrate(server, 'failed', host='dest')
+        self._live_migrate(server, 'failed')
         self._assert_domain(server, 'source')
         self.assertEqual(self.before, self._files(self.source))
         self._assert_empty(self.dest)
@@ -366,7 +366,7 @@ class LiveMigrateTestCase(StorageMigrateTestCase):
         server = self._boot()
         path = self.root / 'dest/disks' / self.disk
         path.write_bytes(b'precious')
-        self._live_migrate(server, 'error', host='dest')
+        self._live_migrate(server, 'error')
         self._assert_domain(server, 'source')
         self.assertEqual(
             {f'disks/{self.disk}': b'precious'}, self._files(self.dest))
