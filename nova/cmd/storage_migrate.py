@@ -133,14 +133,16 @@ def _configure(arguments: argparse.Namespace) -> None:
 def _check(
     hosts: list[str], size: int,
 ) -> collections.abc.Generator[check.Finding, None, None]:
+    is_set = tuple(name for name in ('use_storage_pools',
+                                     'vol_upload_migration')
+                   if CONF.libvirt[name])
     settings = check.Settings(
         uri=storage_migrate.LibvirtDriver._uri(),
-        pool=CONF.libvirt.disks_pool,
+        pool=(None if is_set == ('vol_upload_migration',) else
+              CONF.libvirt.disks_pool),
         pool_path=(CONF.libvirt.disks_pool_path
                    if place.is_configured() else None),
-        instances_path=CONF.instances_path,
-        enabled=(CONF.libvirt.use_storage_pools and
-                 CONF.libvirt.vol_upload_migration),
+        instances_path=CONF.instances_path, options=is_set,
         bandwidth=CONF.libvirt.vol_upload_migration_bandwidth * units.Mi)
     ours = {CONF.host, CONF.my_ip, CONF.libvirt.migration_inbound_addr}
     source = check.Source(CONF.host, settings)

@@ -124,6 +124,18 @@ class GoodTestCase(CheckTestCase):
             r'100\.0 GiB take about \d+ h \d+ min \d+ s')
         self._assert_nothing_left()
 
+    def test_hosts_without_pools(self):
+        config = self.source.path(CONFIG)
+        config.write_text(config.read_text().replace(
+            'use_storage_pools = True', 'use_storage_pools = False'))
+        status, out = self._check(self.address, '--size', '1')
+        self.assertEqual(0, status, out)
+        lines = out.splitlines()
+        self.assertEqual(GOOD - {'pool', 'access', 'policy'},
+                         {line.split(': ')[1] for line in lines})
+        self.assertRegex(lines[-1], r'16 MiB written at \d+ MiB/s')
+        self._assert_nothing_left()
+
     def test_json_of_several_hosts(self):
         others = self.source.path('/etc/nova-others')
         self.addCleanup(others.unlink)

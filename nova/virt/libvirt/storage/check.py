@@ -157,17 +157,18 @@ class Settings:
     """The settings of nova.conf that count.
 
     :ivar uri: libvirt URI of this host
-    :ivar pool: name of the disks pool
+    :ivar pool: name of the disks pool, None if disks stay in files
     :ivar pool_path: its directory on this host, None for where it is
     :ivar instances_path: directory of the instance directories
-    :ivar enabled: whether disks go to the pool, and migrate from there
+    :ivar options: names of the options that are set, of use_storage_pools and
+        vol_upload_migration
     :ivar bandwidth: limit in bytes per second, 0 for none
     """
     uri: str
-    pool: str
+    pool: str | None
     pool_path: str | None
     instances_path: str
-    enabled: bool
+    options: tuple[str, ...]
     bandwidth: int
 
 
@@ -190,11 +191,12 @@ class Source(Checks):
         """Yield what is found, one after the other."""
         yield from self._run([('user', self._user),
                               ('options', self._options)])
-        yield from self._run_until_failure([('libvirt', self._libvirt),
-                                            ('pool', self._pool),
-                                            ('access', self._access),
-                                            ('directory', self._directory),
-                                            ('policy', self._policy)])
+        steps: list[Step] = [('libvirt', self._libvirt),
+                             ('directory', self._directory)]
+        if self._settings.pool:
+            steps[1:1] = [('pool', self._pool), ('access', self._access)]
+            steps.append(('policy', self._policy))
+        yield from self._run_until_failure(steps)
 
     @property
     def pool_path(self) -> str:
@@ -222,12 +224,14 @@ class Source(Checks):
         return f'uid {owner}, as nova-compute'
 
     def _options(self) -> str:
-        if not self._settings.enabled:
+        options = self._settings.options
+        if 'vol_upload_migration' not in options:
             raise Problem(
                 'servers of this host do not migrate over libvirt',
                 'Set [libvirt]use_storage_pools and '
                 '[libvirt]vol_upload_migration', WARN)
-        return 'use_storage_pools and vol_upload_migration are set'
+        verb = 'are' if len(options) > 1 else 'is'
+        return f'{" and ".join(options)} {verb} set'
 
     def _libvirt(self) -> str:
         try:
@@ -240,7 +244,7 @@ class Source(Checks):
         return f'version {version}'
 
     def _pool(self) -> str:
-        name = self._settings.pool
+        name = self._settings.pool or ''
         try:
             self.pool = storage_pool.Pool.lookup(self._connection, name)
         except (errors.PoolNotFound, errors.PoolInactive):
@@ -254,15 +258,15 @@ class Source(Checks):
         return _describe(self.pool)
 
     def _directory(self) -> str:
-        """Whether this user and libvirt mean the same by the pool's path."""
-        assert self.pool is not None
-        path = self.pool.path
+        """Whether this user and libvirt mean the same by a path."""
+        path = self.pool.path if self.pool else self._settings.instances_path
         with _marker(path) as marker:
             if marker is None:
                 raise Problem(f'this user cannot make a file in {path}',
                               DIRECTORY_REMEDY)
-            self.pool.refresh()
-            is_seen = bool(self.pool.volumes(marker))
+            is_seen = storage_pool.within(
+                self._connection, path=path, name='nova-check-directory',
+                function=lambda pool: bool(pool.volumes(marker)))
         if not is_seen:
             raise Problem(
                 f'libvirt does not see what this user writes to {path}',
@@ -299,7 +303,6 @@ class Destination(Checks):
         self._source = source
         self._settings = settings
         self._connection: ty.Any = None
-        self._pool: storage_pool.Pool
         self._size = size
         self._uri = parse.urlsplit(uri)
         self._name = self._uri.hostname or ''
@@ -310,8 +313,10 @@ class Destination(Checks):
             uuid, source.pool_path,
             os.path.join(settings.instances_path, uuid))
         self._site = server_site.Site(
-            daemon.Daemon(host, uri), self._places, settings.pool,
-            layout.Claim.new(self._places.uuid))
+            daemon.Daemon(host, uri), self._places, settings.pool or '',
+            layout.Claim.new(self._places.uuid), bool(settings.pool))
+        # A migration copies most bytes to there.
+        self._place = layout.POOL if settings.pool else layout.DIRECTORY
 
     def run(self) -> ty.Iterator[Finding]:
         """Yield what is found, one after the other."""
@@ -320,8 +325,11 @@ class Destination(Checks):
             yield from self._run_until_failure(self._network_steps())
             yield from self._run_until_failure([
                 ('libvirt', self._connect),
-                ('encryption', self._encryption),
-                ('pool', self._look_at_pool),
+                ('encryption', self._encryption)])
+            if self._settings.pool:
+                yield from self._run_until_failure([
+                    ('pool', self._look_at_pool)])
+            yield from self._run_until_failure([
                 ('preflight', self._preflight),
                 ('shared storage', self._shared)])
             if not self._failed and not self._site.is_shared:
@@ -416,18 +424,17 @@ class Destination(Checks):
             f'{self._transport} {weakness}', access.WEAKNESS_REMEDY, WARN)
 
     def _look_at_pool(self) -> str:
-        self._pool = storage_pool.Pool.lookup(
-            self._connection, self._settings.pool)
-        return _describe(self._pool)
+        return _describe(storage_pool.Pool.lookup(
+            self._connection, self._settings.pool or ''))
 
     def _preflight(self) -> str:
         """Check what is checked before a migration."""
         needed = max(self._size, PROBE_BYTES)
         with self._stand_in():
             self._site.check(
-                self._places, self._places.uuid, {layout.POOL: needed})
+                self._places, self._places.uuid, {self._place: needed})
         return (f'nothing is in the way of a server, '
-                f'{_readable(self._pool.available)} free')
+                f'{_readable(self._site.room(self._place))} free')
 
     @contextlib.contextmanager
     def _stand_in(self) -> ty.Iterator[None]:
@@ -450,11 +457,12 @@ class Destination(Checks):
             yield
 
     def _shared(self) -> str:
-        if self._source.pool is None:
+        if self._settings.pool and self._source.pool is None:
             raise Problem('unknown, as this host has no pool',
                           'See above', WARN)
         if self._site.is_shared:
-            return 'pool and instance directories, nothing will be copied'
+            pool = 'pool and ' if self._settings.pool else ''
+            return f'{pool}instance directories, nothing will be copied'
         return 'none, disks will be copied'
 
     def _run_probe(self) -> ty.Iterator[Finding]:
@@ -468,7 +476,8 @@ class Destination(Checks):
 
     def _probe(self) -> str:
         """Copy a file as a migration does: under a claim."""
-        file = layout.File(f'{self._places.prefix}disk', layout.POOL, '')
+        prefix = self._places.prefix if self._settings.pool else ''
+        file = layout.File(f'{prefix}disk', self._place, '')
         self._site.claim()
         volume = self._site.create(file, PROBE_BYTES).libvirt_volume
         source = stream.MemorySource(os.urandom(PROBE_BYTES))
@@ -492,9 +501,10 @@ class Destination(Checks):
         except Exception as error:
             raise Problem(
                 f'files of {self._places.uuid} are left there: {error}',
-                f'Delete the volumes with that prefix in pool '
-                f'{self._settings.pool} and the directory '
-                f'{self._places.directory} on {self.host}')
+                f'Delete the directory {self._places.directory} on '
+                f'{self.host}, and what has that prefix beside it'
+                + (f' and in pool {self._settings.pool}'
+                   if self._settings.pool else ''))
         return 'deleted'
 
 

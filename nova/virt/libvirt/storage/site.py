@@ -678,6 +678,16 @@ class Site:
                         f'the way', 'Find out whose it is, and delete it if '
                         'it is not needed.')
 
+    def room(self, place: str) -> int:
+        """Bytes that files may take up in a place.
+
+        :param place: POOL or DIRECTORY
+        :raises: Refused, libvirtError, TimeoutError
+        """
+        if place == server_layout.POOL:
+            return self._disks.room()
+        return self._instances().available
+
     def _in_the_way(self) -> errors.Refused:
         return errors.Refused(
             f'instance directory {self.layout.directory} is there already',

@@ -42,24 +42,26 @@ class _CheckTestCase(test.NoDBTestCase):
         self.instances = self.useFixture(fixtures.TempDir()).path
         self.disks = self.useFixture(fixtures.TempDir()).path
         self.source.add_pool('nova-disks', self.disks, os.getuid(), 0, 0o755)
-        self._show_disks()
+        self._show(self.disks)
         self.dest.add_pool('nova-disks', '/srv/disks', 64060, 64061, 0o755)
         self.dest.directories[self.instances] = (
             libvirt_storage.FakeDirectory(64060, 64061, 0o755))
         self.settings = dict(
             uri='qemu:///system', pool='nova-disks', pool_path=self.disks,
-            instances_path=self.instances, enabled=True, bandwidth=0)
+            instances_path=self.instances,
+            options=('use_storage_pools', 'vol_upload_migration'),
+            bandwidth=0)
         # There are no such directories.
         self.useFixture(fixtures.MockPatchObject(place, 'check_access'))
 
-    def _show_disks(self):
-        """Let the faked libvirt see files that are made in the directory."""
+    def _show(self, directory):
+        """Let the faked libvirt see files that are made in a directory."""
         self.seen = True
         make = check.tempfile.NamedTemporaryFile
 
         def make_seen(**kwargs):
             file = make(**kwargs)
-            if self.seen and kwargs['dir'] == self.disks:
+            if self.seen and kwargs['dir'] == directory:
                 self.source.add_file(file.name)
             return file
 
@@ -110,7 +112,7 @@ class SourceTestCase(_CheckTestCase):
                            '--config-file')
 
     def test_not_enabled(self):
-        self.settings['enabled'] = False
+        self.settings['options'] = ()
         self._only_failure(
             self._run(), 'vol_upload_migration', status=check.WARN)
 
@@ -145,6 +147,17 @@ class SourceTestCase(_CheckTestCase):
         self.settings['pool_path'] = None
         self.assertEqual({check.OK}, {each.status for each in self._run()})
         self.assertEqual(self.disks, self.checked.pool_path)
+
+    def test_host_without_a_pool(self):
+        self.settings.update(pool=None, options=('vol_upload_migration',))
+        self.source.pools.clear()
+        self._show(self.instances)
+        findings = self._run()
+        self.assertEqual(
+            dict.fromkeys(['user', 'options', 'libvirt', 'directory'],
+                          check.OK), self._statuses(findings))
+        self.assertIn('vol_upload_migration is set', str(findings[1]))
+        self.assertEqual({}, self.source.pools)
 
     def test_pool_that_this_user_cannot_enter(self):
         place.check_access.side_effect = errors.Refused(
@@ -311,6 +324,33 @@ class DestinationTestCase(_CheckTestCase):
         self.assertEqual([], os.listdir(self.instances))
         self.assertEqual([], os.listdir(self.disks))
 
+    def _do_without_pools(self):
+        self.settings.update(pool=None, options=('vol_upload_migration',))
+        self.source.pools.clear()
+        self.dest.pools.clear()
+        self.checked_source = self._source()
+
+    def test_hosts_without_pools(self):
+        self._do_without_pools()
+        findings = list(self._destination(size=units.Gi).run())
+        self.assertEqual(
+            dict.fromkeys(['uri', 'libvirt', 'encryption', 'preflight',
+                           'shared storage', 'probe copy'], check.OK),
+            self._statuses(findings))
+        self.assertIn('16 MiB written', findings[-1].finding)
+        self.assertEqual({}, self.dest.pools)
+        self.assertEqual([], [path for path in self.dest.files
+                              if path.startswith(self.instances)])
+        self.assertEqual([], os.listdir(self.instances))
+
+    def test_hosts_without_pools_that_share_the_directory(self):
+        self._do_without_pools()
+        self._share_directory()
+        findings = list(self._destination().run())
+        self.assertEqual({check.OK}, {each.status for each in findings})
+        self.assertIn('storage: instance directories, nothing will be copied',
+                      str(findings[-1]))
+
     def test_only_the_pool_is_shared(self):
         self._share_pool()
         self._only_failure(
@@ -348,8 +388,8 @@ class DestinationTestCase(_CheckTestCase):
         uuid = destination._places.uuid
         self._only_failure(
             findings, f'files of {uuid} are left there',
-            'Delete the volumes with that prefix in pool nova-disks and the '
-            f'directory {self.instances}/{uuid} on dest')
+            f'Delete the directory {self.instances}/{uuid} on dest, and what '
+            'has that prefix beside it and in pool nova-disks')
 
     def test_user_who_cannot_write_to_the_instances(self):
         os.rmdir(self.instances)
