@@ -124,6 +124,7 @@ class EndsMixin:
                          lambda: text in self.server.failure(), seconds=30)
 
     def _fail(self) -> None:
+        domain = self._domain()
         copy = self._begin_to_copy()
         self.destination.stop_libvirtd(signal.SIGKILL)
         self.assertLess(copy.stat().st_blocks * 512, NOISE_BYTES)
@@ -134,6 +135,9 @@ class EndsMixin:
         self.server.wait('ACTIVE')
         self._assert_reason(
             f'to host {self.destination.address} ({self.destination.uri})')
+        # The guest ran on: its disks were being copied for the first time.
+        self.assertEqual(domain, self._domain())
+        self.boots -= 1
         self.assert_boots(base.SOURCE, base.DESTINATION)
         self.cloud.wait_computes()
 

@@ -380,7 +380,7 @@ class RetryTestCase(base.DriverTestCase):
 
     def test_server_that_is_deleted_while_the_destination_is_checked(self):
         self._add_disk()
-        self.dest.call('conn.getLibVersion', lambda: (
+        self.dest.call('conn.lookupByName', lambda: (
             self.driver.delete_instance_files(self.instance)))
         self.assertRaises(exception.MigrationError, self._migrate)
         self.calls.power_off.assert_not_called()

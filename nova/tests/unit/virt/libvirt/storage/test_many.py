@@ -200,9 +200,10 @@ class WaitingTestCase(ManyTestCase):
         self._assert_answers(
             lambda: self.driver.delete_instance_files(self._instance()))
         self.assertEqual(self._uuids(moving[:2]), self._powered_off())
-        # Under eventlet those who wait have no native thread.
+        # Under eventlet those who wait have no native thread. A few of calls
+        # that have just ended may still be there.
         if threads.get_eventlet():
-            self.assertLessEqual(native.active_count(), copying)
+            self.assertLess(native.active_count(), copying + 10)
         self.assertEqual(self._names(moving[:2]), self._arrived())
 
         self._finish()
