@@ -197,7 +197,7 @@ class TestEndsFile(EndsMixin, test_legacy.DirectoryTestCase):
 
     directory = servers.INSTANCES + '/{0}'
     disk = 'disk'
-    refusal = 'is not empty'
+    refusal = 'is there already'
 
     def test_resized(self):
         self.server.resize('small', base.DESTINATION, 'ACTIVE')
