@@ -1082,17 +1082,19 @@ class LibvirtDriver(driver.LibvirtDriver):
 
         The directory may be in use on another host that shares it.
         """
-        if hooks.keeps_nvram() and os.path.exists(
+        if hooks.keeps_nvram() and os.path.isfile(
                 layout.Layout.of(instance).nvram_path):
             kwargs['keep_nvram'] = True
         super()._undefine_domain(instance, *args, **kwargs)
 
     @hooks.as_nova_declares
-    def _get_guest_xml(self, context, instance, *args, **kwargs):
+    def _get_guest_config(self, instance, *args, **kwargs):
         """Describe a domain, with the UEFI variables that came along."""
-        xml = super()._get_guest_xml(context, instance, *args, **kwargs)
+        guest = super()._get_guest_config(instance, *args, **kwargs)
         path = layout.Layout.of(instance).nvram_path
-        return nvram.name_path(xml, path) if os.path.exists(path) else xml
+        if os.path.isfile(path):
+            nvram.name_in(guest, path)
+        return guest
 
     def _fetch_instance_kernel_ramdisk(self, context, instance,
                                        fallback_from_host=None):
@@ -1743,7 +1745,7 @@ def _copy_kept_nvram(places: layout.Layout) -> None:
     :raises: StorageError, OSError
     """
     content = None
-    if os.path.exists(places.kept_path(places.nvram_path)):
+    if os.path.isfile(places.kept_path(places.nvram_path)):
         content = nvram.read(places.kept_path(places.nvram_path))
     if content is not None:
         nvram.write(places.nvram_path, content)

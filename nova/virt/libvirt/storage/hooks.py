@@ -133,8 +133,8 @@ HOOKS = {
     '_hard_reboot': Hook(
         ('context', 'instance', 'network_info'),
         'Recovers the instance directory of a server that starts again.'),
-    '_get_guest_xml': Hook(
-        ('context', 'instance'),
+    '_get_guest_config': Hook(
+        ('instance', 'network_info'),
         'Names the UEFI variables that came along in the domain.'),
     '_undefine_domain': Hook(
         ('instance',),

@@ -19,6 +19,7 @@ to, they are in its instance directory, and its domain names them there.
 """
 
 import os
+import typing as ty
 
 from lxml import etree
 from oslo_utils import units
@@ -46,6 +47,17 @@ def path_in(xml: str) -> str | None:
         path = os.path.join(
             DIRECTORY, domain.findtext('name', '') + '_VARS.fd')
     return path or None
+
+
+def name_in(guest: ty.Any, path: str) -> None:
+    """Name other variables in the XML of a configuration of Nova's.
+
+    Nova has no attribute for them that it puts into the XML.
+
+    :param guest: a LibvirtConfigGuest
+    """
+    to_xml = guest.to_xml
+    guest.to_xml = lambda **kwargs: name_path(to_xml(**kwargs), path)
 
 
 def name_path(xml: str, path: str) -> str:

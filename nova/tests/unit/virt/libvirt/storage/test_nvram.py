@@ -221,11 +221,12 @@ class DomainTestCase(NvramMixin, test_storage_migrate.DriverTestCase):
     """The domain of a server, with variables that came along or without."""
 
     def _xml(self):
-        with mock.patch.object(
-                driver.LibvirtDriver, '_get_guest_xml',
-                return_value=DOMAIN.format(' firmware="efi"', '')):
-            return self.driver._get_guest_xml(
-                self.context, self.instance, None, None, None)
+        guest = mock.Mock()
+        guest.to_xml.return_value = DOMAIN.format(' firmware="efi"', '')
+        with mock.patch.object(driver.LibvirtDriver, '_get_guest_config',
+                               return_value=guest):
+            return self.driver._get_guest_config(
+                self.instance, None, None, None).to_xml()
 
     def test_domain_names_variables_that_are_there(self):
         self.assertNotIn('nvram', self._xml())
