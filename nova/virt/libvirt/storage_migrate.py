@@ -448,7 +448,26 @@ class LibvirtDriver(driver.LibvirtDriver):
             if move.there.is_shared:
                 _refuse_vtpm(server.instance, _(
                     'hosts that share its instance directory'))
+            else:
+                self._check_raw(files, move)
         return disk_info, files, move
+
+    @staticmethod
+    def _check_raw(files, move) -> None:
+        """Refuse raw disks with which the server would not start there.
+
+        Nova's own driver makes qcow2 of them where use_cow_images is set, and
+        starts the server from them as raw ones.
+
+        :raises: MigrationPreCheckError
+        """
+        raw = [file.name for file in files if file.format == 'raw' and
+               file.name not in layout.COMPANIONS]
+        if raw and CONF.use_cow_images and not _native(move.has_driver):
+            raise exception.MigrationPreCheckError(reason=_(
+                'The destination host has Nova\'s own driver, which converts '
+                'raw disk %s. Set [DEFAULT]compute_driver there as on this '
+                'host, or [DEFAULT]use_cow_images = False on both.') % raw[0])
 
     def _wait_for_turn(self, server, copy, turn, dest) -> None:
         """Wait, with the server on, until few enough others copy.

@@ -446,6 +446,11 @@ def find_path(connection: 'libvirt.virConnect', name: str) -> str | None:
     return pool and _parse(pool.XMLDesc(0)).findtext('target/path')
 
 
+def exists(connection: 'libvirt.virConnect', name: str) -> bool:
+    """Whether there is a pool of a name, active or not."""
+    return _lookup(connection, name) is not None
+
+
 def _lookup_path(
     connection: 'libvirt.virConnect', path: str,
 ) -> 'libvirt.virStoragePool | None':

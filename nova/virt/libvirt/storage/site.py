@@ -629,6 +629,16 @@ class Site:
         return self._on_parent(
             lambda parent: bool(parent.volumes(server_layout.NO_POOL)))
 
+    def has_driver(self) -> bool:
+        """Whether nova-compute there has this driver.
+
+        It has a pool, or tells that it wants none.
+
+        :raises: Refused, libvirtError, TimeoutError
+        """
+        return self.wants_files() or storage_pool.exists(
+            self.daemon.connection, self._pool_name)
+
     def shares_directory(self, here: server_layout.Layout) -> bool:
         """Whether a new file beside the instance directory shows up there."""
         self._instances()

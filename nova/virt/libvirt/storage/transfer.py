@@ -236,6 +236,14 @@ class Transfer:
             return (self.there.wants_files() == (place == layout.DIRECTORY) and
                     not self.there.shares_directory(self._here.layout))
 
+    def has_driver(self) -> bool:
+        """Whether the destination host has this driver.
+
+        :raises: HostError
+        """
+        with self._located(self.there.daemon):
+            return self.there.has_driver()
+
     def claim(self) -> None:
         """Take possession of the names on the destination.
 

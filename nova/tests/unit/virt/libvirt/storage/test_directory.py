@@ -47,6 +47,8 @@ class DirectoryTestCase(test_storage_migrate.DriverTestCase):
         del self.dest.pools['nova-disks']
         self.dest.directories = {
             self.instances: libvirt_storage.FakeDirectory(mode=0o755, **NOVA)}
+        self.dest.add_file(f'{self.instances}/{layout.NO_POOL}', **NOVA,
+                           mode=0o644)
         self.before = self._state()
         self.nova = self.useFixture(
             fixtures.MockPatchObject(
@@ -70,7 +72,8 @@ class DirectoryTestCase(test_storage_migrate.DriverTestCase):
     def _arrived(self):
         return {os.path.basename(path): file.content.read(0, units.Ki)
                 for path, file in self.dest.files.items()
-                if layout.ARRIVED not in path}
+                if layout.ARRIVED not in path and
+                not path.endswith(layout.NO_POOL)}
 
     def _markers(self):
         return [path for path in self.dest.files if layout.ARRIVED in path]
@@ -221,6 +224,22 @@ class RefusalTestCase(DirectoryTestCase):
         del self.dest.directories[self.instances]
         self.before = self._state()
         self._assert_refused(self.instances, 'instances_path')
+
+    def test_raw_disk_to_a_host_with_nova_s_own_driver(self):
+        del self.dest.files[f'{self.instances}/{layout.NO_POOL}']
+        self.before = self._state()
+        self._assert_refused("Nova's own driver", 'converts raw disk '
+                             'disk.eph0', 'use_cow_images = False')
+
+    def test_raw_disk_to_a_host_that_does_not_convert_it(self):
+        del self.dest.files[f'{self.instances}/{layout.NO_POOL}']
+        self.flags(use_cow_images=False)
+        self._migrate()
+
+    def test_raw_disk_to_a_host_with_a_pool(self):
+        del self.dest.files[f'{self.instances}/{layout.NO_POOL}']
+        self.dest.add_pool('nova-disks', '/srv/disks', 64060, 64061, 0o755)
+        self._migrate()
 
     def test_no_room(self):
         with mock.patch.object(type(self.dest), 'available', 512):

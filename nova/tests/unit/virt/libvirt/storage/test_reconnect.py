@@ -248,7 +248,10 @@ class StoppedTestCase(ReconnectTestCase):
             'disk', layout.DIRECTORY,
             os.path.join(self.places.directory, 'disk'), 'raw',
             has_hostile_head=True)
-        self._write(self.disk.path, os.urandom(SIZE))
+        content = bytearray(os.urandom(SIZE))
+        # Zeros at the end of a head are not sent.
+        content[layout.HEAD_BYTES - 1] = 1
+        self._write(self.disk.path, bytes(content))
         self.path = self.disk.path
 
     def _uploads(self):
