@@ -23,6 +23,7 @@ Every call here blocks. Under eventlet call it through
 
 import contextlib
 import dataclasses
+import functools
 import os
 import time
 import typing as ty
@@ -278,7 +279,8 @@ class Transfer:
             early = self._early.get(file.name)
             if early:
                 with self._located(self.there.daemon, file.name):
-                    self.there.verify(file, early.length)
+                    self._persist(functools.partial(
+                        self.there.verify, file, early.length), cancel)
 
     def run(self, cancel: stream.CancelEvent | None = None,
             watch: Watch | None = None,
