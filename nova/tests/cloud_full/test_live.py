@@ -365,7 +365,9 @@ class LiveFaultTestCase(test_hosts.OutageMixin, LiveTestCase):
     options = cloud.config.merge(TLS, {'libvirt': {
         'live_migration_bandwidth': BANDWIDTH,
         # For the files that are sent before QEMU begins.
-        'vol_upload_migration_bandwidth': 1}})
+        'vol_upload_migration_bandwidth': 1,
+        # Their copy would go on when the link is there again.
+        'vol_upload_migration_reconnect_timeout': 0}})
 
     def begin(self, when: str) -> None:
         """Begin a live migration, and return at a stage of it."""
