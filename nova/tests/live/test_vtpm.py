@@ -110,16 +110,18 @@ class VtpmTestCase(base.LiveTestCase):
         """Move all that there is, the state of the vTPM."""
         here = layout.Layout(
             self.uuid, '/nowhere', str(self.source.path(self.directory)))
-        move = moves.new_transfer(
-            self.local_uri(self.source), self.destination.name,
-            self.lab.uri(self.destination), self.pool_name(), here, [],
-            self.directory, uses_pool=self.USES_POOL)
-        self.addCleanup(move.close)
-        moves.start(move)
         # The path of the state is one of its host's, which this process is
         # not on.
-        with (mock.patch.object(libvirt_utils, 'VTPM_DIR', VTPM),
-              mock.patch.object(os.path, 'exists', return_value=True)):
+        is_there = (mock.patch.object(libvirt_utils, 'VTPM_DIR', VTPM),
+                    mock.patch.object(os.path, 'exists', return_value=True))
+        with is_there[0], is_there[1]:
+            move = moves.new_transfer(
+                self.local_uri(self.source), self.destination.name,
+                self.lab.uri(self.destination), self.pool_name(), here, [],
+                self.directory, uses_pool=self.USES_POOL)
+        self.addCleanup(move.close)
+        moves.start(move)
+        with is_there[0], is_there[1]:
             move.run()
         return move
 
