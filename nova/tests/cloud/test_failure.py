@@ -202,7 +202,8 @@ class PrecopyTestCase(FailureTestCase):
     """A fault before the server is powered off does not stop it."""
 
     options: cloud.config.Options = {
-        'DEFAULT': FaultTestCase.options['DEFAULT']}
+        'DEFAULT': FaultTestCase.options['DEFAULT'],
+        'libvirt': {'vol_upload_migration_reconnect_timeout': '0'}}
     boots = 0
 
     def fail_when_copying(self, break_it) -> str:

@@ -59,7 +59,10 @@ class EndsMixin:
         self.assert_moved(base.DESTINATION)
         sums = [server.checksums(host)
                 for host in (base.SOURCE, base.DESTINATION)]
-        for name in ('disk', 'disk.eph0', 'disk.config'):
+        # The base image of an ephemeral overlay is of its host's own making.
+        whole = ['disk', 'disk.config'] + (
+            [] if self.format == 'qcow2' else ['disk.eph0'])
+        for name in whole:
             self.assertEqual(sums[0][name], sums[1][name])
         vtpm = self.vtpm(server, base.SOURCE)
         server.revert('SHUTOFF')
