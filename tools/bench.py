@@ -41,9 +41,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from typing import Self
 
 from oslo_utils import uuidutils
 import psutil
@@ -51,6 +49,7 @@ import psutil
 from tools import bench_report
 from tools import lab as nova_lab
 from tools import processes
+from tools import waiting
 
 POOL = 'bench'
 DIRECTORY = '/var/lib/nova/' + POOL
@@ -420,7 +419,7 @@ class Bench:
                    if host.libvirtd_pid)
 
 
-class Watch(threading.Thread):
+class Watch(waiting.Observer):
     """Adds up the CPU time of the processes that begin on a host.
 
     sshd does not wait for all of its own, so that asking it is not enough.
@@ -428,29 +427,19 @@ class Watch(threading.Thread):
     """
 
     def __init__(self, host: nova_lab.Host) -> None:
-        super().__init__(daemon=True)
+        super().__init__(0.25)
         self._host = host
         self._before = set(host.processes())
         self._seen: dict[int, float] = {}
-        self._end = threading.Event()
 
     @property
     def seconds(self) -> float:
         return sum(self._seen.values())
 
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        self._end.set()
-        self.join()
-
-    def run(self) -> None:
-        while not self._end.wait(0.25):
-            for pid in set(self._host.processes()) - self._before:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    self._seen[pid] = processes.cpu_seconds(pid)
+    def look(self) -> None:
+        for pid in set(self._host.processes()) - self._before:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._seen[pid] = processes.cpu_seconds(pid)
 
 
 @contextlib.contextmanager

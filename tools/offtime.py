@@ -15,9 +15,9 @@
 
 import os
 from pathlib import Path
-import threading
 import time
-from typing import Self
+
+from tools import waiting
 
 # Between two looks, in seconds. Measured times are exact to two of them.
 POLL_SECONDS = 0.02
@@ -30,7 +30,7 @@ EMULATOR = b'qemu-system'
 UUID_OPTION = b'-uuid'
 
 
-class Observer(threading.Thread):
+class Observer(waiting.Observer):
     """Looks all the time which guests run.
 
     The hosts of the lab have no PID namespaces, so that the processes of all
@@ -38,26 +38,13 @@ class Observer(threading.Thread):
     """
 
     def __init__(self, proc: Path = Path('/proc')) -> None:
-        super().__init__(daemon=True)
+        super().__init__(POLL_SECONDS)
         self._proc = proc
-        self._end = threading.Event()
         # By pid: the server that a process runs, or '' for anything else, and
         # until when to look again.
         self._known: dict[str, tuple[str, float]] = {}
         # By server: (seen at, whether it ran), one for each change.
         self._changes: dict[str, list[tuple[float, bool]]] = {}
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        self._end.set()
-        self.join()
-
-    def run(self) -> None:
-        while not self._end.wait(POLL_SECONDS):
-            self.look()
 
     def look(self) -> None:
         """Note which guests run now."""

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 import contextlib
 import fcntl
 import os
+import threading
+from typing import Self
 from typing import TypeVar
 
 import tenacity
@@ -61,3 +63,32 @@ def locked(directory: str | os.PathLike) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+class Observer(threading.Thread):
+    """Looks at something every few moments, for as long as a block runs."""
+
+    def __init__(self, poll: float) -> None:
+        """Do not look yet.
+
+        :param poll: seconds between two looks
+        """
+        super().__init__(daemon=True)
+        self._poll = poll
+        self._end = threading.Event()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self._end.set()
+        self.join()
+
+    def run(self) -> None:
+        while not self._end.wait(self._poll):
+            self.look()
+
+    def look(self) -> None:
+        """Take one look."""
+        raise NotImplementedError

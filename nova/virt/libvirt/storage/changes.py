@@ -142,7 +142,7 @@ class Ranges:
             self._merge()
 
     def after(self, done: int, block: int) -> 'Ranges':
-        """What is left when the first bytes of all ranges were copied.
+        """The ranges that are left once the first bytes were copied.
 
         :param done: how many bytes
         :param block: a range begins where it began before, or a multiple of

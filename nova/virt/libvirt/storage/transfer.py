@@ -155,7 +155,7 @@ class _Copy:
         return self.done > before
 
     def result(self, last: stream.Result) -> stream.Result:
-        """What all attempts did, of which this was the last one."""
+        """The result of all attempts, of which this was the last one."""
         return stream.Result(
             self._ranges.total, self.sent,
             time.monotonic() - self._started, last.source)
@@ -457,8 +457,8 @@ class Transfer:
         left = copy.rest.total
         with self._writing(copy.path, left) as (target, paused):
             if copy.done:
-                # What an earlier attempt has sent of the rest may be there,
-                # and would stay where there are holes now.
+                # Data of the rest that an earlier attempt has sent may be
+                # there, and would stay where there are holes now.
                 stream.set_length(
                     target, length - left, cancel, self._stall_seconds())
             return stream.copy(
