@@ -184,10 +184,12 @@ class Progress:
         self._changed.pop(name, None)
         self._untold.append(functools.partial(self._tell_end, told, result))
 
-    @property
-    def remaining(self) -> int:
-        """Bytes that are still to be copied, as far as that is known."""
-        return self._total - self._done + sum(
+    def get_remaining(self, done: int) -> int:
+        """Bytes that are still to be copied, as far as that is known.
+
+        :param done: bytes that have been copied
+        """
+        return self._total - done + sum(
             changed for changed, _seconds in list(self._changed.values()))
 
     @property
@@ -317,7 +319,7 @@ class Progress:
                 self._context, self._instance.migration_context.migration_id)
         self._migration.disk_total = self._total
         self._migration.disk_processed = done
-        self._migration.disk_remaining = self.remaining
+        self._migration.disk_remaining = self.get_remaining(done)
         self._migration.save()
 
 

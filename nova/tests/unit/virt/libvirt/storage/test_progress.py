@@ -283,15 +283,25 @@ class ProgressTestCase(test.NoDBTestCase):
             'to copy what it has changed since: 50 bytes so far, which takes '
             'about 0.8 s', messages[-1])
 
+    def test_figures_of_a_copy_that_gets_on_meanwhile_belong_together(self):
+        def look_up(context, migration_id):
+            self.progress.note('disk', 700, 0)
+            return self.migration
+
+        self.lookup.side_effect = look_up
+        self._copy((300, 0))
+        self.assertEqual((1000, 300, 700), next(
+            each for each in self.saved if isinstance(each, tuple)))
+
     def test_changes_that_were_sent_are_none(self):
         self._end('disk', 1000, 500, 5.0)
         self.progress.changed('disk', 500, 1.0)
         self.progress.end_pass('disk', stream.Result(500, 500, 5.0, 'file'))
         self.assertEqual((0, 0), (
-            self.progress.remaining, self.progress.seconds_off))
+            self.progress.get_remaining(1000), self.progress.seconds_off))
         self.progress.changed('disk', 10, 0.0)
         self.assertEqual((10, 10 * 10.0 / 1000), (
-            self.progress.remaining, self.progress.seconds_off))
+            self.progress.get_remaining(1000), self.progress.seconds_off))
 
     def test_nothing_is_expected_before_anything_was_sent(self):
         self.progress.changed('disk', 10, 1.0)
