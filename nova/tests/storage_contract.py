@@ -506,6 +506,17 @@ class StorageContract:
         self.assert_error(libvirt.VIR_ERR_NO_STORAGE_POOL,
                           self.connection.storagePoolLookupByName, name)
 
+    def test_transient_pool_of_a_file_is_refused(self):
+        name = self.pool.name() + '-transient'
+        self.put_file(f'{self.path}/file', b'content')
+        error = self.assert_error(
+            libvirt.VIR_ERR_SYSTEM_ERROR,
+            self.connection.storagePoolCreateXML, POOL.format(
+                name=name, path=f'{self.path}/file', mode='0750'))
+        self.assertEqual(errno.ENOTDIR, error.get_int1())
+        self.assert_error(libvirt.VIR_ERR_NO_STORAGE_POOL,
+                          self.connection.storagePoolLookupByName, name)
+
     def test_pool_that_is_not_active(self):
         volume = self.create('disk')
         self.pool.destroy()

@@ -12,6 +12,7 @@
 
 """Servers of a real cloud move from one compute host to the other."""
 
+import filecmp
 from typing import Any
 
 from nova.tests.cloud import base
@@ -59,6 +60,24 @@ class TestMigrate(base.CloudTestCase):
         self.assertEqual(base.SOURCE, server.host)
         server.wait_boot()
         self.assert_no_disks(server, base.DESTINATION)
+
+    def test_base_image_goes_along_while_the_guest_runs(self):
+        server = self.create_booted()
+        path = self.image_info(server, base.SOURCE, 'disk')[
+            'full-backing-filename']
+        here, there = (host.path(path)
+                       for host in (self.source, self.destination))
+        there.unlink(missing_ok=True)
+        size = base.log_size(self.cloud, base.SOURCE)
+        self.migrate_without_ssh(server, base.DESTINATION)
+        log = base.read_log(self.cloud, base.SOURCE, size)
+        _before, copied, after = log.partition(
+            f'Copied base_{there.name} to {self.destination.address}')
+        self.assertTrue(copied, log)
+        self.assertIn('The server is powered off', after)
+        self.assertTrue(filecmp.cmp(here, there, shallow=False))
+        self.assertEqual(1, there.stat().st_nlink)
+        server.wait_boot()
 
     def test_delete_instead_of_confirm_leaves_nothing(self):
         server = self.create()

@@ -402,16 +402,23 @@ class LibvirtDriver(driver.LibvirtDriver):
         local.add_heads(moved, move.heads)
         return jsonutils.dumps(moved)
 
-    def _plan(self, server, places) -> tuple[
-            list[dict[str, ty.Any]], list[layout.File]]:
+    def _plan(self, server, places, dest, enters_pool) -> tuple[
+            list[dict[str, ty.Any]], list[layout.File], str | None]:
         """List what goes along: every disk is in it, or it is refused.
 
-        :returns: what Nova says of the disks, and the files
+        :returns: what Nova says of the disks, the files, and where the disks
+            go: POOL, DIRECTORY, or None if where they are here
         :raises: StorageError
         """
         disk_info = self._disk_info(server)
-        return disk_info, places.plan(
-            disk_info, self._lost_bases(server, disk_info))
+        with self._asking(places, dest) as move:
+            place = layout.POOL if enters_pool else None
+            if places.volumes() and _native(
+                    move.may_change_place, layout.DIRECTORY):
+                place = layout.DIRECTORY
+            bases = self._bases_to_send(server, disk_info, move)
+        files = places.moved(places.plan(disk_info, bases), place)
+        return disk_info, files, place
 
     def _begin_copy(self, instance, stack) -> tuple[_Copy, turns.Turn]:
         """Note a migration that is under way, and its place in the queue.
@@ -435,10 +442,8 @@ class LibvirtDriver(driver.LibvirtDriver):
         with _refused_on_error(server.instance):
             self._check_enabled()
             self._check_request(server, places, flavor)
-            disk_info, files = self._plan(server, places)
-            place = (layout.POOL if enters_pool else
-                     self._place_outside(places, dest))
-            files = places.moved(files, place)
+            disk_info, files, place = self._plan(
+                server, places, dest, enters_pool)
             move = self._new_transfer(
                 places, dest, files, server.instance.name, place=place)
             stack.callback(_native, move.close)
@@ -1136,14 +1141,25 @@ class LibvirtDriver(driver.LibvirtDriver):
             self._grow_ephemeral(instance, block_device_info)
         return created
 
+    def _bases_to_send(self, server, disk_info, move) -> list[str]:
+        """Paths of base images that have to go along.
+
+        One that Glance gives goes along too where the destination does not
+        have it: Nova there would fetch it only when the server is off.
+
+        :raises: StorageError
+        """
+        lost = self._lost_bases(server, disk_info)
+        others = [base for base in _list_bases(disk_info)
+                  if base not in lost and os.access(base, os.R_OK)]
+        return lost + (_native(move.missing_bases, others) if others else [])
+
     def _lost_bases(self, server, disk_info) -> list[str]:
         """Paths of base images that the destination cannot have of Glance.
 
         Those included that this host has made for itself.
         """
-        found = {layout.backing_file(info['path']) for info in disk_info
-                 if info['type'] == 'qcow2' and info.get('backing_file')}
-        bases = [base for base in found if base]
+        bases = _list_bases(disk_info)
         image_id = server.instance.image_ref
         name = imagecache.cache_name(image_id) if image_id else ''
         if any(os.path.basename(base) == name for base in bases) and (
@@ -1267,21 +1283,16 @@ class LibvirtDriver(driver.LibvirtDriver):
             self._streams_files(places) and
             not self._is_path_shared_with(dest, places.directory))
 
-    def _place_outside(self, places, dest) -> str | None:
-        """Where a server's disks go that are in a pool here.
+    @contextlib.contextmanager
+    def _asking(self, places, dest, place=layout.DIRECTORY,
+                ) -> ty.Iterator[transfer.Transfer]:
+        """A transfer of nothing, to ask the destination before a plan.
 
-        :returns: DIRECTORY if the destination wants files, None if the disks
-            go into a pool again
-        :raises: StorageError
+        :param place: POOL if it has to have a pool, or an error is raised
         """
-        leaves_pool = places.volumes() and self._may_change_place(
-            places, dest, layout.DIRECTORY)
-        return layout.DIRECTORY if leaves_pool else None
-
-    def _may_change_place(self, places, dest, place) -> bool:
         move = self._new_transfer(places, dest, [], '', place=place)
         try:
-            return _native(move.may_change_place, place)
+            yield move
         finally:
             _native(move.close)
 
@@ -1303,7 +1314,8 @@ class LibvirtDriver(driver.LibvirtDriver):
                     file for file in files
                     if file.name not in layout.COMPANIONS))):
                 return False
-            return self._may_change_place(places, dest, layout.POOL)
+            with self._asking(places, dest, layout.POOL) as move:
+                return _native(move.may_change_place, layout.POOL)
         except errors.StorageError as error:
             LOG.info('The disks of the server will not go into a pool: %s',
                      error, instance=server.instance)
@@ -1328,12 +1340,8 @@ class LibvirtDriver(driver.LibvirtDriver):
             return super()._is_path_shared_with(dest, path)
         if dest == self.get_host_ip_addr():
             return True
-        with _refused_on_error(None):
-            move = self._new_transfer(places, dest, [], '')
-            try:
-                return _native(move.shares_directory)
-            finally:
-                _native(move.close)
+        with _refused_on_error(None), self._asking(places, dest) as move:
+            return _native(move.shares_directory)
 
     @contextlib.contextmanager
     def _copying(self, instance) -> ty.Iterator[_Copy]:
@@ -1740,6 +1748,13 @@ def _refuse_unknown(instance, disk) -> None:
         f'disk {disk.target_dev} ({disk.source_protocol or disk.source_type} '
         f'{name}) is neither of Cinder nor in [libvirt]images_rbd_pool',
         'If nobody needs it, hard reboot the server.')
+
+
+def _list_bases(disk_info) -> list[str]:
+    """Paths of the base images that disks stand on."""
+    found = {layout.backing_file(info['path']) for info in disk_info
+             if info['type'] == 'qcow2' and info.get('backing_file')}
+    return [base for base in found if base]
 
 
 def _directories_of_servers() -> list[str]:

@@ -19,6 +19,7 @@ Under eventlet call it through :func:`threads.off_hub`.
 
 import contextlib
 import dataclasses
+import errno
 import os
 import typing as ty
 
@@ -332,11 +333,14 @@ def _is_shared_pool(error: BaseException) -> bool:
                                    libvirt.VIR_ERR_OPERATION_FAILED))
 
 
-@tenacity.retry(
+_retry_shared = tenacity.retry(
     retry=tenacity.retry_if_exception(_is_shared_pool),
     wait=tenacity.wait_fixed(BUSY_WAIT),
     stop=tenacity.stop_after_delay(BUSY_TIMEOUT),
     sleep=threads.sleep, reraise=True)
+
+
+@_retry_shared
 def within(
     connection: 'libvirt.virConnect', *, path: str, name: str,
     function: ty.Callable[[Pool], _T],
@@ -415,6 +419,28 @@ def inside(parent: Pool, name: str) -> ty.Iterator[Pool]:
                   name=f'{parent.name}-{name}',
                   path=os.path.join(parent.path, name)) as pool:
         yield pool
+
+
+@_retry_shared
+def is_file(
+    connection: 'libvirt.virConnect', *, path: str, name: str,
+) -> bool:
+    """Whether a path is that of a file, which libvirt does not open.
+
+    It would probe every file in the directory of a pool. It makes no pool of
+    a file, and tells what keeps it from that.
+
+    :param name: for the pool that is not made
+    """
+    try:
+        pool = connection.storagePoolCreateXML(
+            _pool_xml(name, path, None), 0)
+    except libvirt.libvirtError as error:
+        if error.get_error_code() != libvirt.VIR_ERR_SYSTEM_ERROR:
+            raise
+        return error.get_int1() == errno.ENOTDIR
+    pool.destroy()
+    return False
 
 
 def end(connection: 'libvirt.virConnect', name: str) -> None:

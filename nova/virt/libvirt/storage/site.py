@@ -639,6 +639,16 @@ class Site:
         return self.wants_files() or storage_pool.exists(
             self.daemon.connection, self._pool_name)
 
+    def has_base(self, name: str) -> bool:
+        """Whether a base image is in the image cache there.
+
+        :raises: libvirtError, TimeoutError
+        """
+        return storage_pool.is_file(
+            self.daemon.connection, name=f'{self.layout.transient_pool}-base',
+            path=os.path.join(self.layout.parent,
+                              CONF.image_cache.subdirectory_name, name))
+
     def shares_directory(self, here: server_layout.Layout) -> bool:
         """Whether a new file beside the instance directory shows up there."""
         self._instances()

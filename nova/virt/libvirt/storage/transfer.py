@@ -219,8 +219,7 @@ class Transfer:
 
         :raises: HostError
         """
-        with self._located(self.there.daemon):
-            self.there.connect()
+        with self._asking():
             return self.there.shares_directory(self._places)
 
     def may_change_place(self, place: str) -> bool:
@@ -232,18 +231,39 @@ class Transfer:
         :param place: POOL or DIRECTORY
         :raises: HostError
         """
-        with self._located(self.there.daemon):
-            self.there.connect()
+        with self._asking():
             return (self.there.wants_files() == (place == layout.DIRECTORY) and
                     not self.there.shares_directory(self._here.layout))
+
+    def missing_bases(self, paths: ty.Iterable[str]) -> list[str]:
+        """Which base images of this host the destination has to be sent.
+
+        Nova's own driver there would do nothing with them.
+
+        :param paths: of the base images
+        :raises: HostError
+        """
+        with self._asking():
+            if not self.there.has_driver():
+                return []
+            return [path for path in paths
+                    if not self.there.has_base(os.path.basename(path))]
 
     def has_driver(self) -> bool:
         """Whether the destination host has this driver.
 
         :raises: HostError
         """
-        with self._located(self.there.daemon):
+        with self._asking():
             return self.there.has_driver()
+
+    @contextlib.contextmanager
+    def _asking(self) -> ty.Iterator[None]:
+        """Connect to the destination, unless that is done."""
+        with self._located(self.there.daemon):
+            if not self.there.daemon.is_connected():
+                self.there.connect()
+            yield
 
     def claim(self) -> None:
         """Take possession of the names on the destination.

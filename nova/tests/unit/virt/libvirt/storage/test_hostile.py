@@ -10,6 +10,7 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
+import itertools
 import os
 from unittest import mock
 
@@ -353,10 +354,57 @@ class BaseImageTestCase(HostileTestCase):
         self.glance.side_effect = exception.ImageNotFound(
             image_id=uuids.image)
 
-    def test_base_that_glance_gives_stays(self):
+    def _add_there(self):
+        """Let the destination have the base image."""
+        path = os.path.join(self.cache, self.name)
+        self.dest.add_file(path, HOSTILE)
+        return path
+
+    def test_base_that_the_destination_has_stays(self):
         name = self._overlay(self.name)
+        self._add_there()
         self._migrate()
         self.assertNotIn(name, self._arrived())
+        self.assertEqual([], self.opened)
+
+    def test_base_that_the_destination_does_not_have_goes_along(self):
+        name = self._overlay(self.name)
+        self._migrate()
+        self._assert_arrived(name)
+        self.assertEqual([], self.opened)
+
+    def test_base_stays_that_nova_s_own_driver_would_not_take(self):
+        name = self._overlay(self.name)
+        del self.dest.files[os.path.join(self.instances, layout.NO_POOL)]
+        # It would convert a raw disk then, which is refused.
+        self.flags(use_cow_images=False)
+        self._migrate()
+        self.assertNotIn(name, self._arrived())
+
+    def test_so_does_one_that_nova_may_not_read(self):
+        name = self._overlay(self.name)
+        with mock.patch.object(os, 'access', return_value=False):
+            self._migrate()
+        self.assertNotIn(name, self._arrived())
+
+    def test_who_looks_at_the_same_time_is_waited_for(self):
+        name = self._overlay(self.name)
+        path = self._add_there()
+        other = self.dest.add_pool('other', path)
+        del self.dest.directories[path]
+        looks = itertools.count(1)
+
+        def look():
+            # The other one is there at the first look, and not any more at
+            # the second.
+            if next(looks) == 2:
+                del self.dest.pools[other.name]
+
+        self.dest.call('conn.storagePoolCreateXML', look, times=None,
+                       name=f'{self.places.transient_pool}-base')
+        self._migrate()
+        self.assertNotIn(name, self._arrived())
+        self.assertEqual(3, next(looks))
 
     @ddt.data(exception.ImageNotFound(image_id='image'),
               exception.ImageNotAuthorized(image_id='image'),
