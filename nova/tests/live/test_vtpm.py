@@ -60,6 +60,15 @@ from nova.virt.libvirt import utils
 nova.privsep.sys_admin_pctxt.set_client_mode(False)
 utils.restore_vtpm_dir(sys.argv[1])
 """
+# Does this driver's part on one host.
+HERE = """\
+import sys
+import nova.privsep
+from nova.virt.libvirt.storage import layout
+from nova.virt.libvirt.storage import vtpm
+nova.privsep.sys_admin_pctxt.set_client_mode(False)
+getattr(vtpm, sys.argv[1])(layout.Layout(sys.argv[2], '/nowhere', sys.argv[3]))
+"""
 
 
 class VtpmTestCase(base.LiveTestCase):
@@ -77,7 +86,8 @@ class VtpmTestCase(base.LiveTestCase):
         self.directory = f'{INSTANCES}/{self.uuid}'
         self.state = f'{VTPM}/{self.uuid}'
         for host in (self.source, self.destination):
-            for path in (self.directory, self.state):
+            for path in (self.directory, f'{self.directory}_resize',
+                         self.state):
                 self.addCleanup(shutil.rmtree, host.path(path),
                                 ignore_errors=True)
 
@@ -125,6 +135,11 @@ class VtpmTestCase(base.LiveTestCase):
             move.run()
         return move
 
+    def restore(self, host):
+        """Do Nova's part at the end of a migration."""
+        host.run([sys.executable, '-W', 'ignore', '-c', RESTORE,
+                  f'{self.directory}/{layout.VTPM}/{self.uuid}'])
+
     def test_emulator_goes_on_with_the_state_on_the_other_host(self):
         os.makedirs(self.source.path(self.directory))
         domain, _secret = self.define(self.source, b'of the server')
@@ -145,9 +160,7 @@ class VtpmTestCase(base.LiveTestCase):
         self.assertEqual(pools, [self.pools(host) for host in self.lab.hosts])
         self.assertEqual(before, self.files(self.source, self.state))
 
-        self.destination.run(
-            [sys.executable, '-W', 'ignore', '-c', RESTORE,
-             f'{self.directory}/{layout.VTPM}/{self.uuid}'])
+        self.restore(self.destination)
         # Nova lets root have them where it moves them between file systems,
         # and libvirt then gives them to the emulator as that starts.
         self.assertEqual(
@@ -178,6 +191,55 @@ class VtpmTestCase(base.LiveTestCase):
         move.discard()
         self.assertFalse(self.destination.path(self.directory).exists())
         self.assertEqual(pools, self.pools(self.destination))
+
+    def assert_goes_on(self, domain, secret):
+        """The emulator starts with what the server's secret is for."""
+        secret.setValue(b'of another one')
+        self.assertRaises(libvirt.libvirtError, domain.create)
+        daemons.wait_for('the end of the emulator', lambda: (
+            not self.source.running('swtpm')), poll=0.1)
+        secret.setValue(b'of the server')
+        domain.create()
+        domain.destroy()
+
+    def test_emulator_goes_on_with_the_state_after_a_resize_here(self):
+        kept = f'{self.directory}_resize'
+        for directory in self.directory, kept:
+            os.makedirs(self.source.path(directory))
+        domain, secret = self.define(self.source, b'of the server')
+        domain.create()
+        domain.destroy()
+        before = self.files(self.source, self.state)
+
+        def contents(top):
+            return {path: (checksum, mode) for path, (checksum, _owner, mode)
+                    in self.files(self.source, top).items()}
+
+        original = contents(self.state)
+        self.here('keep')
+        self.assertFalse(self.source.path(self.state).exists())
+        self.assertEqual(
+            original, contents(f'{kept}/{layout.VTPM}/{self.uuid}'))
+        self.restore(self.source)
+        self.assert_goes_on(domain, secret)
+
+        # Nova's libvirt keeps this state in a revert.
+        state = self.source.path(f'{self.state}/tpm2/tpm2-00.permall')
+        state.write_bytes(b'changed since')
+        shutil.rmtree(self.source.path(self.directory))
+        self.source.path(kept).rename(self.source.path(self.directory))
+        self.here('put_back')
+        self.assertEqual(original, contents(self.state))
+        self.assert_goes_on(domain, secret)
+        self.assertEqual(
+            {owner for _checksum, owner, _mode in before.values()},
+            {owner for _checksum, owner, _mode
+             in self.files(self.source, self.state).values()})
+
+    def here(self, function):
+        """Call a function of this driver for the vTPM on the source host."""
+        self.source.run([sys.executable, '-W', 'ignore', '-c', HERE,
+                         function, self.uuid, self.directory])
 
     def pools(self, host):
         return {pool.name()

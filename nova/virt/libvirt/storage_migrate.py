@@ -54,7 +54,6 @@ import nova.privsep.utils
 from nova.scheduler.client import report
 from nova import version
 from nova.virt import driver as virt_driver
-from nova.virt import hardware
 from nova.virt.libvirt import blockinfo
 from nova.virt.libvirt import driver
 from nova.virt.libvirt import imagebackend
@@ -77,6 +76,7 @@ from nova.virt.libvirt.storage import threads
 from nova.virt.libvirt.storage import transfer
 from nova.virt.libvirt.storage import turns
 from nova.virt.libvirt.storage import undo
+from nova.virt.libvirt.storage import vtpm
 from nova.virt.libvirt import utils as libvirt_utils
 
 CONF = nova.conf.CONF
@@ -169,8 +169,7 @@ class LibvirtDriver(driver.LibvirtDriver):
             self._init_disks_pool()
             self._warn_of_clear_text()
         _native(local.tell_place, self._wants_files())
-        if (CONF.libvirt.use_storage_pools or
-                CONF.libvirt.vol_upload_migration):
+        if _is_switched_on():
             self._look_at_servers(host)
         if CONF.libvirt.vol_upload_migration:
             _native(local.end_pool, self._uri(), IMAGE_CACHE_POOL)
@@ -447,13 +446,10 @@ class LibvirtDriver(driver.LibvirtDriver):
             move = self._new_transfer(
                 places, dest, files, server.instance.name, place=place)
             stack.callback(_native, move.close)
-            self._check_vtpm(server.instance, places)
+            self._check_vtpm(places)
             self._read_nvram(server.instance)
             _native(move.check)
-            if move.there.is_shared:
-                _refuse_vtpm(server.instance, _(
-                    'hosts that share its instance directory'))
-            else:
+            if not move.there.is_shared:
                 self._check_raw(files, move)
         return disk_info, files, move
 
@@ -525,6 +521,9 @@ class LibvirtDriver(driver.LibvirtDriver):
             if variables is not None and hooks.keeps_nvram():
                 nvram.write(places.nvram_path, variables)
             local.remove_stale_directory(places)
+            # The destination host takes it. The original is for a revert.
+            steps.push(_native, vtpm.drop_saved, places)
+            _native(vtpm.save, places, places.saved_vtpm_path)
             layout.write_record(
                 places.record_path, places.formats() | move.formats())
             return
@@ -559,6 +558,8 @@ class LibvirtDriver(driver.LibvirtDriver):
                 for path in [places.record_path,
                              *(info['path'] for info in disk_info)]:
                     self._copy_here(copy, places.kept_path(path), path)
+                copy.check()
+                _native(vtpm.keep, places)
                 _copy_kept_nvram(places)
         return jsonutils.dumps(disk_info)
 
@@ -572,7 +573,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         """
         with _refused_on_error(server.instance):
             self._check_request(server, places, flavor)
-            _refuse_vtpm(server.instance, _('the pools of one host'))
+            self._check_vtpm(places)
             disk_info = self._disk_info(server)
             places.plan(disk_info)
             _check_room_here(disk_info)
@@ -682,39 +683,50 @@ class LibvirtDriver(driver.LibvirtDriver):
         except exception.InstanceNotFound:
             return False
 
+    def _finish_migration_vtpm(self, context, instance):
+        # State that an earlier migration left here would be in the way of the
+        # one that came.
+        places = layout.Layout.of(instance)
+        if vtpm.is_saved(places):
+            _native(vtpm.delete, places)
+        super()._finish_migration_vtpm(context, instance)
+
     def _finish_revert_migration_vtpm(self, context, instance):
+        # Nova's code fails where the server has had a state since its resize.
         # Nova calls this also as it starts after it ended in the middle of a
         # copy. The server has no old flavor then, which Nova's code stumbles
         # over, and the server would stay off.
+        places = layout.Layout.of(instance)
+        if instance.task_state == task_states.RESIZE_MIGRATING:
+            _native(vtpm.drop_half, places)
+        _native(vtpm.put_back, places)
         if instance.old_flavor is not None:
             super()._finish_revert_migration_vtpm(context, instance)
-            return
-        # Nova's own way over ssh had moved it here. Without it the server
-        # would start with a new vTPM.
-        saved = os.path.join(
-            layout.Layout.of(instance).saved_vtpm_path, instance.uuid)
-        if os.path.exists(saved):
-            libvirt_utils.restore_vtpm_dir(saved)
 
     @hooks.as_nova_declares
     def cleanup(self, context, instance, network_info,
                 block_device_info=None, destroy_disks=True, *args, **kwargs):
         """Also delete the files that came with a migration.
 
-        Nova keeps the instance directory and the vTPM's state of a server
-        with disks in Ceph in a revert. They would be in the way when the
+        In a revert, Nova keeps the vTPM's state of a server, and the instance
+        directory of one with disks in Ceph. They would be in the way when the
         server comes again.
         """
         super().cleanup(context, instance, network_info, block_device_info,
                         destroy_disks, *args, **kwargs)
+        is_reverted = (not destroy_disks and
+                       instance.task_state == task_states.RESIZE_REVERTING)
+        if is_reverted and _is_switched_on():
+            self._delete_reverted(instance)
+
+    def _delete_reverted(self, instance) -> None:
         places = layout.Layout.of(instance)
+        _native(vtpm.delete, places)
         # Where the source host kept it beside this one, Nova deletes it.
-        if (CONF.libvirt.vol_upload_migration and not destroy_disks and
-                instance.task_state == task_states.RESIZE_REVERTING and
+        if (CONF.libvirt.vol_upload_migration and
                 self.image_backend.backend().is_shared_block_storage() and
                 not os.path.exists(places.kept_directory)):
             self._delete_leftovers(instance, places)
-            _native(local.delete_vtpm, places)
 
     def delete_instance_files(self, instance):
         """Delete a server's files on this host, and its volumes.
@@ -1383,6 +1395,9 @@ class LibvirtDriver(driver.LibvirtDriver):
         local.recover_directory(places)
         # A claim stays if Nova's own driver finished the migration to here.
         local.drop_claims(places)
+        if os.path.exists(places.vtpm_path):
+            # Of an interrupted revert. The next one would bring it back.
+            _native(vtpm.drop_saved, places)
         root_shrinks = (
             flavor.root_gb < instance.flavor.root_gb and
             not self._is_booted_from_volume(block_device_info))
@@ -1395,7 +1410,7 @@ class LibvirtDriver(driver.LibvirtDriver):
             raise exception.ResizeError(
                 reason=_('Unable to resize disk down.'))
 
-    def _check_vtpm(self, instance, places) -> None:
+    def _check_vtpm(self, places) -> None:
         """Refuse a vTPM whose state could not be put back after a failure.
 
         :raises: MigrationPreCheckError
@@ -1621,6 +1636,7 @@ class LibvirtDriver(driver.LibvirtDriver):
             return
         try:
             _native(local.restore, places)
+            _native(vtpm.put_back, places)
         except Exception as error:
             raise errors.NotRestored(
                 f'The original disks could not be put back: {error}'
@@ -1686,6 +1702,12 @@ def check_hooks(nova_driver: type) -> None:
             'driver is tested with Nova %(wanted)s only',
             {'found': found, 'count': len(hooks.HOOKS),
              'wanted': hooks.supported()})
+
+
+def _is_switched_on() -> bool:
+    """Whether the driver is to do anything that Nova's own does not."""
+    return (CONF.libvirt.use_storage_pools or
+            CONF.libvirt.vol_upload_migration)
 
 
 # Calls that may block run off the eventlet hub, if there is one.
@@ -1783,17 +1805,6 @@ def _copy_kept_nvram(places: layout.Layout) -> None:
         content = nvram.read(places.kept_path(places.nvram_path))
     if content is not None:
         nvram.write(places.nvram_path, content)
-
-
-def _refuse_vtpm(instance, where: str) -> None:
-    """Refuse to move a vTPM's state where Nova's code could not go on.
-
-    :raises: MigrationPreCheckError
-    """
-    if hardware.get_vtpm_constraint(instance.flavor, instance.image_meta):
-        raise exception.MigrationPreCheckError(reason=_(
-            'A server with a vTPM and disks in a storage pool cannot be '
-            'moved between %s.') % where)
 
 
 def _check_room_here(disk_info: list[dict[str, ty.Any]]) -> None:

@@ -70,6 +70,10 @@ HOOKS = {
          'block_device_info', 'power_on'),
         'Restores what the source kept, then starts the server as Nova '
         'does.'),
+    '_finish_migration_vtpm': Hook(
+        ('context', 'instance'),
+        'Deletes the state of a vTPM that is in the way of the one that '
+        'came.'),
     '_finish_revert_migration_vtpm': Hook(
         ('context', 'instance'),
         'Puts the state of a vTPM back. Nova calls it as it starts, too, '

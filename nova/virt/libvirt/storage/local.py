@@ -34,7 +34,6 @@ from oslo_utils import units
 from oslo_utils import uuidutils
 
 import nova.conf
-import nova.privsep.path
 from nova.virt.libvirt.storage import daemon
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import layout
@@ -304,21 +303,6 @@ def delete_all(places: layout.Layout) -> None:
     if os.path.isdir(places.directory):
         shutil.rmtree(places.directory)
     delete_volumes(places)
-
-
-def delete_vtpm(places: layout.Layout) -> None:
-    """Delete the state of a server's vTPM, which belongs to another user.
-
-    :raises: OSError
-    """
-    path = places.vtpm_path
-    if os.path.exists(path):
-        nova.privsep.path.chown(
-            path, os.geteuid(), os.getegid(), recursive=True)
-        for name in os.listdir(path):
-            shutil.rmtree(os.path.join(path, name))
-        # The directory above is root's.
-        nova.privsep.path.rmdir(path)
 
 
 def _delete(paths: ty.Iterable[str]) -> None:
