@@ -163,6 +163,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         check_hooks(driver.LibvirtDriver)
         if CONF.libvirt.vol_upload_migration:
             self._check_migration_uri()
+            self._warn_of_tokens()
         super().init_host(host)
         self._find_disks_pool()
         if CONF.libvirt.use_storage_pools:
@@ -1220,6 +1221,16 @@ class LibvirtDriver(driver.LibvirtDriver):
                 'Servers will be cold migrated over %(uri)s. This %(why)s. '
                 '%(remedy)s.', {'uri': uri, 'why': weakness,
                                 'remedy': access.WEAKNESS_REMEDY})
+
+    @staticmethod
+    def _warn_of_tokens() -> None:
+        if not CONF.service_user.send_service_user_token:
+            LOG.warning(
+                'The token of a user may expire while the disks of a server '
+                'are copied. Nova then gets no answer from Neutron, Cinder '
+                'and Glance, and the migration fails. Set [service_user]'
+                'send_service_user_token and the credentials there on all '
+                'hosts')
 
     def _find_disks_pool(self) -> None:
         """Take the disks pool where it is, if nova.conf does not say where.

@@ -1528,12 +1528,20 @@ class StartTestCase(DriverTestCase):
         self._init_host()
         self.assertEqual([], self.hosts.opened)
 
-    def _warnings(self):
+    def _warnings(self, sends_service_token=True):
         self.flags(live_migration_with_native_tls=True, group='libvirt')
+        self.flags(send_service_user_token=sends_service_token,
+                   group='service_user')
         with mock.patch.object(storage_migrate.LOG, 'warning') as warning:
             self._init_host()
-        return [call.args[0] % call.args[1]
+        return [call.args[0] % (call.args[1] if call.args[1:] else ())
                 for call in warning.call_args_list]
+
+    def test_tokens_that_may_expire_during_a_copy_are_warned_of(self):
+        warning, = self._warnings(sends_service_token=False)
+        self.assertIn('[service_user]send_service_user_token', warning)
+        self.flags(vol_upload_migration=False, group='libvirt')
+        self.assertEqual([], self._warnings(sends_service_token=False))
 
     def test_tls_is_nothing_to_warn_of(self):
         self.assertEqual([], self._warnings())
