@@ -292,8 +292,12 @@ class LibvirtDriver(driver.LibvirtDriver):
         """Start a new server, or an old one anew on this host.
 
         What an earlier migration left here never becomes its disk.
+
+        :raises: MigrationError
         """
         self._clear_leftovers(instance)
+        if instance.task_state == task_states.RESIZE_FINISH:
+            self._check_other_cell(instance)
         super().spawn(context, instance, *args, **kwargs)
 
     def _clear_leftovers(self, instance) -> None:
@@ -315,6 +319,21 @@ class LibvirtDriver(driver.LibvirtDriver):
         elif claims:
             self._end_transient_pool(places)
             _native(local.drop_claims, places)
+
+    @staticmethod
+    def _check_other_cell(instance) -> None:
+        """Refuse disks that a server from another cell has here already.
+
+        Nova brings a new disk by Glance. It would go on with the source
+        host's instead, and delete that as the resize is confirmed.
+
+        :raises: MigrationError
+        """
+        for path in layout.Layout.of(instance).volumes():
+            raise exception.MigrationError(reason=_(
+                '%s of the server is here already. Hosts of two cells must '
+                'not share storage for disks. If they do not, delete the '
+                'file, which is a leftover.') % path)
 
     def _delete_leftovers(self, instance, places) -> None:
         LOG.info('Deleting what a migration left here of the server',

@@ -27,6 +27,9 @@ from oslo_serialization import jsonutils
 from oslo_utils import fileutils
 from oslo_utils import units
 
+from nova import exception
+from nova.policies import base as base_policies
+from nova.policies import servers as servers_policies
 from nova.tests.fixtures import libvirt
 from nova.tests.fixtures import libvirt_storage
 from nova.tests.functional.libvirt import base
@@ -39,7 +42,8 @@ from nova.virt.libvirt import utils as libvirt_utils
 POOL = 'nova-disks'
 
 # The calls of Nova's to a driver for which it matters which host it is on.
-CALLS = ('spawn', 'destroy', 'cleanup', 'get_host_ip_addr',
+CALLS = ('spawn', 'destroy', 'cleanup', 'get_host_ip_addr', 'snapshot',
+         'reboot',
          'migrate_disk_and_power_off', 'finish_migration',
          'confirm_migration', 'finish_revert_migration',
          'check_instance_shared_storage_local',
@@ -156,6 +160,8 @@ class StorageMigrateTestCase(base.ServersTestBase):
     computes_to_start = ('source', 'dest')
     # name and group of an option -> its value, by host
     differing: dict = {}
+    # The cells that hosts are in, if not in the first one.
+    cells: dict = {}
 
     def setUp(self):
         of_nova = [(owner, name, getattr(owner, name)) for owner, name in (
@@ -200,7 +206,7 @@ class StorageMigrateTestCase(base.ServersTestBase):
 
     def _start(self, name):
         self._be(name)
-        self.start_compute(name)
+        self.start_compute(name, cell_name=self.cells.get(name))
         there = self.computes[name].driver
         for method in CALLS:
             setattr(there, method, self._on_host(
@@ -287,17 +293,20 @@ class StorageMigrateTestCase(base.ServersTestBase):
 
 def create_disk(self, context, instance, *args, **kwargs):
     """What of Nova's making of disks is to be seen here; MiB for GiB."""
-    fileutils.ensure_tree(libvirt_utils.get_instance_path(instance))
+    directory = libvirt_utils.get_instance_path(instance)
+    is_new = not os.path.exists(directory)
+    fileutils.ensure_tree(directory)
     # Records the format.
     path = self.image_backend.by_name(instance, 'disk').path
-    if not os.path.exists(path):
+    is_made = not os.path.exists(path)
+    if is_made:
         processutils.execute(
             'qemu-img', 'create', '-q', '-f', 'qcow2', path, '1M')
         processutils.execute(
             'qemu-io', '-f', 'qcow2', '-c', 'write -P 7 0 512k', path)
     # QEMU does not mind what is behind the end of an image.
     os.truncate(path, instance.flavor.root_gb * units.Mi)
-    return False, False
+    return is_new, is_made
 
 
 class LiveMigrateTestCase(StorageMigrateTestCase):
@@ -491,7 +500,7 @@ class SameHostTestCase(StorageMigrateTestCase):
         self._assert_usage(source=1)
 
 
-class SharedStorageTestCase(StorageMigrateTestCase):
+class SharedMixin:
     """Both hosts have one file system."""
 
     def _make_root(self, name):
@@ -499,6 +508,9 @@ class SharedStorageTestCase(StorageMigrateTestCase):
             super()._make_root(name)
         else:
             (self.root / name).symlink_to(self.root / 'source')
+
+
+class SharedStorageTestCase(SharedMixin, StorageMigrateTestCase):
 
     def _assert_all_there(self):
         files = self._files(self.source)
@@ -536,6 +548,103 @@ class SharedStorageTestCase(StorageMigrateTestCase):
         record.assert_called_once()
         self._assert_domain(server, 'source')
         self._assert_all_there()
+
+
+class CrossCellMixin:
+    """The hosts are in two cells: the disk goes through Glance."""
+
+    NUMBER_OF_CELLS = 2
+    cells = {'source': 'cell1', 'dest': 'cell2'}
+
+    def setUp(self):
+        super().setUp()
+        self.policy.set_rules(
+            {servers_policies.CROSS_CELL_RESIZE:
+                base_policies.RULE_ADMIN_API}, overwrite=False)
+
+    def _fail(self, server):
+        self.api.post_server_action(
+            server['id'], {'resize': {'flavorRef': self.flavors[2]}})
+        self._wait_for_state_change(server, 'ERROR')
+        self.assertEqual(self.before, self._files(self.source))
+        return self._get(server)['fault']['message']
+
+    def _start_again(self, server):
+        self.api.post_server_action(server['id'], {'reboot': {'type': 'HARD'}})
+        self._wait_for_state_change(server, 'ACTIVE')
+        self.assertEqual(self.before, self._files(self.source))
+
+
+class CrossCellTestCase(CrossCellMixin, StorageMigrateTestCase):
+
+    def _resize(self, server):
+        self._resize_server(server, self.flavors[2])
+        self._assert_domain(server, 'dest')
+        self.assertEqual(self.before, self._files(self.source))
+        self.assertEqual(set(self.before), set(self._files(self.dest)))
+        self.assertEqual([], self.source.streams + self.dest.streams)
+
+    def test_confirm_and_delete(self):
+        server = self._boot()
+        self._resize(server)
+        arrived = self._files(self.dest)
+        self._confirm_resize(server, cross_cell=True)
+        self._assert_domain(server, 'dest')
+        self._assert_empty(self.source)
+        self.assertEqual(arrived, self._files(self.dest))
+        self._assert_usage(source=0, dest=2)
+        self._delete_server(server)
+        self._assert_empty(self.dest)
+
+    def test_revert_and_resize_again(self):
+        server = self._boot()
+        for _attempt in range(2):
+            self._resize(server)
+            self._revert_resize(server)
+            self._assert_domain(server, 'source')
+            self.assertEqual(self.before, self._files(self.source))
+            self._assert_empty(self.dest)
+            self._assert_usage(source=1, dest=0)
+
+    def test_delete_instead_of_confirm(self):
+        server = self._boot()
+        self._resize(server)
+        self._delete_server(server)
+        self._assert_empty(self.source)
+        self._assert_empty(self.dest)
+
+    def test_server_that_does_not_start_there(self):
+        server = self._boot()
+        with mock.patch('nova.virt.libvirt.guest.Guest.launch',
+                        side_effect=exception.InvalidInput('injected')):
+            self._fail(server)
+        self._assert_empty(self.dest)
+        self._start_again(server)
+        self._assert_domain(server, 'source')
+
+    def test_disk_that_is_there_is_neither_taken_nor_deleted(self):
+        """It may be what an earlier attempt left."""
+        server = self._boot()
+        (self.root / 'dest/disks' / self.disk).write_bytes(b'precious')
+        self.assertIn(self.disk, self._fail(server))
+        self.assertEqual(
+            {f'disks/{self.disk}': b'precious'}, self._files(self.dest))
+        self._start_again(server)
+
+
+class CrossCellSharedTestCase(CrossCellMixin, SharedMixin,
+                              StorageMigrateTestCase):
+    """Both cells have one file system.
+
+    Nova would have the resized server use the disk of the source host, and
+    delete that as the resize is confirmed.
+    """
+
+    def test_resize_is_refused_and_the_disk_stays(self):
+        server = self._boot()
+        self.assertIn('share storage', self._fail(server))
+        self._start_again(server)
+        self._assert_domain(server, 'source')
 
 
 class TransitionTestCase(StorageMigrateTestCase):

@@ -229,9 +229,15 @@ class LeftoverTestCase(base.FinishMixin, base.DriverTestCase):
         self.assertEqual([], self._volumes())
 
     def test_resized_between_cells_that_share_storage(self):
-        # These are the disks of the source, kept for a revert.
+        # These are the disks of the source, kept for a revert. Nova would
+        # delete them as the resize is confirmed.
         volume = self._add_disk()
-        self._spawn(task_state=task_states.RESIZE_FINISH)
+        error = self.assertRaises(
+            exception.MigrationError, self._spawn, 'elsewhere',
+            vm_states.ACTIVE, task_states.RESIZE_FINISH)
+        self.assertIn(volume, str(error))
+        self.assertLessEqual(len(str(error)), 255)
+        self.spawned.assert_not_called()
         self.assertEqual([volume], self._volumes())
 
     def test_evacuated_onto_a_copy_that_its_host_did_not_finish(self):
