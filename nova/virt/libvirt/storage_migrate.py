@@ -360,6 +360,12 @@ class LibvirtDriver(driver.LibvirtDriver):
             if places.claims():
                 self._end_transient_pool(places)
                 local.drop_claims(places)
+        if (_is_switched_on() and vtpm.is_saved(places) and
+                not os.path.exists(places.vtpm_path) and
+                instance.host == CONF.host):
+            # It came with a migration that failed before Nova moved it. The
+            # server would start with a new vTPM.
+            _native(vtpm.put_back, places)
         super()._hard_reboot(context, instance, *args, **kwargs)
 
     def migrate_disk_and_power_off(
@@ -707,7 +713,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         # State that an earlier migration left here would be in the way of the
         # one that came.
         places = layout.Layout.of(instance)
-        if vtpm.is_saved(places):
+        if _is_switched_on() and vtpm.is_saved(places):
             _native(vtpm.delete, places)
         super()._finish_migration_vtpm(context, instance)
 
@@ -716,10 +722,11 @@ class LibvirtDriver(driver.LibvirtDriver):
         # Nova calls this also as it starts after it ended in the middle of a
         # copy. The server has no old flavor then, which Nova's code stumbles
         # over, and the server would stay off.
-        places = layout.Layout.of(instance)
-        if instance.task_state == task_states.RESIZE_MIGRATING:
-            _native(vtpm.drop_half, places)
-        _native(vtpm.put_back, places)
+        if _is_switched_on() or instance.old_flavor is None:
+            places = layout.Layout.of(instance)
+            if instance.task_state == task_states.RESIZE_MIGRATING:
+                _native(vtpm.drop_half, places)
+            _native(vtpm.put_back, places)
         if instance.old_flavor is not None:
             super()._finish_revert_migration_vtpm(context, instance)
 

@@ -481,6 +481,45 @@ class SavedTestCase(PrivilegedMixin, VtpmMixin,
         self.driver._finish_migration_vtpm(self.context, self.instance)
         self.assertEqual('here', self._read_state())
 
+    def _hard_reboot(self):
+        with mock.patch.object(driver.LibvirtDriver, '_hard_reboot') as nova:
+            self.driver._hard_reboot(self.context, self.instance, [], None)
+        nova.assert_called_once()
+
+    def test_migration_failed_before_nova_moved_the_state(self):
+        shutil.rmtree(self.state)
+        self._write_state('came', self.saved)
+        self._hard_reboot()
+        self.assertEqual('came', self._read_state())
+        self.assertFalse(os.path.exists(self.saved))
+
+    def test_state_of_a_server_that_ran_stays(self):
+        self._write_state('here')
+        self._write_state('older', self.saved)
+        self._hard_reboot()
+        self.assertEqual('here', self._read_state())
+
+    def test_nova_does_as_ever_with_the_options_off(self):
+        self.flags(use_storage_pools=False, vol_upload_migration=False,
+                   group='libvirt')
+        self._write_state('here')
+        self._write_state('came', self.saved)
+        self.instance.old_flavor = self.instance.new_flavor = self._flavor()
+        for method in (self.driver._finish_migration_vtpm,
+                       self.driver._finish_revert_migration_vtpm):
+            self.assertRaises(
+                shutil.Error, method, self.context, self.instance)
+        shutil.rmtree(self.state)
+        self._hard_reboot()
+        self.assertIsNone(self._read_state())
+
+    def test_server_is_not_this_hosts(self):
+        shutil.rmtree(self.state)
+        self._write_state('came', self.saved)
+        self.instance.host = 'dest'
+        self._hard_reboot()
+        self.assertIsNone(self._read_state())
+
     def test_copy_has_the_modes_of_the_original(self):
         self._write_state('old')
         os.chmod(self.state + '/tpm2/tpm2-00.permall', 0o600)
