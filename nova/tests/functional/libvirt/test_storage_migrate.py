@@ -26,6 +26,7 @@ from oslo_concurrency import processutils
 from oslo_serialization import jsonutils
 from oslo_utils import fileutils
 from oslo_utils import units
+import tenacity
 
 from nova import exception
 from nova.policies import base as base_policies
@@ -145,6 +146,13 @@ class Entries(dict):
         if path not in self:
             self[path] = entry
         return self[path]
+
+
+# Makes a helper of Nova's try six times before it fails: each time it asks ten
+# times, half a second apart, which is too short on a busy machine.
+patiently = tenacity.retry(
+    retry=tenacity.retry_if_exception_type(AssertionError),
+    stop=tenacity.stop_after_attempt(6), reraise=True)
 
 
 class StorageMigrateTestCase(base.ServersTestBase):
@@ -281,7 +289,7 @@ class StorageMigrateTestCase(base.ServersTestBase):
             return {name: self._get_provider_usages(
                 self.compute_rp_uuids[name])['DISK_GB'] for name in usage}
 
-        libvirt_storage.wait_for(lambda: usage == found())
+        libvirt_storage.wait_for(lambda: usage == found(), timeout=60)
         self.assertEqual(usage, found())
 
     def _try_to_migrate(self, server):
@@ -289,6 +297,18 @@ class StorageMigrateTestCase(base.ServersTestBase):
         self.api.post_server_action(server['id'], {'migrate': None})
         self._wait_for_migration_status(server, ['error'])
         self._wait_for_state_change(server, status)
+
+    @patiently
+    def _wait_for_migration_status(self, *args, **kwargs):
+        return super()._wait_for_migration_status(*args, **kwargs)
+
+    @patiently
+    def _wait_for_server_parameter(self, *args, **kwargs):
+        return super()._wait_for_server_parameter(*args, **kwargs)
+
+    @patiently
+    def _wait_for_instance_action_event(self, *args, **kwargs):
+        return super()._wait_for_instance_action_event(*args, **kwargs)
 
 
 def create_disk(self, context, instance, *args, **kwargs):
