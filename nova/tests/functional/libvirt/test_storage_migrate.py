@@ -619,6 +619,8 @@ class CrossCellTestCase(CrossCellMixin, StorageMigrateTestCase):
     def test_revert_and_resize_again(self):
         server = self._boot()
         for _attempt in range(2):
+            # The helpers wait for notifications, and not for those of before.
+            self.notifier.reset()
             self._resize(server)
             self._revert_resize(server)
             self._assert_domain(server, 'source')
