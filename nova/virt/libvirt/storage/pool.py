@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import stat
 import typing as ty
 
 from lxml import builder
@@ -204,16 +205,15 @@ class Pool:
         :param autostart: whether the pool starts with the libvirt daemon
         """
         pool = _lookup(connection, name)
-        flags = 0
+        is_built = os.path.isdir(path)
         if pool is None:
             pool = connection.storagePoolDefineXML(
                 _pool_xml(name, path, permissions), 0)
-            flags = libvirt.VIR_STORAGE_POOL_CREATE_WITH_BUILD
-        elif not os.path.isdir(path):
-            # An attempt to build it may have failed.
-            flags = libvirt.VIR_STORAGE_POOL_CREATE_WITH_BUILD
+            is_built = _is_built(path, permissions)
         if not pool.isActive():
-            pool.create(flags)
+            # An attempt to build it may have failed.
+            pool.create(0 if is_built else
+                        libvirt.VIR_STORAGE_POOL_CREATE_WITH_BUILD)
         if bool(pool.autostart()) != autostart:
             pool.setAutostart(int(autostart))
         return cls(pool)
@@ -315,6 +315,20 @@ class Pool:
         """
         with contextlib.suppress(libvirt.libvirtError, TimeoutError):
             self.detach()
+
+
+def _is_built(path: str, permissions: Permissions) -> bool:
+    """Whether the directory of a pool is there as it would be made.
+
+    libvirt sets its mode again where it may not: on a network file system
+    root may be nobody.
+    """
+    try:
+        found = os.stat(path)
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and permissions == Permissions(
+        found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode))
 
 
 def _has_name(volume: 'libvirt.virStorageVol') -> bool:

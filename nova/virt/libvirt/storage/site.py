@@ -34,6 +34,7 @@ through :func:`threads.off_hub`.
 
 import contextlib
 import dataclasses
+import errno
 import os
 import tempfile
 import typing as ty
@@ -763,9 +764,11 @@ class Site:
         That in the pool is made first and goes last: it is what counts.
         """
         if self._pool is not None:
-            self._pool.create(self._claim.name, 0)
-        self._on_parent(
-            lambda parent: self._make_file(parent, self._claim.name))
+            with _refused_if_denied(self._pool.path):
+                self._pool.create(self._claim.name, 0)
+        with _refused_if_denied(self.layout.parent):
+            self._on_parent(
+                lambda parent: self._make_file(parent, self._claim.name))
 
     def _make_file(self, parent: storage_pool.Pool, name: str) -> None:
         """Create an empty file, unless it is there already."""
@@ -871,6 +874,22 @@ class _Found:
         return not self.has_arrived and any(
             server_layout.Claim.parse(self.uuid, name)
             for name in self.names)
+
+
+@contextlib.contextmanager
+def _refused_if_denied(path: str) -> ty.Iterator[None]:
+    """Tell that libvirt, which is root, may not write to a directory there.
+
+    :raises: Refused
+    """
+    try:
+        yield
+    except libvirt.libvirtError as error:
+        if error.get_int1() not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise errors.Refused(
+            f'libvirt there may not write to {path}: {error}',
+            'If it is on NFS, export it with no_root_squash.') from error
 
 
 def _superseded(claims: ty.Collection[server_layout.Claim],

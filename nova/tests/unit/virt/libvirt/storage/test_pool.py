@@ -115,6 +115,7 @@ class LookupTestCase(_PoolTestCase):
             libvirt.VIR_ERR_SYSTEM_ERROR, lambda: found.available)
 
 
+@ddt.ddt
 class EnsureTestCase(_PoolTestCase):
 
     def ensure(self, path: str = '/disks',
@@ -186,6 +187,22 @@ class EnsureTestCase(_PoolTestCase):
         made = self.ensure()
 
         self.assertEqual(['kept'], [v.name for v in made.volumes()])
+
+    @ddt.data((0o755, False), (0o711, True))
+    @ddt.unpack
+    def test_directory_is_built_unless_it_is_as_wanted(self, mode, is_built):
+        # Where root is nobody libvirt cannot set the mode that it has.
+        path = self.useFixture(fixtures.TempDir()).path
+        os.chmod(path, mode)
+        self.host.directories[path] = libvirt_storage.FakeDirectory(
+            os.getuid(), os.getgid(), mode)
+        with mock.patch.object(self.host, 'build') as build:
+            pool.Pool.ensure(
+                self.connection, name='disks', path=path, autostart=True,
+                permissions=pool.Permissions(os.getuid(), os.getgid(), 0o755))
+
+        self.assertEqual(is_built, build.called)
+        self.assertTrue(self.host.pools['disks'].active)
 
     def test_path_is_escaped_in_xml(self):
         self.assertEqual('/disks/<&>', self.ensure('/disks/<&>').path)

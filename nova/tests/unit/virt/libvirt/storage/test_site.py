@@ -11,6 +11,7 @@
 #    under the License.
 
 
+import errno
 import os
 import typing as ty
 from unittest import mock
@@ -459,6 +460,7 @@ class CheckTestCase(SiteTestCase):
                            self.there)
 
 
+@ddt.ddt
 class ClaimTestCase(SiteTestCase):
 
     def assert_only_claimed(self) -> None:
@@ -492,6 +494,22 @@ class ClaimTestCase(SiteTestCase):
         claim = layout.Claim.parse(uuids.server, *self.claims())
         self.assertEqual('source', claim.source)
         self.assertEqual(36, len(claim.attempt))
+
+    @ddt.data(1, 2)
+    def test_storage_on_which_root_is_nobody(self, nth):
+        there = self.connected()
+        self.check(there)
+        before = self.state()
+        self.dest.fail('pool.createXML', nth=nth, error=(
+            libvirt.VIR_ERR_SYSTEM_ERROR, libvirt.VIR_FROM_STORAGE,
+            'Failed to create file: Permission denied', errno.EACCES))
+
+        error = self.assertRaises(errors.Refused, there.claim)
+
+        self.assertIn('may not write to', error.reason)
+        self.assertIn(('/srv/disks', self.instances)[nth - 1], error.reason)
+        self.assertIn('no_root_squash', error.remedy)
+        self.assertEqual(before, self.state())
 
     def test_what_came_since_the_check_is_in_the_way(self):
         there = self.connected()
