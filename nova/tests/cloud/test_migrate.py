@@ -322,8 +322,10 @@ class TestRefused(RefusedTestCase):
 
     def test_pool_has_no_room(self):
         # Of a size that placement has nothing against, but full.
-        self.destination.run(['mount', '-t', 'tmpfs', '-o', 'size=2g',
-                              'tmpfs', servers.POOL])
+        owner = (f'uid={self.destination.nova_uid},'
+                 f'gid={self.destination.nova_gid},mode=0755')
+        self.destination.run(['mount', '-t', 'tmpfs', '-o',
+                              f'size=2g,{owner}', 'tmpfs', servers.POOL])
         self.destination.run(['fallocate', '-l', str(2 * GIB - 2 ** 16),
                               f'{servers.POOL}/filler'])
         self.undo(self.destination, 'virsh', 'pool-refresh', POOL)
