@@ -181,6 +181,9 @@ class StorageMigrateTestCase(base.ServersTestBase):
             self.useFixture(fixtures.MockPatchObject(owner, name, attribute))
         self.useFixture(fixtures.MockPatchObject(
             storage_migrate.LibvirtDriver, '_create_image', create_disk))
+        # Nova waits for ten seconds, which is too short on a busy machine.
+        self.notifier.wait_for_versioned_notifications = functools.partial(
+            self.notifier.wait_for_versioned_notifications, timeout=60)
         # A mock already.
         libvirt_utils.get_fs_info.return_value = {
             'total': 128 * units.Gi, 'used': 0, 'free': 128 * units.Gi}
