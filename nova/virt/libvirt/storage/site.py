@@ -732,8 +732,11 @@ class Site:
         owner = self._owner()
         permissions = storage_pool.Permissions(
             owner.owner, owner.group, server_layout.DIRECTORY_MODE)
-        self._on_parent(lambda parent: parent.create_directory(
-            self.layout.uuid, permissions))
+        # libvirt creates files as their owner where root may not, and
+        # directories as root.
+        with _refused_if_denied(self.layout.parent):
+            self._on_parent(lambda parent: parent.create_directory(
+                self.layout.uuid, permissions))
         self._has_directory = True
 
     def _remove_directory(self) -> None:
