@@ -28,6 +28,7 @@ from oslo_utils import fileutils
 from oslo_utils import units
 import tenacity
 
+from nova.compute import instance_actions
 from nova import exception
 from nova.policies import base as base_policies
 from nova.policies import servers as servers_policies
@@ -588,6 +589,9 @@ class CrossCellMixin:
     def _fail(self, server):
         self.api.post_server_action(
             server['id'], {'resize': {'flavorRef': self.flavors[2]}})
+        # The conductor is not done with a server when that is in ERROR.
+        self._wait_for_action_fail_completion(
+            server, instance_actions.RESIZE, 'conductor_migrate_server')
         self._wait_for_state_change(server, 'ERROR')
         self.assertEqual(self.before, self._files(self.source))
         return self._get(server)['fault']['message']
