@@ -11,6 +11,12 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
+# First of Nova's, for one of them chooses the concurrency mode: in Nova 32 the
+# second. Under eventlet, oslo.db imported before has no green threads, which
+# then share their transactions.
+import nova.tests.functional  # noqa: F401
+import nova.tests.unit  # noqa: F401
+
 from suites import load
 
 
