@@ -262,11 +262,14 @@ def leftovers(host: 'lab_module.Host') -> list[str]:
     found = []
     for kind, expected, what in (
             ('domain', [], ['list', '--all', '--name']),
-            ('pool', POOL_NAMES, ['pool-list', '--all', '--name']),
-            ('secret', [], ['-q', 'secret-list'])):
+            ('pool', POOL_NAMES, ['pool-list', '--all', '--name'])):
         names = set(host.run(['virsh', *what]).stdout.split())
         found += [f'{kind} {name}' for name in names.difference(expected)]
         found += [f'no {kind} {name}' for name in set(expected) - names]
+    # The key of Ceph is the host's own.
+    secrets = host.run(['virsh', '-q', 'secret-list']).stdout.splitlines()
+    found += [f'secret {secret.strip()}' for secret in secrets
+              if secret.strip() and secret.split()[1] != 'ceph']
     # Asked in the host: only there is seen what is mounted there.
     for path, known in ((POOL, {RESERVED}), (INSTANCES, NOT_OF_SERVERS)):
         names = set(host.run(['ls', '-A', path]).stdout.split())

@@ -52,11 +52,7 @@ class CephTestCase(test_life.LifeTestCase):
 
     def assert_hosts_are_empty(self):
         self.assertEqual(set(), self.ceph.images(VMS))
-        for host in self.cloud.lab.hosts:
-            # The key of Ceph is no server's.
-            self.assertEqual(set(), set(servers.leftovers(host)) - {
-                f'{host.name}: secret {word}'
-                for word in (cloud_ceph.SECRET, 'ceph', 'client.nova')})
+        super().assert_hosts_are_empty()
 
     def assert_in_place(self):
         """All disks are in Ceph, and none is on a host."""
