@@ -56,8 +56,10 @@ def adopt(places: layout.Layout, disks: list[dict[str, ty.Any]]) -> None:
     """Take over the files that another host wrote here.
 
     Each disk has to be there, with the format that it had on the source. All
-    files and their directories are on stable storage when this returns: the
-    end of an upload leaves them in the page cache.
+    files that arrived and their directories are on stable storage when this
+    returns: the end of an upload leaves them in the page cache. Without a
+    claim the hosts may share the instance directory, and QEMU on the other one
+    has made files in it that nova-compute cannot read.
 
     :param disks: what the source says of the disks
     :raises: StorageError, OSError
@@ -71,10 +73,12 @@ def adopt(places: layout.Layout, disks: list[dict[str, ty.Any]]) -> None:
         if info['type'] in _FILE_FORMATS and (
                 claims or is_volume(places, info)):
             _check_arrived(places, info)
-    if claims or any(is_volume(places, info) for info in disks):
+    if claims:
         _flush(places)
         take_bases(places)
         drop_claims(places)
+    elif any(is_volume(places, info) for info in disks):
+        _flush_known(places)
 
 
 def take_bases(places: layout.Layout) -> None:
@@ -181,6 +185,12 @@ def settle(places: layout.Layout) -> None:
 
     :raises: OSError
     """
+    _flush_known(places)
+    drop_claims(places)
+
+
+def _flush_known(places: layout.Layout) -> None:
+    """Wait until the files that QEMU reads are on stable storage."""
     volumes = _volumes(places)
     names = [places.record_path, *(
         os.path.join(places.directory, name) for name in layout.COMPANIONS),
@@ -190,7 +200,6 @@ def settle(places: layout.Layout) -> None:
                  *([places.pool_path] if volumes else []), places.directory,
                  os.path.dirname(places.directory)]:
         layout.flush(path)
-    drop_claims(places)
 
 
 def is_volume(places: layout.Layout, info: dict[str, ty.Any]) -> bool:

@@ -131,6 +131,14 @@ class AdoptTestCase(LocalTestCase):
         self.assertNotIn(claim, self._state())
         self.assertIn(disk, self._state())
 
+    def test_what_qemu_of_another_host_owns_is_not_flushed(self):
+        """The hosts share the directory, and nothing has arrived."""
+        disk = self._volume()
+        self._file('console.log')
+        self.assertCountEqual(
+            [disk, self.pool, self.places.record_path, self.directory,
+             self.instances], self._adopt(self._info()))
+
     def test_claim_goes_when_all_is_flushed(self):
         disk, claim = self._volume(), self._claim()
         with mock.patch.object(layout, 'flush', side_effect=OSError('bad')):
