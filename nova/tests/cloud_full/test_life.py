@@ -190,12 +190,11 @@ class TestEveryDisk(LifeTestCase):
         self.server.stop()
         for image in self.lost:
             self.images.delete_image(image)
-        size = base.log_size(self.cloud, base.DESTINATION)
+        size = base.log_size(self.cloud, base.SOURCE)
         self.server.migrate()
         self.assertEqual(base.DESTINATION, self.server.host)
-        self.assertEqual(
-            self.needs_base, 'which Glance does not have' in base.read_log(
-                self.cloud, base.DESTINATION, size))
+        self.assertEqual(self.needs_base, 'Copied base_' in base.read_log(
+            self.cloud, base.SOURCE, size))
         self.assert_same_vtpm(self.server)
         self.server.confirm('SHUTOFF')
         self.assert_no_disks(self.server, base.SOURCE)
