@@ -49,6 +49,8 @@ PACKAGES = (
     'openssh-server', 'systemd-sysv', 'udev', 'zstd',
     # What makes it differ from a host out of namespaces.
     'apparmor', 'apparmor-utils', 'lvm2',
+    # Storage that hosts share.
+    'nfs-common', 'nfs-kernel-server',
     # libvirt, and what Nova runs.
     'genisoimage', 'gnutls-bin', 'libvirt-clients', 'libvirt-daemon-system',
     'qemu-system-x86', 'qemu-utils', 'sudo',
@@ -70,6 +72,7 @@ set -e
 apt-get clean
 systemctl enable systemd-networkd systemd-network-generator
 systemctl mask apt-daily.timer apt-daily-upgrade.timer
+systemctl disable nfs-server rpcbind.service rpcbind.socket
 useradd --system --home-dir /var/lib/nova --shell /usr/sbin/nologin \
     --groups libvirt,kvm nova
 install -d -m 755 -o nova -g nova /var/lib/nova /var/lib/nova/instances

@@ -81,7 +81,9 @@ def nova_conf(of: host.Host, *layers: cloud_config.Options) -> str:
     """
     return cloud_config.render(cloud_config.merge(
         OPTIONS, documented_options(),
-        {'DEFAULT': {'host': of.name, 'my_ip': of.address}}, *layers))
+        {'DEFAULT': {'host': of.name, 'my_ip': of.address},
+         # libvirt gives the name of its host otherwise.
+         'libvirt': {'live_migration_inbound_addr': of.address}}, *layers))
 
 
 @functools.cache

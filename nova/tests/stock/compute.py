@@ -22,12 +22,14 @@ migration that is under way, and forgets what it is told to save. Glance has
 the one image that lies on the host. Servers have what describe() was told.
 """
 
+from concurrent import futures
 import dataclasses
 import functools
 import os
 import shlex
 import shutil
 import sys
+import time
 import traceback
 from typing import Any
 from typing import Callable
@@ -36,7 +38,9 @@ from lxml import etree
 from oslo_privsep import priv_context
 from oslo_serialization import jsonutils
 
+from nova.compute import manager
 from nova.compute import power_state
+from nova.compute import task_states
 from nova.compute import vm_states
 import nova.conf
 from nova import config
@@ -108,6 +112,13 @@ class Glance:
         shutil.copyfile(IMAGE, dest_path)
 
 
+class Network:
+    """What the driver asks Neutron."""
+
+    def has_port_binding_extension(self, context: Any) -> bool:
+        return False
+
+
 class Compute:
     """The calls that a compute manager makes of its driver."""
 
@@ -115,6 +126,9 @@ class Compute:
         self.context = nova_context.get_admin_context()
         self.driver = storage_migrate.LibvirtDriver(fake.FakeVirtAPI())
         self.driver.init_host(source)
+        self.driver._network_api = Network()
+        self._pool = futures.ThreadPoolExecutor(1)
+        self._live: futures.Future
         if not self.driver._host.has_min_version((9, 2, 0)):
             self.driver._get_guest_xml = functools.partial(
                 without_secure, self.driver._get_guest_xml)
@@ -160,11 +174,12 @@ class Compute:
             block_devices())
         return self.state(uuid)
 
-    def destroy(self, uuid: str) -> None:
-        """Delete a server with its disks."""
+    def destroy(self, uuid: str, with_disks: bool = True) -> None:
+        """Delete a server, and its disks."""
         instance = make_instance(self.context, uuid)
         self.driver.destroy(
-            self.context, instance, network_info(), block_devices())
+            self.context, instance, network_info(), block_devices(),
+            with_disks)
 
     def stop(self, uuid: str) -> None:
         """Power a server off."""
@@ -181,6 +196,143 @@ class Compute:
         """Whether a server runs, as the driver sees it."""
         info = self.driver.get_info(make_instance(self.context, uuid))
         return power_state.STATE_MAP[info.state]
+
+    # Live migration: what a manager calls on the one host and the other.
+
+    def resources(self) -> dict[str, Any]:
+        """Tell of this host what is compared before a live migration."""
+        found = self.driver.get_available_resource(CONF.host)
+        return {name: found[name]
+                for name in ('cpu_info', 'disk_available_least')}
+
+    def check_destination(self, uuid: str, source: str,
+                          resources: dict[str, Any]) -> dict[str, Any]:
+        """Let this host check whether it can take a server.
+
+        :param resources: of the host that the server is on
+        """
+        instance = make_migrating(self.context, uuid, source)
+        return self._pack(self.driver.check_can_live_migrate_destination(
+            self.context, instance, resources, self.resources(),
+            block_migration=None, disk_over_commit=None))
+
+    def check_source(self, uuid: str, data: dict[str, Any]) -> dict[str, Any]:
+        """Let the host that a server is on check that, too."""
+        return self._pack(self.driver.check_can_live_migrate_source(
+            self.context, make_migrating(self.context, uuid),
+            self._unpack(data), block_devices()))
+
+    def end_check(self, data: dict[str, Any]) -> None:
+        """Delete what the check has made on the destination."""
+        self.driver.cleanup_live_migration_destination_check(
+            self.context, self._unpack(data))
+
+    def prepare_live(self, uuid: str, source: str,
+                     data: dict[str, Any]) -> dict[str, Any]:
+        """Make ready for a server whose disks are here already."""
+        return self._pack(self.driver.pre_live_migration(
+            self.context, make_migrating(self.context, uuid, source),
+            block_devices(), network_info(), None, self._unpack(data)))
+
+    def begin_live(self, uuid: str, dest: str, data: dict[str, Any]) -> None:
+        """Begin to live migrate a server to the host of an address."""
+        self._live = self._pool.submit(
+            self._migrate_live, uuid, dest, self._unpack(data))
+
+    def abort_live(self, uuid: str) -> None:
+        """Abort that, as soon as QEMU has begun to send memory."""
+        instance = make_migrating(self.context, uuid)
+        guest = self.driver._host.get_guest(instance)
+        while not guest.get_job_info().memory_total:
+            if self._live.done():
+                raise RuntimeError('the live migration is over')
+            time.sleep(0.1)
+        self.driver.live_migration_abort(instance)
+
+    def end_live(self) -> list[Any]:
+        """Wait for the end of the live migration.
+
+        :returns: its status, whether the manager would clean up the host on
+            which the server is not, and whether delete the disks there
+        """
+        return self._live.result()
+
+    def _migrate_live(self, uuid: str, dest: str, data: Any) -> list[Any]:
+        instance = make_migrating(self.context, uuid)
+        status = []
+
+        def complete(*args: Any, **kwargs: Any) -> None:
+            self.driver.post_live_migration(
+                self.context, instance, block_devices(), data)
+            self.driver.post_live_migration_at_source(
+                self.context, instance, network_info())
+            status.append('completed')
+
+        def roll_back(*args: Any, migration_status: str = 'failed') -> None:
+            self.driver.rollback_live_migration_at_source(
+                self.context, instance, data)
+            status.append(migration_status)
+
+        data.migration = migration(self.context)
+        self.driver.live_migration(
+            self.context, instance, dest, complete, roll_back,
+            data.block_migration, data)
+        return [*status,
+                *manager.ComputeManager._live_migration_cleanup_flags(
+                    None, data)]
+
+    def finish_live(self, uuid: str, source: str) -> str:
+        """Take over a server that has come."""
+        instance = make_migrating(self.context, uuid, source)
+        self.driver.post_live_migration_at_destination(
+            self.context, instance, network_info(), False, block_devices())
+        return self.state(uuid)
+
+    def _pack(self, data: Any) -> dict[str, Any]:
+        return base.NovaObjectSerializer().serialize_entity(
+            self.context, data)
+
+    def _unpack(self, data: dict[str, Any]) -> Any:
+        return base.NovaObjectSerializer().deserialize_entity(
+            self.context, data)
+
+    # Evacuation from a host that is down, and what happens when it is back.
+
+    def is_on_disk(self, uuid: str, source: str) -> bool:
+        """Whether this host has the disks of another's server."""
+        return self.driver.instance_on_disk(
+            make_instance(self.context, uuid, source))
+
+    def evacuate(self, uuid: str, source: str) -> str:
+        """Start another host's server from the disks that are here."""
+        instance = make_instance(self.context, uuid, source)
+        instance.task_state = task_states.REBUILD_SPAWNING
+        self.driver.spawn(
+            self.context, instance, image_meta(), [], None, {},
+            network_info(), block_devices())
+        return self.state(uuid)
+
+    def mark(self, uuid: str) -> dict[str, str] | None:
+        """Make what hosts see that share a server's storage."""
+        return self.driver.check_instance_shared_storage_local(
+            self.context, make_instance(self.context, uuid, 'elsewhere'))
+
+    def sees(self, mark: dict[str, str]) -> bool:
+        """Whether this host sees it."""
+        return self.driver.check_instance_shared_storage_remote(
+            self.context, mark)
+
+    def unmark(self, mark: dict[str, str]) -> None:
+        """Delete it."""
+        self.driver.check_instance_shared_storage_cleanup(self.context, mark)
+
+
+def make_migrating(context: Any, uuid: str,
+                   host: str | None = None) -> 'objects.Instance':
+    """A server that is live migrated."""
+    instance = make_instance(context, uuid, host)
+    instance.task_state = task_states.MIGRATING
+    return instance
 
 
 def make_instance(context: Any, uuid: str,
