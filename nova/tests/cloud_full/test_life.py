@@ -171,6 +171,11 @@ class TestLifeRaw(TestLife):
 
     options = {'DEFAULT': {'use_cow_images': 'False'}}
 
+    def test_snapshot_rebuild_shelve(self):
+        super().test_snapshot_rebuild_shelve()
+        self.assertNotIn('backing-filename', self.image_info(
+            self.server, self.server.host, 'disk'))
+
 
 class TestEveryDisk(LifeTestCase):
     """A server with every kind of disk, a kernel beside them, and a vTPM.

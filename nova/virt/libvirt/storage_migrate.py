@@ -1180,6 +1180,11 @@ class LibvirtDriver(driver.LibvirtDriver):
             self._grow_ephemeral(instance, block_device_info)
         return created
 
+    def _needs_rebase_original_qcow2_image(self, instance, backend):
+        # A full image does not stand on that of the snapshot it was made of.
+        return (not isinstance(backend, image.FullVolume) and
+                super()._needs_rebase_original_qcow2_image(instance, backend))
+
     def _bases_to_send(self, server, disk_info, move) -> list[str]:
         """Paths of base images that have to go along.
 

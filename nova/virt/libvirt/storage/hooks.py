@@ -148,6 +148,10 @@ HOOKS = {
          'disk_images', 'block_device_info', 'fallback_from_host',
          'ignore_bdi_for_swap'),
         'Grows an ephemeral disk in a resize.'),
+    '_needs_rebase_original_qcow2_image': Hook(
+        ('instance', 'backend'),
+        'Leaves a full image in the pool without a base image when its server '
+        'is unshelved or comes from another cell.'),
     '_create_images_and_backing': Hook(
         ('context', 'instance', 'instance_dir', 'disk_info',
          'fallback_from_host'),

@@ -42,6 +42,7 @@ from nova.tests.fixtures import libvirt_storage
 from nova.virt import fake
 from nova.virt.libvirt import driver
 from nova.virt.libvirt.storage import errors
+from nova.virt.libvirt.storage import image
 from nova.virt.libvirt.storage import imagecache
 from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt.storage import local
@@ -1237,6 +1238,40 @@ class DeleteTestCase(DriverTestCase):
         with self._delete_fails():
             self.assertFalse(self.driver.delete_instance_files(self.instance))
         self.assertTrue(self.driver.delete_instance_files(self.instance))
+
+
+@ddt.ddt
+class SnapshotTestCase(DriverTestCase):
+    """The root disk was made of a snapshot of the server."""
+
+    def setUp(self):
+        super().setUp()
+        self.rebase = self.useFixture(fixtures.MockPatchObject(
+            driver.LibvirtDriver, '_rebase_with_qemu_img')).mock
+        self.useFixture(fixtures.MockPatchObject(
+            driver.LibvirtDriver, '_try_fetch_image_cache'))
+        self.instance.system_metadata['image_base_image_ref'] = uuids.base
+
+    def _create(self, cow, **attributes):
+        for name, value in attributes.items():
+            setattr(self.instance, name, value)
+        backend = image.Backend(cow).by_name(self.instance, 'disk')
+        self.driver._rebase_original_qcow2_image(
+            self.context, self.instance, backend)
+
+    @ddt.data({'vm_state': vm_states.SHELVED_OFFLOADED},
+              {'vm_state': vm_states.ACTIVE,
+               'task_state': task_states.RESIZE_FINISH})
+    def test_full_image_gets_no_base(self, attributes):
+        self._create(False, **attributes)
+        self.rebase.assert_not_called()
+
+    @ddt.data({'vm_state': vm_states.SHELVED_OFFLOADED},
+              {'vm_state': vm_states.ACTIVE,
+               'task_state': task_states.RESIZE_FINISH})
+    def test_overlay_gets_that_of_its_image(self, attributes):
+        self._create(True, **attributes)
+        self.rebase.assert_called_once()
 
 
 class HardRebootTestCase(DriverTestCase):
