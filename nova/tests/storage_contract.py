@@ -497,23 +497,20 @@ class StorageContract:
         self.assert_error(libvirt.VIR_ERR_NO_STORAGE_POOL, pool.refresh)
 
     def test_transient_pool_of_a_missing_directory_is_refused(self):
-        name = self.pool.name() + '-transient'
-        error = self.assert_error(
-            libvirt.VIR_ERR_SYSTEM_ERROR,
-            self.connection.storagePoolCreateXML, POOL.format(
-                name=name, path=f'{self.path}/missing', mode='0750'))
-        self.assertEqual(errno.ENOENT, error.get_int1())
-        self.assert_error(libvirt.VIR_ERR_NO_STORAGE_POOL,
-                          self.connection.storagePoolLookupByName, name)
+        self.assert_no_pool_of('missing', errno.ENOENT)
 
     def test_transient_pool_of_a_file_is_refused(self):
-        name = self.pool.name() + '-transient'
         self.put_file(f'{self.path}/file', b'content')
+        self.assert_no_pool_of('file', errno.ENOTDIR)
+
+    def assert_no_pool_of(self, inner: str, number: int) -> None:
+        """The daemon makes no pool of a path, and tells the errno."""
+        name = self.pool.name() + '-transient'
         error = self.assert_error(
             libvirt.VIR_ERR_SYSTEM_ERROR,
             self.connection.storagePoolCreateXML, POOL.format(
-                name=name, path=f'{self.path}/file', mode='0750'))
-        self.assertEqual(errno.ENOTDIR, error.get_int1())
+                name=name, path=f'{self.path}/{inner}', mode='0750'))
+        self.assertEqual(number, error.get_int1())
         self.assert_error(libvirt.VIR_ERR_NO_STORAGE_POOL,
                           self.connection.storagePoolLookupByName, name)
 

@@ -113,7 +113,7 @@ class Glance:
 
 
 class Network:
-    """What the driver asks Neutron."""
+    """The part of Neutron that the driver calls."""
 
     def has_port_binding_extension(self, context: Any) -> bool:
         return False

@@ -235,7 +235,7 @@ class ColdMigrationTestCase(NfsTestCase):
         return found
 
     def check(self):
-        """What the check command says of both hosts."""
+        """Run the check command, which finds nothing to mend."""
         said = self.source.run([*CHECK, self.destination.address],
                                user='nova', check=False)
         self.assertEqual(0, said.returncode, said.stdout + said.stderr)

@@ -710,8 +710,8 @@ class LibvirtDriver(driver.LibvirtDriver):
             return False
 
     def _finish_migration_vtpm(self, context, instance):
-        # State that an earlier migration left here would be in the way of the
-        # one that came.
+        # The state that an earlier migration left here would be in the way of
+        # the state that arrived.
         places = layout.Layout.of(instance)
         if _is_switched_on() and vtpm.is_saved(places):
             _native(vtpm.delete, places)
@@ -945,7 +945,8 @@ class LibvirtDriver(driver.LibvirtDriver):
     def _list_sent(self, context, instance, places, disks) -> list[str]:
         """Names of the files that QEMU does not copy to the destination."""
         server = _Server(context, instance, None, None)
-        lost = map(os.path.basename, self._lost_bases(server, disks))
+        lost = map(os.path.basename,
+                   self._lost_bases(server, _list_bases(disks)))
         return live.list_sent(
             places, disks, self._list_read_only(instance), set(lost))
 
@@ -1193,17 +1194,19 @@ class LibvirtDriver(driver.LibvirtDriver):
 
         :raises: StorageError
         """
-        lost = self._lost_bases(server, disk_info)
-        others = [base for base in _list_bases(disk_info)
+        bases = _list_bases(disk_info)
+        lost = self._lost_bases(server, bases)
+        others = [base for base in bases
                   if base not in lost and os.access(base, os.R_OK)]
         return lost + (_native(move.missing_bases, others) if others else [])
 
-    def _lost_bases(self, server, disk_info) -> list[str]:
-        """Paths of base images that the destination cannot have of Glance.
+    def _lost_bases(self, server, bases) -> list[str]:
+        """Those of base images that the destination cannot have of Glance.
 
         Those included that this host has made for itself.
+
+        :param bases: paths of the base images of a server
         """
-        bases = _list_bases(disk_info)
         image_id = server.instance.image_ref
         name = imagecache.cache_name(image_id) if image_id else ''
         if any(os.path.basename(base) == name for base in bases) and (
@@ -1270,8 +1273,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         may have disks there with both options off, too.
         """
         path = None
-        if (CONF.libvirt.use_storage_pools or
-                CONF.libvirt.vol_upload_migration):
+        if _is_switched_on():
             path = _native(
                 local.find_pool, self._uri(), CONF.libvirt.disks_pool)
         place.adopt(path)
@@ -1438,7 +1440,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         # A claim stays if Nova's own driver finished the migration to here.
         local.drop_claims(places)
         if os.path.exists(places.vtpm_path):
-            # Of an interrupted revert. The next one would bring it back.
+            # An interrupted revert left it, and the next one would restore it.
             _native(vtpm.drop_saved, places)
         root_shrinks = (
             flavor.root_gb < instance.flavor.root_gb and

@@ -647,8 +647,7 @@ class Site:
         """
         return storage_pool.is_file(
             self.daemon.connection, name=f'{self.layout.transient_pool}-base',
-            path=os.path.join(self.layout.parent,
-                              CONF.image_cache.subdirectory_name, name))
+            path=os.path.join(server_layout.cache_dir(), name))
 
     def shares_directory(self, here: server_layout.Layout) -> bool:
         """Whether a new file beside the instance directory shows up there."""

@@ -1240,6 +1240,12 @@ class DeleteTestCase(DriverTestCase):
         self.assertTrue(self.driver.delete_instance_files(self.instance))
 
 
+# The states of servers whose root disks Nova makes of snapshots.
+FROM_SNAPSHOTS = (
+    {'vm_state': vm_states.SHELVED_OFFLOADED},
+    {'vm_state': vm_states.ACTIVE, 'task_state': task_states.RESIZE_FINISH})
+
+
 @ddt.ddt
 class SnapshotTestCase(DriverTestCase):
     """The root disk was made of a snapshot of the server."""
@@ -1259,16 +1265,12 @@ class SnapshotTestCase(DriverTestCase):
         self.driver._rebase_original_qcow2_image(
             self.context, self.instance, backend)
 
-    @ddt.data({'vm_state': vm_states.SHELVED_OFFLOADED},
-              {'vm_state': vm_states.ACTIVE,
-               'task_state': task_states.RESIZE_FINISH})
+    @ddt.data(*FROM_SNAPSHOTS)
     def test_full_image_gets_no_base(self, attributes):
         self._create(False, **attributes)
         self.rebase.assert_not_called()
 
-    @ddt.data({'vm_state': vm_states.SHELVED_OFFLOADED},
-              {'vm_state': vm_states.ACTIVE,
-               'task_state': task_states.RESIZE_FINISH})
+    @ddt.data(*FROM_SNAPSHOTS)
     def test_overlay_gets_that_of_its_image(self, attributes):
         self._create(True, **attributes)
         self.rebase.assert_called_once()

@@ -203,6 +203,7 @@ class PrivilegedMixin:
                    group='libvirt')
         self.saved = os.path.join(
             self.places.saved_vtpm_path, uuids.instance)
+        self.instance.old_flavor = self.instance.new_flavor = self._flavor()
 
     def _write_state(self, content, path=None):
         directory = pathlib.Path(path or self.state)
@@ -211,7 +212,7 @@ class PrivilegedMixin:
         (directory / 'tpm2/tpm2-00.permall').write_text(content)
 
     def _read_state(self, path=None):
-        """What is in a state that is whole, None if there is none."""
+        """The content of a complete state, None if there is none."""
         directory = pathlib.Path(path or self.state)
         if not directory.exists():
             return None
@@ -228,7 +229,6 @@ class SameHostTestCase(PrivilegedMixin, VtpmMixin,
     def setUp(self):
         super().setUp()
         self._write_state('old')
-        self.instance.old_flavor = self.instance.new_flavor = self._flavor()
         self.before = self._state()
         self.kept = os.path.join(
             self.places.kept_directory, layout.VTPM, uuids.instance)
@@ -371,7 +371,6 @@ class SharedTestCase(PrivilegedMixin, VtpmMixin,
         self._write_state('old')
         self.useFixture(fixtures.MockPatchObject(
             site.Site, '_find_shared', return_value=True))
-        self.instance.old_flavor = self.instance.new_flavor = self._flavor()
 
     def _revert(self):
         self.instance.task_state = task_states.RESIZE_REVERTING
@@ -471,13 +470,11 @@ class SavedTestCase(PrivilegedMixin, VtpmMixin,
         """Nova leaves it where a migration was reverted."""
         self._write_state('left')
         self._write_state('came', self.saved)
-        self.instance.old_flavor = self.instance.new_flavor = self._flavor()
         self.driver._finish_migration_vtpm(self.context, self.instance)
         self.assertEqual('came', self._read_state())
 
     def test_state_that_did_not_come_stays(self):
         self._write_state('here')
-        self.instance.old_flavor = self.instance.new_flavor = self._flavor()
         self.driver._finish_migration_vtpm(self.context, self.instance)
         self.assertEqual('here', self._read_state())
 
@@ -504,7 +501,6 @@ class SavedTestCase(PrivilegedMixin, VtpmMixin,
                    group='libvirt')
         self._write_state('here')
         self._write_state('came', self.saved)
-        self.instance.old_flavor = self.instance.new_flavor = self._flavor()
         for method in (self.driver._finish_migration_vtpm,
                        self.driver._finish_revert_migration_vtpm):
             self.assertRaises(
