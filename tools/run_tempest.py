@@ -37,6 +37,9 @@ from tools import lab as lab_module
 from tools import servers
 from tools import tripwire
 
+# What all hosts of the cloud have, live migration over TLS included.
+OPTIONS = config.merge(cloud_module.STREAMS, {
+    'libvirt': {'live_migration_scheme': 'tls'}})
 SUITE = venv.REPOSITORY / 'suites/tempest'
 # A server that is deleted while it is built goes after its deletion is over.
 CLEAR_SECONDS = 60
@@ -125,8 +128,9 @@ def configuration(cloud: cloud_module.Cloud) -> config.Options:
             'stable_rescue': True,
             'shelve': True,
             'snapshot': True,
-            # Refused for disks in a pool.
-            'live_migration': False,
+            'live_migration': True,
+            'block_migration_for_live_migration': True,
+            'live_migrate_back_and_forth': True,
             'vnc_console': False,
             'metadata_service': False,
         },
@@ -198,7 +202,7 @@ def main(arguments: list[str]) -> int:
     """The command line."""
     args = parse(arguments)
     lab = lab_module.Lab()
-    cloud = cloud_module.Cloud(lab, options=cloud_module.STREAMS)
+    cloud = cloud_module.Cloud(lab, options=OPTIONS)
     tempest = Tempest(cloud, args.tempest, args.directory.absolute())
     kept = lab.is_up
     try:

@@ -107,7 +107,7 @@ class TestImageCache(test_life.LifeTestCase):
         self.assertTrue(base_image.exists())
         self.server.revert()
         # The last boot was on the copy, and went with it.
-        self.boots -= 1
+        self.forget_boot()
         self.assert_boots()
 
     def _base(self, server: servers.Server) -> pathlib.Path:
@@ -117,7 +117,7 @@ class TestImageCache(test_life.LifeTestCase):
 
     def _wait_for_a_removal(self) -> None:
         """Have a base image that nobody needs any more, until it is gone."""
-        name = f'unused-{self.boots}'
+        name = f'unused-{self.boots["vda"]}'
         self._upload(name, self.cloud.directory / 'guest.raw',
                      disk_format='raw', container_format='bare')
         server = self.create(image=name)

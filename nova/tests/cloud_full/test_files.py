@@ -38,23 +38,14 @@ class FilesMixin:
             for path in self.server.disks(self.server.host).values()})
 
 
-class TestLifeFile(FilesMixin, test_life.LifeMixin, test_life.LifeTestCase):
+class TestLifeFile(FilesMixin, test_life.LiveMixin, test_life.LifeMixin,
+                   test_life.LifeTestCase):
     """What operators do with such a server."""
 
-    options = base.cloud.config.merge(FilesMixin.options, {
-        'libvirt': {'live_migration_scheme': 'tls'}})
+    options = base.cloud.config.merge(
+        FilesMixin.options, test_life.LiveMixin.options)
     # Nova's own code leaves it as it is.
-    bigger_ephemeral = units.Gi
-
-    def test_live_migration_takes_the_disks_along(self):
-        self.act('live_migrate_server', host=base.DESTINATION,
-                 block_migration='auto')
-        self.assertEqual(base.DESTINATION, self.server.host)
-        self.assertEqual('running', self.destination.run(
-            ['virsh', 'domstate', self.server.id]).stdout.strip())
-        self.assert_no_disks(self.server, base.SOURCE)
-        self.act('reboot_server', 'HARD')
-        self.assert_boots()
+    larger_sizes = {'vda': 2 * units.Gi, 'vdb': units.Gi}
 
 
 class TestEveryDiskFile(FilesMixin, test_life.TestEveryDisk):

@@ -14,25 +14,38 @@
 from collections.abc import Iterator
 import contextlib
 
+from openstack import exceptions
+
 from nova.tests.cloud import base
 
 from tools import daemons
 from tools import servers
 
+MIB = 1024 ** 2
 GIB = 1024 ** 3
 
 
 class LifeTestCase(base.CloudTestCase):
-    """A server of which nothing is left in the end."""
+    """A server of which nothing is left in the end.
+
+    :cvar counted: the disks on which the guest counts its boots
+    :cvar given_up: those of them that go with their host: to a revert, or to
+        an evacuation
+    """
 
     flavor = 'small-ephemeral'
+    counted = given_up = ('vda', 'vdb')
 
     def setUp(self):
         super().setUp()
         self.addCleanup(self.assert_hosts_are_empty)
         self.images = self.cloud.connection().image
-        self.server = self.create_booted(**self._server())
-        self.boots = 1
+        self.server = self._boot()
+        self.boots = dict.fromkeys(self.counted, 1)
+
+    def _boot(self) -> servers.Server:
+        """Boot the server on the source host."""
+        return self.create_booted(**self._server())
 
     def _server(self) -> dict:
         return {'flavor': self.flavor}
@@ -42,10 +55,16 @@ class LifeTestCase(base.CloudTestCase):
 
         :param counters: of the disks that are new, or older ones
         """
-        self.boots += 1
-        self.assert_counts(self.server, **(
-            {'vda': self.boots, 'vdb': self.boots} | counters))
+        for disk in self.boots:
+            self.boots[disk] += 1
+        self.boots.update(counters)
+        self.assert_counts(self.server, **self.boots)
         self.assert_in_place()
+
+    def forget_boot(self) -> None:
+        """The last boot went with the disks that a revert gave up."""
+        for disk in self.given_up:
+            self.boots[disk] -= 1
 
     def assert_in_place(self) -> None:
         """The disks are in the pool, and none in the instance directory."""
@@ -88,10 +107,16 @@ class LifeTestCase(base.CloudTestCase):
 
 
 class LifeMixin:
-    """What operators do with a server."""
+    """What operators do with a server.
 
-    # What a resize on the same host makes of an ephemeral disk.
-    bigger_ephemeral = 2 * GIB
+    :cvar larger_flavor: to which it is resized on the same host
+    :cvar sizes: of its disks in bytes, as the guest sees them
+    :cvar larger_sizes: the same after the resize
+    """
+
+    larger_flavor = 'large-ephemeral'
+    sizes = {'vda': GIB, 'vdb': GIB}
+    larger_sizes = {'vda': 2 * GIB, 'vdb': 2 * GIB}
 
     def test_stop_start_reboot_rescue_suspend(self):
         self.server.stop()
@@ -132,19 +157,17 @@ class LifeMixin:
 
     def test_resize_on_the_same_host(self):
         before = self.server.disks(base.SOURCE)
-        self.server.resize('large-ephemeral', base.SOURCE)
+        self.server.resize(self.larger_flavor, base.SOURCE)
         self.assertEqual(base.SOURCE, self.server.host)
         self.assert_boots()
-        self.assertEqual({'vda': 2 * GIB, 'vdb': self.bigger_ephemeral},
-                         self.server.sizes())
+        self.assertEqual(self.larger_sizes, self.server.sizes())
         self.server.revert()
-        # The boot from the copies went with them.
-        self.boots -= 1
+        self.forget_boot()
         self.assert_boots()
-        self.assertEqual({'vda': GIB, 'vdb': GIB}, self.server.sizes())
+        self.assertEqual(self.sizes, self.server.sizes())
         self.assertEqual(before, self.server.disks(base.SOURCE))
         self.server.stop()
-        self.server.resize('large-ephemeral', base.SOURCE)
+        self.server.resize(self.larger_flavor, base.SOURCE)
         self.server.confirm('SHUTOFF')
         self.assertEqual(before, self.server.disks(base.SOURCE))
         self.server.start()
@@ -158,8 +181,55 @@ class LifeMixin:
             not self.server.disks(base.SOURCE)), poll=0.5)
         self.assert_no_disks(self.server, base.SOURCE)
         self.server.start()
-        # Both disks are new: those of the source were lost.
-        self.assert_boots(vda=1, vdb=1)
+        # The disks of the source were lost.
+        self.assert_boots(**dict.fromkeys(self.given_up, 1))
+
+
+class MoveMixin:
+    """A migration that is reverted, and a resize that is confirmed."""
+
+    def test_migrate_revert_resize_confirm(self):
+        self.migrate_without_ssh(self.server, base.DESTINATION)
+        self.assertEqual(base.DESTINATION, self.server.host)
+        self.assert_boots()
+        self.assert_kept(True)
+        self.server.revert()
+        self.assertEqual(base.SOURCE, self.server.host)
+        self.forget_boot()
+        self.assert_boots()
+        self.assert_kept(False)
+        self.assert_no_disks(self.server, base.DESTINATION)
+
+        self.server.resize(self.larger_flavor, base.DESTINATION)
+        self.assert_boots()
+        self.server.confirm()
+        self.assertEqual(base.DESTINATION, self.server.host)
+        self.assertEqual(self.larger_sizes, self.server.sizes())
+        self.assert_kept(False)
+        self.assert_no_disks(self.server, base.SOURCE)
+        self.act('reboot_server', 'HARD')
+        self.assert_boots()
+
+    def assert_kept(self, kept: bool) -> None:
+        """Check whether something is kept for a revert."""
+
+
+class LiveMixin:
+    """A live migration, with which nothing stays on the source."""
+
+    options: base.cloud.config.Options = {
+        'libvirt': {'live_migration_scheme': 'tls'}}
+
+    def test_live_migration(self):
+        self.server.live_migrate(base.DESTINATION)
+        self.assertEqual(base.DESTINATION, self.server.host)
+        self.assertEqual(
+            [self.server.id], self.destination.run(
+                ['virsh', 'list', '--uuid', '--state-running']).stdout.split())
+        self.assert_no_disks(self.server, base.SOURCE)
+        self.assertEqual({}, self.vtpm(self.server, base.SOURCE))
+        self.act('reboot_server', 'HARD')
+        self.assert_boots()
 
 
 class TestLife(LifeMixin, LifeTestCase):
@@ -175,6 +245,44 @@ class TestLifeRaw(TestLife):
         super().test_snapshot_rebuild_shelve()
         self.assertNotIn('backing-filename', self.image_info(
             self.server, self.server.host, 'disk'))
+
+
+class TestLifeVtpm(LiveMixin, LifeMixin, LifeTestCase):
+    """A server with a vTPM, of which Nova refuses more than of others."""
+
+    flavor = 'small-vtpm'
+    larger_flavor = 'large-vtpm'
+    # Others Nova does not live migrate.
+    specs = {'hw:tpm_secret_security': 'host'}
+    sizes = LifeMixin.sizes | {'vdc': 64 * MIB}
+    larger_sizes = LifeMixin.larger_sizes | {'vdc': 128 * MIB}
+    test_snapshot_rebuild_shelve = test_evacuate = None
+
+    def _boot(self):
+        compute = self.cloud.connection().compute
+        for flavor in map(compute.find_flavor, (
+                self.flavor, self.larger_flavor)):
+            compute.create_flavor_extra_specs(flavor, self.specs)
+            self.addCleanup(compute.delete_flavor_extra_specs_property,
+                            flavor, *self.specs)
+        return super()._boot()
+
+    def test_stop_start_reboot_rescue_suspend(self):
+        self.server.stop()
+        state = self.vtpm(self.server, base.SOURCE)
+        self.assertIn('tpm2/tpm2-00.permall', state)
+        self.server.start()
+        self.assert_boots()
+        self.act('reboot_server', 'HARD')
+        self.assert_boots()
+        for action, *arguments in (
+                ('rescue_server',), ('shelve_server',), ('evacuate_server',),
+                ('rebuild_server', self.server.get().image.id)):
+            self.assertRaises(
+                exceptions.HttpException, self.act, action, *arguments)
+        self.assertEqual('ACTIVE', self.server.status)
+        self.server.stop()
+        self.assertEqual(set(state), set(self.vtpm(self.server, base.SOURCE)))
 
 
 class TestEveryDisk(LifeTestCase):

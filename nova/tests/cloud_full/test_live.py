@@ -19,9 +19,11 @@ import pathlib
 import re
 import shutil
 import signal
+import statistics
 import time
 
 from openstack import exceptions
+from testtools import content
 
 from nova.tests.cloud import base
 from nova.tests.cloud import test_legacy
@@ -359,6 +361,48 @@ class TestLiveStockSource(LiveTestCase):
         self.assert_as_before(last)
 
 
+class TestLivePause(LiveTestCase):
+    """The guest is paused as long as with Nova's own driver, and files."""
+
+    rounds = 3
+    # The machine has other work, and a pause is short.
+    slack_ms = 150
+
+    def test_pause_is_no_longer_than_with_novas_own_driver(self):
+        self.addCleanup(self.cloud.restart_computes, self.cloud.options)
+        pauses = {}
+        for _round in range(self.rounds):
+            self._measure('pool', self.server, pauses)
+            self._restart('libvirt.LibvirtDriver', False)
+            if 'files' not in pauses:
+                other = self.create(image=IMAGE, flavor='small-swap')
+                other.wait_boot()
+            self._measure('files', other, pauses)
+            self._restart(cloud.STREAMS['DEFAULT']['compute_driver'], True)
+        self.addDetail('pauses', content.text_content(str(pauses)))
+        self.assertLess(
+            statistics.median(pauses['pool']),
+            1.2 * statistics.median(pauses['files']) + self.slack_ms)
+
+    def _measure(self, what: str, server: servers.Server,
+                 pauses: dict[str, list[int]]) -> None:
+        """Move a server there and back, and note how long it paused, in ms."""
+        for host in (self.destination, self.source):
+            server.live_migrate(host.name)
+            self.assertEqual(host.name, server.host)
+            said = host.run(
+                ['virsh', 'domjobinfo', '--completed', server.id]).stdout
+            pauses.setdefault(what, []).append(
+                int(re.search(r'Total downtime: +(\d+) +ms', said)[1]))
+
+    def _restart(self, driver: str, pools: bool) -> None:
+        """Have both hosts use a driver, and pools or not."""
+        self.cloud.restart_computes(cloud.config.merge(self.cloud.options, {
+            'DEFAULT': {'compute_driver': driver},
+            'libvirt': {'use_storage_pools': pools}}))
+        self.cloud.wait_computes()
+
+
 class LiveFaultTestCase(test_hosts.OutageMixin, LiveTestCase):
     """A fault during a live migration leaves the server as it was."""
 
@@ -461,6 +505,21 @@ class LiveFaultTestCase(test_hosts.OutageMixin, LiveTestCase):
         daemons.wait_for('the source to know', lambda: (
             self.migration_status() in ('error', 'failed')), seconds, poll=0.5)
 
+    def guest_powers_off(self) -> None:
+        """Its only disks are here, though its domain is off."""
+        self.source.run(['virsh', 'shutdown', self.server.id])
+        daemons.wait_for('the end of the live migration', lambda: (
+            self.migration_status() in ('error', 'failed')), 300, poll=0.5)
+        self.server.wait('SHUTOFF')
+        self.record('guest powers off', 'at the source, off, nothing at the '
+                    'destination')
+        self.assertEqual(base.SOURCE, self.server.host)
+        daemons.wait_for('the destination to clear up', lambda: (
+            not self.server.disks(base.DESTINATION)), 180, poll=0.5)
+        self.assert_no_disks(self.server, base.DESTINATION)
+        self.server.start()
+        self.wait_beats(BEATS)
+
     def server_is_deleted(self) -> None:
         self.server.delete()
         for host in (base.SOURCE, base.DESTINATION):
@@ -483,7 +542,7 @@ class TestLiveFault(LiveFaultTestCase):
     def test_server_runs_on(self):
         for fault in (self.libvirtd_is_killed, self.link_is_cut,
                       self.is_aborted, self.qemu_is_killed,
-                      self.host_goes_down):
+                      self.host_goes_down, self.guest_powers_off):
             for when in COPYING, MEMORY:
                 self.begin(when)
                 fault()
@@ -522,7 +581,8 @@ class TestLiveFaultBefore(LiveFaultTestCase):
 
     def test_server_runs_on_or_is_deleted(self):
         for fault in (self.is_aborted, self.host_goes_down, self.link_is_cut,
-                      self.libvirtd_is_killed, self.server_is_deleted):
+                      self.libvirtd_is_killed, self.guest_powers_off,
+                      self.server_is_deleted):
             self.begin(SENDING)
             fault()
 

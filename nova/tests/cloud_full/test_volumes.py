@@ -20,6 +20,7 @@ import shutil
 from oslo_utils import units
 
 from nova.tests.cloud import base
+from nova.tests.cloud_full import test_life
 
 from tools import cloud_volumes
 from tools import daemons
@@ -38,11 +39,35 @@ def get_volumes() -> cloud_volumes.Volumes:
 class VolumeTestCase(base.CloudTestCase):
     """Servers and volumes of which nothing is left in the end."""
 
-    def setUp(self):
-        super().setUp()
+    def _set_options(self):
         self.volumes = get_volumes()
         self.storage = self.volumes.connection()
+        super()._set_options()
+
+    def setUp(self):
+        super().setUp()
         self.addCleanup(self.assert_hosts_are_empty)
+
+    def boot_from_volume(self, volume: str, flavor: str,
+                         **kwargs) -> servers.Server:
+        """Boot a server on the source from a copy of the guest."""
+        shutil.copyfile(self.cloud.directory / 'guest.raw',
+                        self.volumes.path(volume))
+        with open(self.volumes.path(volume), 'r+b') as file:
+            file.truncate(units.Gi)
+        self.storage.set_volume_bootable_status(volume, True)
+        compute = self.cloud.connection().compute
+        made = compute.create_server(
+            name=self.id(), host=base.SOURCE, networks='none',
+            flavor_id=compute.find_flavor(flavor).id,
+            block_device_mapping_v2=[{
+                'boot_index': 0, 'uuid': volume, 'source_type': 'volume',
+                'destination_type': 'volume'}], **kwargs)
+        server = servers.Server(self.cloud, made.id)
+        self.addCleanup(server.delete)
+        server.wait('ACTIVE')
+        server.wait_boot()
+        return server
 
     def make_volume(self) -> str:
         volume = self.storage.create_volume(size=1, name=self.id())
@@ -73,12 +98,7 @@ class TestBootFromVolume(VolumeTestCase):
 
     def test_nothing_is_copied(self):
         volume = self.make_volume()
-        shutil.copyfile(self.cloud.directory / 'guest.raw',
-                        self.volumes.path(volume))
-        with open(self.volumes.path(volume), 'r+b') as file:
-            file.truncate(units.Gi)
-        self.storage.set_volume_bootable_status(volume, True)
-        server = self._boot(volume)
+        server = self.boot_from_volume(volume, 'small')
         self.assert_counts(server, vda=1)
 
         server.migrate(base.DESTINATION)
@@ -92,19 +112,6 @@ class TestBootFromVolume(VolumeTestCase):
         self.assert_on(base.DESTINATION, server, volume, 4)
         self.assert_no_disks(server, base.SOURCE)
 
-    def _boot(self, volume: str) -> servers.Server:
-        compute = self.cloud.connection().compute
-        made = compute.create_server(
-            name=self.id(), host=base.SOURCE, networks='none',
-            flavor_id=compute.find_flavor('small').id,
-            block_device_mapping_v2=[{
-                'boot_index': 0, 'uuid': volume, 'source_type': 'volume',
-                'destination_type': 'volume'}])
-        server = servers.Server(self.cloud, made.id)
-        self.addCleanup(server.delete)
-        server.wait('ACTIVE')
-        return server
-
     def assert_on(self, host: str, server: servers.Server, volume: str,
                   boots: int) -> None:
         """It runs there, from the volume, and has no other disk anywhere."""
@@ -113,6 +120,38 @@ class TestBootFromVolume(VolumeTestCase):
         self.assert_attached(volume, server)
         for name in (base.SOURCE, base.DESTINATION):
             self.assertEqual({}, server.disks(name))
+
+
+class TestLifeVolume(test_life.LiveMixin, test_life.LifeMixin,
+                     test_life.MoveMixin, VolumeTestCase,
+                     test_life.LifeTestCase):
+    """A server that boots from a volume, its other disks in the pool."""
+
+    flavor = 'small-swap'
+    larger_flavor = 'large-swap'
+    # A volume is the same before and after.
+    given_up = ('vdb',)
+    sizes = {'vda': units.Gi, 'vdb': units.Gi, 'vdc': 64 * units.Mi}
+    larger_sizes = {
+        'vda': units.Gi, 'vdb': 2 * units.Gi, 'vdc': 128 * units.Mi}
+
+    def _boot(self):
+        self.volume = self.make_volume()
+        return self.boot_from_volume(
+            self.volume, self.flavor, config_drive=True)
+
+    def assert_in_place(self):
+        self.assertEqual({'disk.eph0', 'disk.swap', 'disk.config'},
+                         set(self.server.disks(self.server.host)))
+        self.assert_attached(self.volume, self.server)
+
+    def test_snapshot_rebuild_shelve(self):
+        """Snapshot and rebuild are Cinder's; shelving loses other disks."""
+        self.act('shelve_server', status='SHELVED_OFFLOADED')
+        for host in (base.SOURCE, base.DESTINATION):
+            self.assert_no_disks(self.server, host)
+        self.act('unshelve_server')
+        self.assert_boots(vdb=1)
 
 
 class TestAttached(VolumeTestCase):

@@ -54,6 +54,7 @@ import nova.privsep.utils
 from nova.scheduler.client import report
 from nova import version
 from nova.virt import driver as virt_driver
+from nova.virt import event as virtevent
 from nova.virt.libvirt import blockinfo
 from nova.virt.libvirt import driver
 from nova.virt.libvirt import imagebackend
@@ -108,6 +109,12 @@ class _Server(ty.NamedTuple):
     block_device_info: ty.Any
 
 
+# Nova could not tell what to delete.
+_HALF_SHARED = _(
+    'Both hosts share either the storage pool or the instance directory of '
+    'the server. Share both or neither.')
+
+
 class _Copy:
     """A migration of a server from this host that is under way.
 
@@ -141,6 +148,18 @@ class _Copy:
             raise errors.Cancelled()
 
 
+class _Operation:
+    """What QEMU does for a server that is live migrated from this host.
+
+    :ivar over: set when it does no more
+    :ivar has_moved: whether libvirt said that the server has moved
+    """
+
+    def __init__(self):
+        self.over = threading.Event()
+        self.has_moved = False
+
+
 class LibvirtDriver(driver.LibvirtDriver):
     """Nova's libvirt driver, with disks in storage pools that it migrates.
 
@@ -153,6 +172,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         self.image_backend = image.Backend(CONF.use_cow_images)
         self.image_cache_manager = imagecache.ImageCacheManager()
         self._copies: dict[str, _Copy] = {}
+        self._operations: dict[str, _Operation] = {}
         self._queue = turns.Queue(
             CONF.libvirt.vol_upload_migration_max_concurrent)
         self._leftovers = leftovers.Leftovers()
@@ -184,9 +204,12 @@ class LibvirtDriver(driver.LibvirtDriver):
         instances = objects.InstanceList.get_by_host(
             nova_context.get_admin_context(), host)
         for instance in instances:
+            places = layout.Layout.of(instance)
+            live.delete_unsent(places)
             if instance.task_state is None and self.instance_exists(instance):
-                local.drop_claims(layout.Layout.of(instance))
+                local.drop_claims(places)
         if CONF.libvirt.use_storage_pools:
+            live.delete_markers(CONF.libvirt.disks_pool_path)
             self._warn_of_files(instances)
 
     @staticmethod
@@ -870,19 +893,25 @@ class LibvirtDriver(driver.LibvirtDriver):
             context, instance, src_compute_info, dst_compute_info,
             block_migration, disk_over_commit)
         if CONF.libvirt.use_storage_pools or self._wants_files():
-            live.introduce(layout.Layout.of(instance),
-                           CONF.libvirt.use_storage_pools).write(data)
+            try:
+                notice = live.introduce(
+                    layout.Layout.of(instance), CONF.libvirt.use_storage_pools)
+            except OSError as error:
+                super().cleanup_live_migration_destination_check(context, data)
+                raise exception.MigrationPreCheckError(
+                    reason=str(error)) from error
+            notice.write(data)
         return data
 
     def cleanup_live_migration_destination_check(
         self, context, dest_check_data,
     ):
-        super().cleanup_live_migration_destination_check(
-            context, dest_check_data)
         notice = live.Notice.read(dest_check_data)
         if notice and notice.marker:
             fileutils.delete_if_exists(os.path.join(
                 CONF.libvirt.disks_pool_path, notice.marker))
+        super().cleanup_live_migration_destination_check(
+            context, dest_check_data)
 
     def check_can_live_migrate_source(
         self, context, instance, dest_check_data, block_device_info=None,
@@ -935,6 +964,8 @@ class LibvirtDriver(driver.LibvirtDriver):
             LOG.info("Nova's own code live migrates the server: %s", error,
                      instance=instance)
             return
+        if live.shares_pool(places, notice):
+            raise exception.MigrationPreCheckError(reason=_HALF_SHARED)
         try:
             live.check_names(notice)
         except errors.Refused as error:
@@ -965,7 +996,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         """Whether the destination host sees the server's disks.
 
         :raises: MigrationPreCheckError if it sees the pool or the instance
-            directory only; Nova could not tell what to delete
+            directory only
         """
         notice = live.Notice.read(dest_check_data)
         if notice is None or not layout.Layout.of(instance).volumes():
@@ -974,9 +1005,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         places = layout.Layout.of(instance)
         is_shared = live.shares_pool(places, notice)
         if is_shared != dest_check_data.is_shared_instance_path:
-            raise exception.MigrationPreCheckError(reason=_(
-                'Both hosts share either the storage pool or the instance '
-                'directory of the server. Share both or neither.'))
+            raise exception.MigrationPreCheckError(reason=_HALF_SHARED)
         return is_shared
 
     def pre_live_migration(
@@ -1035,6 +1064,55 @@ class LibvirtDriver(driver.LibvirtDriver):
             places.pool_path if has_pool else '', sent=notice.sent,
             claim=claim.name, paths=live.paths_here(places, disks, has_pool))
 
+    def live_migration(
+        self, context, instance, dest, post_method, recover_method,
+        block_migration=False, migrate_data=None,
+    ):
+        """Live migrate a server, and let go of it here if it has moved.
+
+        Nova takes a domain that is off for one that has moved. A guest can
+        power off at any time, even before QEMU has begun to copy.
+        """
+        if live.Notice.read(migrate_data) is None:
+            super().live_migration(
+                context, instance, dest, post_method, recover_method,
+                block_migration, migrate_data)
+            return
+        operation = self._operations[instance.uuid] = _Operation()
+
+        def end(*args):
+            if self._has_left(instance, operation,
+                              migrate_data.target_connect_addr or dest):
+                post_method(*args)
+            else:
+                LOG.warning('The server was powered off before it had moved',
+                            instance=instance)
+                recover_method(context, instance, dest, migrate_data)
+                # Nova left this out of account while the server was moving.
+                self.emit_event(virtevent.LifecycleEvent(
+                    instance.uuid, virtevent.EVENT_LIFECYCLE_STOPPED))
+
+        try:
+            super().live_migration(
+                context, instance, dest, end, recover_method,
+                block_migration, migrate_data)
+        finally:
+            del self._operations[instance.uuid]
+
+    def _has_left(self, instance, operation, dest) -> bool:
+        """Whether nothing here is needed any more of a server that is off.
+
+        :raises: HostError if nobody can tell whether the server has moved
+        """
+        copy = self._copies.get(instance.uuid)
+        if copy:
+            self._stop_copy(copy, _('the server was powered off'))
+        operation.over.wait()
+        if operation.has_moved or _is_deleted(instance):
+            return True
+        with self._asking(layout.Layout.of(instance), dest) as move:
+            return _native(move.has_moved)
+
     def _live_migration_operation(
         self, context, instance, dest, block_migration, migrate_data, guest,
         device_names,
@@ -1052,6 +1130,7 @@ class LibvirtDriver(driver.LibvirtDriver):
                 context, instance, dest, block_migration, migrate_data, guest,
                 device_names)
             return
+        operation = self._operations[instance.uuid]
         try:
             if notice.claim and notice.sent:
                 self._send(instance, places, notice,
@@ -1059,9 +1138,12 @@ class LibvirtDriver(driver.LibvirtDriver):
             super()._live_migration_operation(
                 context, instance, dest, block_migration, migrate_data,
                 live.Guest(guest._domain, places, notice), device_names)
+            operation.has_moved = True
         except Exception as error:
             LOG.warning('The live migration of the server failed: %s', error,
                         instance=instance)
+        finally:
+            operation.over.set()
 
     def _send(self, instance, places, notice, dest) -> None:
         """Send the files that QEMU does not copy.
@@ -1070,7 +1152,8 @@ class LibvirtDriver(driver.LibvirtDriver):
         """
         claim = layout.Claim.parse(places.uuid, notice.claim)
         with (self._copying(instance) as copy,
-              live.files_to_send(places, notice) as files):
+              live.files_to_send(places, notice, functools.partial(
+                  self._execute, copy)) as files):
             move = self._new_transfer(
                 places, dest, files, instance.name, claim,
                 layout.POOL if notice.path else layout.DIRECTORY)
@@ -1078,6 +1161,8 @@ class LibvirtDriver(driver.LibvirtDriver):
                 _native(move.send, copy.cancel)
             finally:
                 _native(move.close)
+            # Nova was told that it was stopped, even if nothing was left to.
+            copy.check()
 
     def live_migration_abort(self, instance):
         """Abort a live migration, also before QEMU has begun."""
@@ -1113,8 +1198,7 @@ class LibvirtDriver(driver.LibvirtDriver):
                 context, instance, network_info, block_migration,
                 block_device_info)
         except exception.InstanceNotFound:
-            if places.claims():
-                # The server was deleted on its way.
+            if places.claims() and _is_deleted(instance):
                 self.delete_instance_files(instance)
             raise
         if places.claims():
@@ -1662,11 +1746,21 @@ class LibvirtDriver(driver.LibvirtDriver):
 
     def _delete_if_abandoned(self, instance) -> None:
         places = layout.Layout.of(instance)
-        if (instance.host != CONF.host and instance.task_state is None and
+        claims = places.claims()
+        if not self._is_abandoned(instance, places):
+            return
+        # While libvirt answers, another attempt may come under way.
+        self._end_transient_pool(places)
+        instance.refresh()
+        if (places.claims().keys() == claims.keys() and
+                self._is_abandoned(instance, places)):
+            self._delete_leftovers(instance, places)
+
+    def _is_abandoned(self, instance, places) -> bool:
+        return (instance.host != CONF.host and instance.task_state is None and
                 instance.vm_state != vm_states.RESIZED and
                 local.is_abandoned(places, instance.host) and
-                not self.instance_exists(instance)):
-            self._delete_leftovers(instance, places)
+                not self.instance_exists(instance))
 
     @staticmethod
     def _restore(copy, places) -> None:
@@ -1688,9 +1782,17 @@ class LibvirtDriver(driver.LibvirtDriver):
 
     def _copy_here(self, copy, source, target) -> None:
         """Copy a file on this host; holes stay holes."""
+        self._execute(copy, 'cp', '--reflink=auto', '--sparse=auto', source,
+                      target)
+
+    def _execute(self, copy, *command: str) -> tuple[str, str]:
+        """Run a command, which ends when the copy is stopped.
+
+        :raises: ProcessExecutionError, Cancelled
+        """
         copy.check()
-        processutils.execute(
-            'cp', '--reflink=auto', '--sparse=auto', source, target,
+        return processutils.execute(
+            *command,
             on_execute=lambda process:
                 self.job_tracker.add_job(copy.instance, process.pid),
             on_completion=lambda process:
@@ -1746,6 +1848,16 @@ def check_hooks(nova_driver: type) -> None:
             'driver is tested with Nova %(wanted)s only',
             {'found': found, 'count': len(hooks.HOOKS),
              'wanted': hooks.supported()})
+
+
+def _is_deleted(instance) -> bool:
+    """Whether a server is deleted, or about to be, by what Nova says now."""
+    try:
+        now = objects.Instance.get_by_uuid(
+            nova_context.get_admin_context(), instance.uuid)
+    except exception.InstanceNotFound:
+        return True
+    return now.task_state == task_states.DELETING
 
 
 def _is_switched_on() -> bool:

@@ -119,6 +119,19 @@ class Daemon:
         """
         return self._find_domain('lookupByUUIDString', uuid) is not None
 
+    def domain_state(self, uuid: str) -> int | None:
+        """The virDomainState of a domain, None if the host has none.
+
+        :raises: libvirtError, TimeoutError; also if the daemon knows no
+            domains
+        """
+        try:
+            return self.connection.lookupByUUIDString(uuid).state()[0]
+        except libvirt.libvirtError as error:
+            if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+                raise
+            return None
+
     def named_domain(self, name: str) -> str | None:
         """The uuid of the domain that has a name, None if there is none."""
         domain = self._find_domain('lookupByName', name)

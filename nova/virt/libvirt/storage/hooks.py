@@ -97,6 +97,10 @@ HOOKS = {
          'disk_info', 'migrate_data'),
         'Has the disks of a server that is live migrated made where they are '
         'to be.'),
+    'live_migration': Hook(
+        ('context', 'instance', 'dest', 'post_method', 'recover_method',
+         'block_migration', 'migrate_data'),
+        'Has Nova delete the disks here only if the server has moved.'),
     '_live_migration_operation': Hook(
         ('context', 'instance', 'dest', 'block_migration', 'migrate_data',
          'guest', 'device_names'),
@@ -178,6 +182,8 @@ HOOKS = {
     'power_off': Hook(
         ('instance', 'timeout', 'retry_interval'),
         'Powers the server off before its disks are copied.', False),
+    'emit_event': Hook(
+        ('event',), 'Tells Nova that a server is off.', False),
     'get_info': Hook(
         ('instance',), 'Tells whether the server runs.', False),
     'unplug_vifs': Hook(
@@ -189,9 +195,6 @@ HOOKS = {
     '_get_instance_disk_info': Hook(
         ('instance', 'block_device_info'),
         'Lists the disks of a server, from its domain.', False),
-    '_cleanup_failed_instance_base': Hook(
-        ('inst_base',),
-        'Deletes the directory that an earlier resize left.', False),
     '_is_booted_from_volume': Hook(
         ('block_device_info',),
         'Tells whether the root disk is a Cinder volume.', False),

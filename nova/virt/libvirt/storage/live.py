@@ -28,13 +28,17 @@ numbers of Cinder volumes only.
 
 import contextlib
 import dataclasses
+import glob
 import os
+import re
+import shutil
 import tempfile
+import time
 import typing as ty
 
 from lxml import etree
-from oslo_concurrency import processutils
 from oslo_serialization import jsonutils
+from oslo_utils import fileutils
 from oslo_utils import uuidutils
 
 from nova import objects
@@ -44,6 +48,11 @@ from nova.virt.libvirt.storage import layout
 
 # No Cinder volume has such a serial number.
 SERIAL = 'nova-storage-migrate/pool'
+_MARKER = re.compile(r'[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}-live-\w+')
+# No check takes longer; a host that shares the pool may be in one.
+_CHECK_SECONDS = 3600
+# Start of the name of the directory of files that are made to be sent.
+_TO_SEND = 'to-send-'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +126,19 @@ def introduce(places: layout.Layout, has_pool: bool) -> Notice:
         prefix=f'{places.uuid}-live-', dir=places.pool_path)
     os.close(descriptor)
     return Notice(places.pool_path, os.path.basename(marker), in_the_way)
+
+
+def delete_markers(pool_path: str) -> None:
+    """Delete what introduce() has made for checks that nobody ended.
+
+    :raises: OSError
+    """
+    for entry in os.scandir(pool_path):
+        if _MARKER.fullmatch(entry.name):
+            found = entry.stat(follow_symlinks=False)
+            if not found.st_size and (
+                    time.time() - found.st_mtime > _CHECK_SECONDS):
+                fileutils.delete_if_exists(entry.path)
 
 
 def claim(places: layout.Layout, source: str,
@@ -266,45 +288,55 @@ def list_sent(
 
 @contextlib.contextmanager
 def files_to_send(
-    places: layout.Layout, notice: Notice,
+    places: layout.Layout, notice: Notice, execute: ty.Callable,
 ) -> ty.Iterator[list[layout.File]]:
     """The files that list_sent() has named.
 
     :param notice: what the destination host tells
+    :param execute: runs a command, as processutils.execute() does
 
     Of an overlay it is an image with the content of its base image. QEMU then
     writes the content of the overlay over it.
 
     :raises: OSError, ProcessExecutionError
     """
-    with tempfile.TemporaryDirectory(dir=places.directory) as directory:
-        yield [_file_to_send(places, name, notice, directory)
+    delete_unsent(places)
+    with tempfile.TemporaryDirectory(
+            dir=places.directory, prefix=_TO_SEND) as directory:
+        yield [_file_to_send(places, name, notice, directory, execute)
                for name in notice.sent or []]
 
 
+def delete_unsent(places: layout.Layout) -> None:
+    """Delete what a nova-compute that ended has left of files_to_send()."""
+    for path in glob.glob(os.path.join(
+            glob.escape(places.directory), f'{_TO_SEND}*')):
+        shutil.rmtree(path)
+
+
 def _file_to_send(places: layout.Layout, name: str, notice: Notice,
-                  directory: str) -> layout.File:
+                  directory: str, execute: ty.Callable) -> layout.File:
     here = os.path.join(places.pool_path if name.startswith(places.prefix)
                         else places.directory, name)
     if name in layout.COMPANIONS:
-        return layout.File(name, layout.DIRECTORY, here)
+        return layout.File(name, layout.DIRECTORY, here,
+                           has_hostile_head=True)
     parent, there = os.path.split(notice.path_of(name))
     place = layout.POOL if parent == notice.path else layout.DIRECTORY
     path = os.path.join(directory, name)
-    _copy_base(here, path)
+    _copy_base(here, path, execute)
     return layout.File(there, place, path, 'qcow2')
 
 
-def _copy_base(overlay: str, path: str) -> None:
+def _copy_base(overlay: str, path: str, execute: ty.Callable) -> None:
     """Make an image of the size of an overlay, with its base's content."""
-    info = jsonutils.loads(processutils.execute(
+    info = jsonutils.loads(execute(
         'qemu-img', 'info', '-U', '-f', 'qcow2', '--output=json', overlay)[0])
-    processutils.execute(
-        'qemu-img', 'convert', '-O', 'qcow2',
-        '-f', info.get('backing-filename-format', 'raw'),
-        info['full-backing-filename'], path)
-    processutils.execute(
-        'qemu-img', 'resize', '-f', 'qcow2', path, str(info['virtual-size']))
+    execute('qemu-img', 'convert', '-O', 'qcow2',
+            '-f', info.get('backing-filename-format', 'raw'),
+            info['full-backing-filename'], path)
+    execute('qemu-img', 'resize', '-f', 'qcow2', path,
+            str(info['virtual-size']))
 
 
 class Guest(libvirt_guest.Guest):

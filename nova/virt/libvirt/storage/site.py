@@ -379,12 +379,27 @@ class Site:
         """Go on under a claim that nova-compute there has made.
 
         It has also made the instance directory, in which no guest has written
-        anything yet.
+        anything yet. The claim says "arrived" from the start. This attempt
+        alone makes a pool of the directory, and no file gets its head before
+        settle().
 
         :raises: StorageError, libvirtError, TimeoutError
         """
         self.check_claim()
         self._directory = self._attach()
+
+    def has_moved(self) -> bool:
+        """Whether the server runs there after a live migration to there.
+
+        :raises: StorageError if it has a domain that does not run
+        :raises: libvirtError, TimeoutError
+        """
+        state = self.daemon.domain_state(self.layout.uuid)
+        if state in (None, libvirt.VIR_DOMAIN_RUNNING):
+            return state is not None
+        raise errors.StorageError(
+            'the server has a domain there that does not run',
+            'Find out on which host the server is to run.')
 
     def leave(self) -> None:
         """Let go of the instance directory, before QEMU begins.

@@ -265,6 +265,14 @@ class Transfer:
                 self.there.connect()
             yield
 
+    def has_moved(self) -> bool:
+        """Whether the destination runs the server after a live migration.
+
+        :raises: HostError, also if it has a domain that does not run
+        """
+        with self._asking():
+            return self.there.has_moved()
+
     def claim(self) -> None:
         """Take possession of the names on the destination.
 
@@ -350,6 +358,9 @@ class Transfer:
             for file in self._files:
                 with self._located(self.there.daemon, file.name):
                     self._move(file, cancel, None)
+            self._send_heads(
+                [file for file in self._files if file.has_hostile_head],
+                cancel, None)
         finally:
             with self._located(self.there.daemon):
                 self.there.leave()

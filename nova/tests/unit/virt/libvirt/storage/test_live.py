@@ -11,8 +11,10 @@
 #    under the License.
 
 import contextlib
+import errno
 import os
 import subprocess
+import tempfile
 from unittest import mock
 
 import ddt
@@ -27,6 +29,7 @@ from nova import exception
 from nova import objects
 from nova import test
 from nova.tests.unit.virt.libvirt import test_storage_migrate
+from nova.virt import event as virtevent
 from nova.virt.libvirt import driver
 from nova.virt.libvirt import guest
 from nova.virt.libvirt import imagebackend
@@ -34,7 +37,13 @@ from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import image
 from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt.storage import live
+from nova.virt.libvirt.storage import local
 from nova.virt.libvirt import storage_migrate
+
+try:
+    import libvirt
+except ImportError:
+    libvirt = None
 
 SIZE = 4 * units.Mi
 
@@ -159,6 +168,28 @@ class CheckAtDestinationTestCase(LiveTestCase):
                 self.context, self.data)
         nova.assert_called_once_with(self.context, self.data)
         self.assertEqual([], self._volumes())
+
+    def test_pool_that_cannot_be_written(self):
+        """Nothing that Nova has made for the check stays."""
+        full = OSError(errno.ENOSPC, 'full')
+        with (mock.patch.object(tempfile, 'mkstemp', side_effect=full),
+              self.novas('cleanup_live_migration_destination_check') as nova):
+            self.assertRaises(exception.MigrationPreCheckError, self.check)
+        nova.assert_called_once_with(self.context, self.data)
+
+    def test_old_markers_go_when_nova_compute_starts(self):
+        new, old, empty, full = (
+            os.path.join(self.pool_path, name) for name in (
+                f'{uuids.other}-live-new_1', f'{uuids.other}-live-old_1',
+                'debian-live-old', f'{uuids.other}-live-full'))
+        for path in new, old, empty, full:
+            with open(path, 'w') as file:
+                file.write('full' if path == full else '')
+            if path != new:
+                os.utime(path, (0, 0))
+        live.delete_markers(self.pool_path)
+        self.assertCountEqual(
+            map(os.path.basename, (new, empty, full)), self._volumes())
 
     def test_with_both_options_off_it_tells_nothing(self):
         self.flags(use_storage_pools=False, vol_upload_migration=False,
@@ -365,6 +396,13 @@ class CheckFilesAtSourceTestCase(SourceTestCase):
     def test_what_is_in_the_way_is_named(self):
         self.notice(in_the_way=['/instances/a'])
         self.refused('/instances/a', 'delete')
+
+    def test_shared_pool_alone_is_refused(self):
+        """The source would delete the disk there, as it clears up."""
+        with open(os.path.join(self.pool_path, 'marker'), 'wb'):
+            pass
+        self.notice(path=self.pool_path, marker='marker')
+        self.refused('share either')
 
     def assert_novas(self):
         self.check()
@@ -657,15 +695,20 @@ class EndTestCase(LiveTestCase):
         self.end()
         flush.assert_not_called()
 
-    @ddt.data(True, False)
-    def test_disks_of_a_server_that_was_deleted_on_its_way(self, ours):
+    @ddt.data((True, True), (False, True), (True, False))
+    @ddt.unpack
+    def test_disks_of_a_server_that_was_deleted_on_its_way(self, ours, gone):
+        """A server that Nova knows needs them, though no domain is here."""
         if ours:
             self.add_own_claim()
         delete = self.patch('delete_instance_files')
-        self.assertRaises(
-            exception.InstanceNotFound, self.end,
-            side_effect=exception.InstanceNotFound(instance_id='a'))
-        self.assertEqual(ours, delete.called)
+        lost = exception.InstanceNotFound(instance_id='a')
+        with mock.patch.object(
+                objects.Instance, 'get_by_uuid', return_value=self.instance,
+                side_effect=lost if gone else None):
+            self.assertRaises(
+                exception.InstanceNotFound, self.end, side_effect=lost)
+        self.assertEqual(ours and gone, delete.called)
 
     @ddt.data((True, 0), (False, 1))
     @ddt.unpack
@@ -686,8 +729,34 @@ class EndTestCase(LiveTestCase):
         self.instance.task_state = None
         self.add_claim('source')
         self.exists.return_value = exists
+        self.instance.refresh = mock.Mock()
         self.driver._delete_if_abandoned(self.instance)
         self.assertEqual(count, len(self.claims()))
+
+    @ddt.data('claim', 'task')
+    def test_abandoned_copy_stays_if_another_attempt_begins(self, what):
+        """It may, while this host's libvirt daemon does not answer."""
+        self.flags(host='dest')
+        self.instance.task_state = None
+        self.add_claim('source')
+        volume = self.places.volume_path('disk')
+
+        def begin():
+            self._add_disk()
+            if what == 'claim':
+                local.drop_claims(self.places)
+                self.add_claim('source')
+
+        def refresh():
+            if what == 'task':
+                self.instance.task_state = task_states.MIGRATING
+
+        self.instance.refresh = refresh
+        with mock.patch.object(self.driver, '_end_transient_pool',
+                               side_effect=lambda places: begin()):
+            self.driver._delete_if_abandoned(self.instance)
+        self.assertTrue(os.path.exists(volume))
+        self.assertEqual(1, len(self.claims()))
 
     @ddt.data((True, True), (False, False))
     @ddt.unpack
@@ -724,6 +793,8 @@ class OperationTestCase(LiveTestCase):
             'directory': self.directory}
 
     def operate(self, **nova):
+        self.operation = storage_migrate._Operation()
+        self.driver._operations[uuids.instance] = self.operation
         with self.novas('_live_migration_operation', **nova) as self.nova:
             self.driver._live_migration_operation(
                 self.context, self.instance, 'other', True, self.data,
@@ -734,6 +805,8 @@ class OperationTestCase(LiveTestCase):
         self.notice(sent=[])
         xml = etree.fromstring(
             self.operate().get_xml_desc(dump_migratable=True))
+        self.assertTrue(self.operation.over.is_set())
+        self.assertTrue(self.operation.has_moved)
         self.assertIsNone(xml.find('devices/disk/backingStore'))
         sources = xml.findall('devices/disk/source')
         self.assertEqual(
@@ -744,6 +817,8 @@ class OperationTestCase(LiveTestCase):
         """Nova would put the server into ERROR, which is as it was."""
         self.notice(sent=[])
         self.operate(side_effect=test.TestingException)
+        self.assertTrue(self.operation.over.is_set())
+        self.assertFalse(self.operation.has_moved)
         self.data.bdms = []
         self.assertRaises(test.TestingException, self.operate,
                           side_effect=test.TestingException)
@@ -788,7 +863,7 @@ class OperationTestCase(LiveTestCase):
 
     @contextlib.contextmanager
     def images(self):
-        def copy(overlay, path):
+        def copy(overlay, path, execute):
             self.assertEqual(
                 os.path.join(self.pool_path, self.volume), overlay)
             with open(path, 'wb') as file:
@@ -856,16 +931,146 @@ class OperationTestCase(LiveTestCase):
             self.operate()
         self.nova.assert_not_called()
 
+    def test_abort_after_the_last_byte_counts(self):
+        """Nova has been told that the live migration was stopped."""
+        self.add_destination()
+
+        def abort(*_args):
+            self.driver.live_migration_abort(self.instance)
+
+        with self.images():
+            self.dest.call('pool.destroy', abort)
+            self.operate()
+        self.nova.assert_not_called()
+
+    def test_first_bytes_of_a_ramdisk_come_when_there_is_no_pool(self):
+        """libvirtd would open the file that they name, and wait for it."""
+        self.add_destination()
+        head = b'QFI\xfb' + bytes(range(256)) * 512
+        self._add_file('ramdisk', head)
+        notice = live.Notice.read(self.data)
+        self.notice(sent=['ramdisk'], claim=notice.claim)
+        path = f'{self.directory}/ramdisk'
+        seen = []
+
+        def look(*_args):
+            if path in self.dest.files:
+                seen.append(self.dest.files[path].content.read(0, 4))
+
+        for call in ('pool.refresh', 'pool.destroy'):
+            self.dest.call(call, look, times=None)
+        self.operate()
+        self.nova.assert_called_once()
+        self.assertEqual({bytes(4)}, set(seen))
+        self.assertEqual(
+            head, self.dest.files[path].content.read(0, len(head)))
+
     def test_abort_of_qemus_part_is_novas(self):
         with self.novas('live_migration_abort') as nova:
             self.driver.live_migration_abort(self.instance)
         nova.assert_called_once_with(self.instance)
 
 
+@ddt.ddt
+class LeaveTestCase(LiveTestCase):
+    """Nova sees a domain that is off, and takes it for one that has moved."""
+
+    def setUp(self):
+        super().setUp()
+        self.data.target_connect_addr = 'dest'
+        self.notice(sent=[])
+        self.post, self.recover = mock.Mock(), mock.Mock()
+        self.event = self.patch('emit_event')
+        self.now = self.useFixture(fixtures.MockPatchObject(
+            objects.Instance, 'get_by_uuid', return_value=self.instance)).mock
+
+    def migrate(self, has_moved=False):
+        def novas(context, instance, dest, post, recover, *others):
+            operation = self.driver._operations[uuids.instance]
+            operation.has_moved = has_moved
+            operation.over.set()
+            post(context, instance, dest, *others)
+
+        with self.novas('live_migration', side_effect=novas):
+            self.driver.live_migration(
+                self.context, self.instance, 'other', self.post, self.recover,
+                True, self.data)
+
+    def assert_moved(self):
+        self.post.assert_called_once_with(
+            self.context, self.instance, 'other', True, self.data)
+        self.recover.assert_not_called()
+
+    def test_it_has_moved(self):
+        self.migrate(has_moved=True)
+        self.assert_moved()
+        self.assertEqual({}, self.driver._operations)
+
+    def test_guest_has_powered_off(self):
+        self.migrate()
+        self.recover.assert_called_once_with(
+            self.context, self.instance, 'other', self.data)
+        self.post.assert_not_called()
+        event = self.event.call_args.args[0]
+        self.assertEqual(
+            (uuids.instance, virtevent.EVENT_LIFECYCLE_STOPPED),
+            (event.get_instance_uuid(), event.get_transition()))
+
+    def test_it_has_moved_though_libvirt_said_it_has_not(self):
+        self.dest.add_domain(uuids.instance, active=True)
+        self.migrate()
+        self.assert_moved()
+
+    @ddt.data('domain', 'connection', 'driver')
+    def test_nothing_is_deleted_if_nobody_can_tell(self, what):
+        if what == 'domain':
+            self.dest.add_domain(uuids.instance)
+        elif what == 'connection':
+            self.data.target_connect_addr = 'nowhere'
+        else:
+            self.dest.fail('conn.lookupByUUIDString', error=(
+                libvirt.VIR_ERR_NO_SUPPORT, libvirt.VIR_FROM_REMOTE,
+                'this function is not supported by the connection driver'))
+        self.assertRaises(errors.HostError, self.migrate)
+        self.post.assert_not_called()
+        self.recover.assert_not_called()
+        self.assertEqual({}, self.driver._operations)
+
+    @ddt.data(exception.InstanceNotFound(instance_id='a'),
+              task_states.DELETING)
+    def test_server_that_is_deleted_goes_from_both_hosts(self, how):
+        if isinstance(how, Exception):
+            self.now.side_effect = how
+        else:
+            self.instance.task_state = how
+        self.migrate()
+        self.assert_moved()
+
+    def test_what_is_sent_is_stopped_first(self):
+        operation = storage_migrate._Operation()
+        copy = storage_migrate._Copy(self.instance)
+        self.driver._copies[uuids.instance] = copy
+        with mock.patch.object(operation.over, 'wait', side_effect=lambda: (
+                self.assertTrue(copy.cancel.is_set()))):
+            self.assertFalse(self.driver._has_left(
+                self.instance, operation, 'dest'))
+
+    def test_server_without_a_notice_is_novas(self):
+        self.data.bdms = []
+        with self.novas('live_migration') as nova:
+            self.driver.live_migration(
+                self.context, self.instance, 'other', self.post, self.recover,
+                True, self.data)
+        nova.assert_called_once_with(
+            self.context, self.instance, 'other', self.post, self.recover,
+            True, self.data)
+
+
 class FilesToSendTestCase(LiveTestCase):
 
     def execute(self, *argv):
-        subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
+        return subprocess.run(
+            argv, check=True, stdout=subprocess.PIPE, text=True).stdout, ''
 
     def test_overlay_is_sent_as_an_image_with_the_content_of_its_base(self):
         base = os.path.join(self.instances, 'ephemeral_1_a')
@@ -879,7 +1084,9 @@ class FilesToSendTestCase(LiveTestCase):
         name = os.path.basename(overlay)
         notice = live.Notice(
             '/srv/disks', sent=[name], paths={name: self.there('disk.eph0')})
-        with live.files_to_send(self.places, notice) as files:
+        os.mkdir(os.path.join(self.directory, 'to-send-dead'))
+        with live.files_to_send(
+                self.places, notice, self.execute) as files:
             file, = files
             self.assertEqual(
                 (layout.POOL, os.path.basename(overlay), 'qcow2'),
