@@ -74,7 +74,7 @@ class CephTestCase(test_life.LifeTestCase):
                          self.ceph.snapshots(VMS, f'{self.server.id}_disk'))
 
 
-class TestCeph(test_life.MoveMixin, CephTestCase):
+class TestCeph(CephTestCase, test_life.MoveMixin):
     """The image is a file of Glance, which Nova imports."""
 
     is_clone = False
@@ -111,7 +111,7 @@ class TestCephClone(TestCeph):
         return {**super()._server(), 'image': image}
 
 
-class TestLifeCeph(test_life.LiveMixin, test_life.LifeMixin, CephTestCase):
+class TestLifeCeph(CephTestCase, test_life.LiveMixin, test_life.LifeMixin):
     """What operators do with such a server."""
 
     options = base.cloud.config.merge(
