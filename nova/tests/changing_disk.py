@@ -15,10 +15,13 @@
 
 import ctypes
 import errno
+import hashlib
 import os
 import random
 import threading
 from unittest import mock
+
+import fixtures
 
 from nova.virt.libvirt.storage import changes
 from nova.virt.libvirt.storage import errors
@@ -118,6 +121,62 @@ class Guest:
 
     def _shrink(self, disk, size):
         disk.truncate(self._random.randint(size // 2, size))
+
+
+class Reflinks(fixtures.Fixture):
+    """Reflinks on any file system: clones are copies.
+
+    :ivar available: bytes that all file systems have left
+    :ivar shared: whether the file systems tell which extents are shared
+    :ivar cloning: called before a clone is made; may raise
+    """
+
+    def __init__(self, available=2 ** 60):
+        self.available = available
+        self.shared = True
+        self.cloning = lambda: None
+        self._made = set()
+
+    def _setUp(self):
+        for name, value in (
+                ('fcntl.ioctl', self._ioctl), ('os.statvfs', self._statvfs),
+                ('_File.count_extents', lambda file: 1),
+                ('_File.extents', self._extents)):
+            self.useFixture(fixtures.MonkeyPatch(
+                'nova.virt.libvirt.storage.changes.' + name, value))
+
+    @staticmethod
+    def costs():
+        """What all clones may cost."""
+        return sorted(cost for _place, cost in changes._costs.values())
+
+    def clones(self):
+        """Number of clones that are open."""
+        found = 0
+        for name in os.listdir('/proc/self/fd'):
+            try:
+                status = os.stat('/proc/self/fd/' + name)
+            except FileNotFoundError:
+                continue
+            found += (status.st_dev, status.st_ino) in self._made
+        return found
+
+    def _ioctl(self, descriptor, request, argument):
+        if request != changes._FICLONE:
+            raise OSError(errno.ENOTTY, 'not btrfs')
+        status = os.fstat(descriptor)
+        self._made.add((status.st_dev, status.st_ino))
+        self.cloning()
+        length = os.fstat(argument).st_size
+        os.pwrite(descriptor, os.pread(argument, length, 0), 0)
+
+    def _statvfs(self, _path):
+        return mock.Mock(f_bavail=self.available, f_frsize=1)
+
+    def _extents(self, file):
+        data = os.pread(file.descriptor, file.length, 0)
+        yield changes.Extent(
+            0, len(data), hashlib.sha256(data).digest(), self.shared)
 
 
 class EngineTests:

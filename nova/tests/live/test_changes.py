@@ -305,15 +305,6 @@ class CloneTests(DirectWritesTests, changing_disk.EngineTests):
         self.assertGreater(copy.send(last=True).total, 0)
         self._assert_same(path, copy)
 
-    def test_room_runs_out_during_a_copy(self):
-        path = self.open_disk(os.urandom(units.Mi))
-        tracked = self.follow(path)
-        with (mock.patch.object(changes, 'RESERVED_BYTES', units.Ei),
-                mock.patch.object(changes, 'ROOM_CHECK_BYTES', 1)):
-            error = self.assertRaises(
-                errors.CopyError, list, tracked.source().chunks(units.Mi))
-        self.assertIn('bytes left', str(error))
-
     def test_disk_of_too_many_extents(self):
         path = self.open_disk()
         with open(path, 'r+b') as disk:

@@ -36,6 +36,7 @@ import os
 import struct
 import time
 import typing as ty
+import weakref
 
 from oslo_utils import units
 
@@ -85,11 +86,9 @@ SECTION_BYTES = 64 * units.Mi
 MOST_SECTIONS = 256
 MOST_SECTION_RANGES = 512
 
-# The room that a clone leaves in a file system, so that guests can go on.
+# A clone is made only where so much room is left beside what all clones may
+# take, so that guests can go on.
 RESERVED_BYTES = units.Gi
-
-# How often a copy looks whether that room is left.
-ROOM_CHECK_BYTES = 256 * units.Mi
 
 # A guest's writes wait while its disk is cloned. Extents are cloned one by
 # one: 10,000 of them took 0.5 s on XFS and 0.1 s on btrfs.
@@ -97,6 +96,9 @@ MOST_EXTENTS = 10_000
 
 _FICLONE = 0x40049409
 _FIEMAP = 0xC020660B
+_BTRFS_IOC_FS_INFO = 0x8400941F
+_BTRFS_FS_INFO_BYTES = 1024
+_BTRFS_FS_INFO_FSID = slice(16, 32)
 _FIEMAP_FLAG_SYNC = 1
 _FIEMAP_HEADER = struct.Struct('=QQLLLL')
 _FIEMAP_EXTENT = struct.Struct('=QQQQQLLLL')
@@ -110,6 +112,13 @@ _EXTENT_SHARED = 0x2000
 _EXTENT_VAGUE = 0x2 | 0x4 | 0x100 | 0x200 | 0x400
 
 _ZERO_DIGEST = bytes(DIGEST_BYTES)
+
+# File system of each Clone of this process, and the bytes that it may still
+# take there. A clone that is lost without close() is closed by Python, and
+# leaves this account at that moment, too. Nothing blocks under the lock.
+_costs: 'weakref.WeakKeyDictionary[Clone, tuple[ty.Any, int]]' = (
+    weakref.WeakKeyDictionary())
+_costs_lock = threads.native_threading().Lock()
 
 
 class Ranges:
@@ -607,8 +616,14 @@ class Clone:
     file goes to another place on the disk as long as the clone has the old
     one, so blocks that are in one place in both are the same.
 
-    The clone takes room for what the guest overwrites. It has no name: the
-    kernel deletes it with the last descriptor, even if the host loses power.
+    The clone takes room for what the guest overwrites. All clones of a file
+    together take at most what the file had allocated when the last one was
+    made, because only the first write to a block that is shared takes more
+    room. A clone is made only where that is left, and what all other clones of
+    this process may take.
+
+    The clone has no name: the kernel deletes it with the last descriptor, even
+    if the host loses power.
     """
     kind = 'clone'
     block = 1
@@ -620,13 +635,13 @@ class Clone:
         """
         self.skip = skip
         self._directory = directory
-        self._file = _File(path)
-        # self._file was copied last; self._next is to be copied next.
+        # self._copied was copied last; self._next is to be copied next.
+        self._file = self._copied = _File(path)
         self._next: _File | None = None
         with contextlib.ExitStack() as stack:
-            stack.callback(self._file.close)
+            stack.callback(self.close)
+            self._file_system = self._file.file_system()
             self._copied = self._clone()
-            stack.callback(self._copied.close)
             self._check_extents(self._copied)
             stack.pop_all()
         self.length = self._copied.length
@@ -645,6 +660,14 @@ class Clone:
             return _within(stall_seconds, lambda: self._look(last))
 
     def _look(self, last: bool) -> Ranges:
+        try:
+            return self._find(last)
+        finally:
+            # close() does not wait for a look that takes too long.
+            if self._file.closed:
+                self.close()
+
+    def _find(self, last: bool) -> Ranges:
         self._drop_next()
         if last:
             self._file.settle()
@@ -670,7 +693,7 @@ class Clone:
             self._copied.close()
             self._copied, self._next = self._next, None
         return _Source(self._file.path, self.kind, (
-            self._guarded(self._copied, start, end)
+            self._copied.chunks(start, end)
             for start, end in _or_whole(ranges, self)))
 
     def _drop_next(self) -> None:
@@ -678,27 +701,18 @@ class Clone:
             self._next.close()
         self._next = None
 
-    def _guarded(
-        self, file: '_File', start: int, end: int,
-    ) -> stream.Chunks:
-        """Yield a range, as long as the clone leaves room for guests."""
-        checked = start
-        for chunk in file.chunks(start, end):
-            start += stream.length_of(chunk)
-            if start - checked > ROOM_CHECK_BYTES:
-                self._check_room(0)
-                checked = start
-            yield chunk
-
     def close(self) -> None:
-        for file in (self._file, self._copied, self._next):
-            if file is not None:
-                file.close()
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._release_room)
+            stack.callback(lambda: self._copied.close())
+            stack.callback(self._drop_next)
+            # First: a look that goes on closes what it makes after that.
+            stack.callback(self._file.close)
 
     def _clone(self) -> '_File':
-        self._check_room(self._file.allocated)
         if self._file.count_extents() > MOST_EXTENTS:
             raise OSError(errno.EFBIG, 'too many extents')
+        self._take_room()
         clone = _File(self._directory, _open_unnamed, self._file.path)
         try:
             fcntl.ioctl(clone.descriptor, _FICLONE, self._file.descriptor)
@@ -707,13 +721,28 @@ class Clone:
             raise
         return clone
 
-    def _check_room(self, needed: int) -> None:
+    def _take_room(self) -> None:
+        """Enter into the account what the next clone may cost.
+
+        That holds for the clones before it as well: of what they share with
+        the file, the next clone shares all.
+
+        :raises: OSError if the room for all clones is not there
+        """
+        needed = self._file.allocated
+        with _costs_lock:
+            _costs[self] = self._file_system, needed
+            total = sum(cost for place, cost in _costs.values()
+                        if place == self._file_system)
+        # Look this up last: a clone that is made meanwhile counts this one.
         status = os.statvfs(self._directory)
         available = status.f_bavail * status.f_frsize
-        if available < needed + RESERVED_BYTES:
-            raise OSError(errno.ENOSPC, (
-                f'the file system has only {available} bytes left for what '
-                f'the guest writes beside its clone'))
+        if available < total + RESERVED_BYTES:
+            raise OSError(errno.ENOSPC, 'too little room for another clone')
+
+    def _release_room(self) -> None:
+        with _costs_lock:
+            _costs.pop(self, None)
 
     @staticmethod
     def _check_extents(clone: '_File') -> None:
@@ -791,7 +820,18 @@ class _File:
         self.path = told or path
         # Avoid os.open(): eventlet's makes a hub in a native thread.
         self._file = (open_file or _open)(path)
-        self.descriptor = self._file.fileno()
+
+    @property
+    def descriptor(self) -> int:
+        """The number of the open file, which another may have after close().
+
+        :raises: ValueError after close()
+        """
+        return self._file.fileno()
+
+    @property
+    def closed(self) -> bool:
+        return self._file.closed
 
     @property
     def length(self) -> int:
@@ -839,6 +879,19 @@ class _File:
         :raises: OSError
         """
         os.fsync(self.descriptor)
+
+    def file_system(self) -> ty.Any:
+        """Equal for two files if they take room from the same file system.
+
+        The subvolumes of btrfs, which share all room, have numbers of their
+        own in what stat() tells.
+        """
+        info = bytearray(_BTRFS_FS_INFO_BYTES)
+        try:
+            fcntl.ioctl(self.descriptor, _BTRFS_IOC_FS_INFO, info)
+        except OSError:
+            return os.fstat(self.descriptor).st_dev
+        return bytes(info[_BTRFS_FS_INFO_FSID])
 
     def count_extents(self) -> int:
         """How many extents the file has.

@@ -191,6 +191,7 @@ class Transfer:
         self._name = name
         self._bandwidth = bandwidth
         self._early: dict[str, _Early] = {}
+        self._is_closed = False
         # All disks may be in Ceph or in Cinder. Whatever is in the instance
         # directory there is in nobody's way then, as with Nova's own driver.
         self._is_empty = not (files or here.layout.has_state())
@@ -376,12 +377,16 @@ class Transfer:
             self.there.discard()
 
     def close(self) -> None:
-        """Close the connections to both hosts."""
-        for early in self._early.values():
-            early.tracked.close()
-        self._early.clear()
-        self.there.close()
-        self._here.close()
+        """Forget the copies of disks; close the connections to both hosts.
+
+        A copy that still runs, because nobody waits for it any more, fails.
+        """
+        self._is_closed = True
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._here.close)
+            stack.callback(self.there.close)
+            while self._early:
+                stack.callback(self._early.popitem()[1].tracked.close)
 
     def formats(self) -> dict[str, str]:
         """The record of formats as the destination needs it."""
@@ -510,6 +515,8 @@ class Transfer:
             stack.callback(tracked.close)
             early = _Early(tracked, '', tracked.length)
             self._early[file.name] = early
+            if self._is_closed:
+                raise errors.Cancelled()
             stack.pop_all()
         copy = self._copy(file, early.length, tracked.source, cancel, watch,
                           block=tracked.block)

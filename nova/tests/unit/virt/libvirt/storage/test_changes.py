@@ -22,6 +22,7 @@ from oslo_utils import units
 
 from nova import test
 from nova.tests import changing_disk
+from nova.tests.fixtures import libvirt_storage
 from nova.virt.libvirt.storage import changes
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import threads
@@ -333,6 +334,269 @@ class TrackTestCase(test.NoDBTestCase):
         self.assertEqual(
             'source failed after 0 bytes: [Errno 2] No such file or '
             "directory: 'the volume'", str(error))
+
+
+@ddt.ddt
+class RoomTestCase(test.NoDBTestCase):
+    """There is room for all that the clones of this process may cost."""
+
+    def setUp(self):
+        super().setUp()
+        self.reflinks = self.useFixture(changing_disk.Reflinks())
+        self.disks = [self._make_disk() for _number in range(3)]
+        # A file system may allocate a little more.
+        self.size = os.stat(self.disks[0]).st_blocks * 512
+        self.assertEqual([], self.reflinks.costs())
+        self.descriptors = os.listdir('/proc/self/fd')
+
+    def _make_disk(self):
+        path = os.path.join(self.useFixture(fixtures.TempDir()).path, 'disk')
+        with open(path, 'wb') as disk:
+            disk.write(os.urandom(4 * BLOCK))
+            os.fsync(disk.fileno())
+        return path
+
+    def _track(self, path, kind='clone', **kwargs):
+        tracked = changes.track(path, os.path.dirname(path), **kwargs)
+        self.addCleanup(tracked.close)
+        self.assertEqual(kind, tracked.kind)
+        return tracked
+
+    def _leave_room(self, clones, missing=0):
+        self.reflinks.available = (
+            changes.RESERVED_BYTES + clones * self.size - missing)
+
+    def _assert_all_closed(self):
+        """Nothing is left of any clone, at once or soon."""
+        self.assertTrue(libvirt_storage.wait_for(
+            lambda: not (self.reflinks.costs() or self.reflinks.clones())),
+            (self.reflinks.costs(), self.reflinks.clones()))
+        self.assertEqual(self.descriptors, os.listdir('/proc/self/fd'))
+
+    def test_room_for_one_clone_and_none_for_another(self):
+        self._leave_room(2, missing=1)
+        first = self._track(self.disks[0])
+        second = self._track(self.disks[1], 'hashes')
+        self.assertEqual([self.size], self.reflinks.costs())
+        second.close()
+        first.close()
+        self._assert_all_closed()
+
+    def test_room_for_two_clones(self):
+        self._leave_room(2)
+        for path in self.disks[:2]:
+            self._track(path)
+        self._track(self.disks[2], 'hashes')
+        self.assertEqual(2 * [self.size], self.reflinks.costs())
+
+    def test_room_is_free_again_after_close(self):
+        self._leave_room(1)
+        for path in self.disks:
+            tracked = self._track(path)
+            self._track(self.disks[0], 'hashes').close()
+            tracked.close()
+            tracked.close()
+            self._assert_all_closed()
+
+    def test_clones_that_are_made_at_the_same_moment(self):
+        """One that comes while the room is looked up counts the other."""
+        self._leave_room(2, missing=1)
+        statvfs, kinds = changes.os.statvfs, []
+
+        def track_another(path):
+            if not kinds:
+                kinds.append('')
+                kinds[0] = self._track(self.disks[1], 'hashes').kind
+            return statvfs(path)
+
+        with mock.patch('os.statvfs', track_another):
+            self._track(self.disks[0])
+        self.assertEqual(['hashes'], kinds)
+        self.assertEqual([self.size], self.reflinks.costs())
+
+    def test_file_systems_are_independent(self):
+        self._leave_room(1)
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.changes._File.file_system',
+            lambda file: self.disks.index(file.path) % 2))
+        self._track(self.disks[0])
+        self._track(self.disks[1])
+        self._track(self.disks[2], 'hashes')
+
+    def _file_system(self, path):
+        file = changes._File(path)
+        self.addCleanup(file.close)
+        return file.file_system()
+
+    def test_file_system_by_its_number(self):
+        self.assertEqual(self._file_system(self.disks[0]),
+                         self._file_system(self.disks[1]))
+        self.assertNotEqual(self._file_system(self.disks[0]),
+                            self._file_system('/proc/self/status'))
+
+    @ddt.data((b'a', b'a'), (b'a', b'b'))
+    def test_file_systems_of_btrfs_by_their_uuid(self, letters):
+        """Their subvolumes have numbers of their own."""
+        found = []
+        for path, letter in zip(
+                (self.disks[0], '/proc/self/status'), letters):
+            def tell(_descriptor, request, info, letter=letter):
+                self.assertEqual(0x8400941F, request)
+                self.assertEqual(1024, len(info))
+                info[:33] = bytes(16) + 16 * letter + b'x'
+
+            with mock.patch('fcntl.ioctl', tell):
+                found.append(self._file_system(path))
+        self.assertEqual(letters, tuple(each[:1] for each in found))
+        self.assertEqual(letters[0] == letters[1], found[0] == found[1])
+
+    def test_next_clone_of_a_disk_takes_the_place_of_the_last(self):
+        self._leave_room(1)
+        tracked = self._track(self.disks[0])
+        copy = changing_disk.Copy(tracked)
+        for number in range(3):
+            with open(self.disks[0], 'r+b') as disk:
+                disk.write(b'%d' % number)
+            self.assertGreater(tracked.look().total, 0)
+            self.assertGreater(copy.send().total, 0)
+            self.assertEqual([self.size], self.reflinks.costs())
+            self.assertEqual(1, self.reflinks.clones())
+        tracked.look()
+        self.assertEqual(2, self.reflinks.clones())
+        tracked.close()
+        self._assert_all_closed()
+
+    def test_next_clone_counts_what_the_disk_has_then(self):
+        tracked = self._track(self.disks[0])
+        with open(self.disks[0], 'ab') as disk:
+            disk.write(os.urandom(4 * BLOCK))
+            os.fsync(disk.fileno())
+        self._leave_room(2, missing=1)
+        self.assertEqual(0, tracked.look().total)
+        self._leave_room(2)
+        self.assertGreater(tracked.look().total, 0)
+        self.assertEqual([2 * self.size], self.reflinks.costs())
+
+    def test_no_next_clone_where_the_room_is_for_other_disks(self):
+        """The last look needs none."""
+        tracked, other = (self._track(path) for path in self.disks[:2])
+        copy = changing_disk.Copy(tracked)
+        with open(self.disks[0], 'r+b') as disk:
+            disk.write(b'changed')
+        self._leave_room(2, missing=1)
+        self.assertEqual(0, copy.send().total)
+        self.assertEqual(2 * [self.size], self.reflinks.costs())
+        self.assertGreater(copy.send(last=True).total, 0)
+        tracked.close()
+        self.assertEqual([self.size], self.reflinks.costs())
+        other.close()
+        self._assert_all_closed()
+
+    def test_copy_does_not_depend_on_room(self):
+        """What a clone may cost is there, whatever else takes room."""
+        tracked = self._track(self.disks[0])
+        self.reflinks.available = 0
+        with open(self.disks[0], 'rb') as disk:
+            self.assertEqual(
+                disk.read(),
+                b''.join(tracked.source().chunks(4 * BLOCK)))
+
+    def test_clone_that_fails(self):
+        self.reflinks.cloning = mock.Mock(side_effect=OSError(
+            errno.EOPNOTSUPP, 'no'))
+        self._track(self.disks[0], 'hashes').close()
+        self.reflinks.cloning.assert_called_once_with()
+        self._assert_all_closed()
+
+    def test_clone_without_shared_extents(self):
+        self.reflinks.shared = False
+        self._track(self.disks[0], 'hashes').close()
+        self._assert_all_closed()
+
+    def test_clone_that_cannot_be_opened(self):
+        with mock.patch.object(changes, '_open_unnamed',
+                               side_effect=OSError(errno.EMFILE, 'no')):
+            self._track(self.disks[0], 'hashes').close()
+        self._assert_all_closed()
+
+    def test_next_clone_that_fails(self):
+        tracked = self._track(self.disks[0])
+        self.reflinks.cloning = mock.Mock(side_effect=OSError(
+            errno.EIO, 'no'))
+        self.assertEqual(0, tracked.look().total)
+        self.assertEqual([self.size], self.reflinks.costs())
+        self.assertEqual(1, self.reflinks.clones())
+        tracked.close()
+        self._assert_all_closed()
+
+    def _hang(self):
+        """Let the next clone hang.
+
+        :returns: set when it does, and what lets it go on
+        """
+        hangs, go_on = (
+            threads.native_threading().Event() for _index in range(2))
+        self.addCleanup(go_on.set)
+
+        def hang():
+            hangs.set()
+            go_on.wait(60)
+
+        self.reflinks.cloning = hang
+        return hangs, go_on
+
+    def test_clone_that_comes_too_late(self):
+        hangs, go_on = self._hang()
+        self.assertRaises(errors.CopyError, self._track, self.disks[0],
+                          stall_seconds=0.5)
+        self.assertTrue(hangs.wait(60))
+        # It may still be made.
+        self.assertEqual([self.size], self.reflinks.costs())
+        go_on.set()
+        self._assert_all_closed()
+
+    def test_next_clone_that_comes_after_close(self):
+        tracked = self._track(self.disks[0])
+        hangs, go_on = self._hang()
+        self.assertRaises(
+            errors.CopyError, tracked.look, stall_seconds=0.5)
+        self.assertTrue(hangs.wait(60))
+        tracked.close()
+        self.assertEqual([], self.reflinks.costs())
+        go_on.set()
+        self._assert_all_closed()
+
+    def test_close_while_the_next_clone_is_entered(self):
+        tracked = self._track(self.disks[0])
+
+        def close(file):
+            allocated = os.fstat(file.descriptor).st_blocks * 512
+            tracked.close()
+            return allocated
+
+        with mock.patch.object(changes._File, 'allocated', property(close)):
+            self.assertRaises(ValueError, tracked.look)
+        self._assert_all_closed()
+
+    def test_close_that_fails_closes_the_rest(self):
+        tracked = self._track(self.disks[0])
+        close = changes._File.close
+
+        def fail(file):
+            close(file)
+            raise OSError(errno.EIO, 'no')
+
+        with mock.patch.object(changes._File, 'close', fail):
+            self.assertRaises(OSError, tracked.close)
+        self._assert_all_closed()
+
+    def test_nothing_is_read_after_close(self):
+        """Another file may have the number of its descriptor."""
+        tracked = self._track(self.disks[0])
+        chunks = tracked.source().chunks(4 * BLOCK)
+        tracked.close()
+        with open('/proc/self/status', 'rb'):
+            self.assertRaises(ValueError, next, chunks)
 
 
 class RangesTestCase(test.NoDBTestCase):

@@ -21,6 +21,7 @@ import fixtures
 import libvirt
 from oslo_utils import units
 
+from nova.tests import changing_disk
 from nova.tests.fixtures import libvirt_storage
 from nova.tests.unit.virt.libvirt.storage import test_transfer
 from nova.virt.libvirt.storage import changes
@@ -591,6 +592,123 @@ class RunningTestCase(ReconnectTestCase):
         self._native(move.send)
         self._assert_arrived()
         self._assert_sent_once()
+
+
+@ddt.ddt
+class ClonesTestCase(ReconnectTestCase):
+    """Two disks are copied from clones, none of which is left behind."""
+
+    def setUp(self):
+        super().setUp()
+        self._add_disk('disk.eph0', os.urandom(SIZE))
+        self.transfer = self._new()
+        self.reflinks = self.useFixture(changing_disk.Reflinks())
+        self.costs = [os.stat(file.path).st_blocks * 512
+                      for file in self.files]
+        self._native(self._claimed)
+
+    def _kinds(self):
+        return [early.tracked.kind
+                for early in self.transfer._early.values()]
+
+    def _assert_none_left(self):
+        self.assertTrue(libvirt_storage.wait_for(
+            lambda: not (self.reflinks.costs() or self.reflinks.clones())),
+            (self.reflinks.costs(), self.reflinks.clones()))
+
+    def test_lost_while_data_is_sent(self):
+        self._lose_at(after=SIZE // 2)
+
+        self._native(self.transfer.precopy)
+
+        self._assert_arrived()
+        self._assert_sent_once()
+        self.assertEqual(['clone', 'clone'], self._kinds())
+        self.assertEqual(sorted(self.costs), self.reflinks.costs())
+        self._native(self.transfer.run)
+        self._assert_arrived()
+        self._native(self.transfer.close)
+        self._assert_none_left()
+
+    def test_room_for_the_clone_of_one_disk(self):
+        self.reflinks.available = (
+            changes.RESERVED_BYTES + sum(self.costs) - 1)
+
+        self._native(self.transfer.precopy)
+
+        self.assertEqual(['clone', 'hashes'], self._kinds())
+        self._native(self.transfer.run)
+        self._assert_arrived()
+        self._native(self.transfer.close)
+        self._assert_none_left()
+
+    @ddt.data(0, 1)
+    def test_copy_that_fails(self, number):
+        self.dest.fail('stream.send', name=self.files[number].name,
+                       after=SIZE // 2)
+        self.assertRaises(
+            errors.HostError, self._native, self.transfer.precopy)
+        self.assertEqual(1 + number, len(self.reflinks.costs()))
+        self._native(self.transfer.close)
+        self._assert_none_left()
+
+    def test_cancelled(self):
+        cancel = threads.native_threading().Event()
+        self.dest.call('stream.send', cancel.set, after=SIZE // 2)
+        self.assertRaises(
+            errors.Cancelled, self._native, self.transfer.precopy, cancel)
+        self._native(self.transfer.close)
+        self._assert_none_left()
+
+    def test_close_fails_for_one_disk(self):
+        self._native(self.transfer.precopy)
+        early = self.transfer._early[self.files[1].name]
+        close = early.tracked.close
+
+        def fail():
+            close()
+            raise OSError('no')
+
+        early.tracked.close = fail
+        self.assertRaises(OSError, self._native, self.transfer.close)
+        self._assert_none_left()
+        self.assertFalse(self.transfer.there.daemon.is_connected())
+
+    def _run_abandoned(self):
+        """Begin a copy that nobody waits for.
+
+        :returns: has the kind of its error once it has failed
+        """
+        failed = []
+
+        def run():
+            try:
+                self.transfer.precopy()
+            except Exception as error:
+                failed.append(type(error))
+
+        thread = threads.native_threading().Thread(target=run)
+        thread.start()
+        self.addCleanup(thread.join)
+        return failed
+
+    def test_closed_while_data_is_sent(self):
+        blocked = self.dest.block('stream.send', after=SIZE // 2)
+        failed = self._run_abandoned()
+        self.assertTrue(libvirt_storage.wait_for(blocked.reached.is_set))
+        self.assertEqual(1, self.reflinks.clones())
+        self._native(self.transfer.close)
+        self._assert_none_left()
+        blocked.release()
+        self.assertTrue(libvirt_storage.wait_for(lambda: failed, 60))
+        self._assert_none_left()
+
+    def test_closed_while_a_clone_is_made(self):
+        self.reflinks.cloning = self.transfer.close
+        failed = self._run_abandoned()
+        self.assertTrue(libvirt_storage.wait_for(lambda: failed, 60))
+        self.assertEqual([errors.Cancelled], failed)
+        self._assert_none_left()
 
 
 class SectionsTestCase(test_transfer.test.NoDBTestCase):
