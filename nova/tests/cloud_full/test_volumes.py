@@ -43,9 +43,6 @@ class VolumeTestCase(base.CloudTestCase):
         self.volumes = get_volumes()
         self.storage = self.volumes.connection()
         super()._set_options()
-
-    def setUp(self):
-        super().setUp()
         self.addCleanup(self.assert_hosts_are_empty)
 
     def boot_from_volume(self, volume: str, flavor: str,
@@ -122,9 +119,8 @@ class TestBootFromVolume(VolumeTestCase):
             self.assertEqual({}, server.disks(name))
 
 
-class TestLifeVolume(test_life.LiveMixin, test_life.LifeMixin,
-                     test_life.MoveMixin, VolumeTestCase,
-                     test_life.LifeTestCase):
+class TestLifeVolume(test_life.LifeMixin, test_life.MoveMixin,
+                     VolumeTestCase, test_life.LifeTestCase):
     """A server that boots from a volume, its other disks in the pool."""
 
     flavor = 'small-swap'
