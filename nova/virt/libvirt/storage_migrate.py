@@ -492,11 +492,12 @@ class LibvirtDriver(driver.LibvirtDriver):
             self._check_request(server, places, flavor)
             disk_info, files, place = self._plan(
                 server, places, dest, enters_pool)
+            variables = self._read_nvram(server.instance)
             move = self._new_transfer(
-                places, dest, files, server.instance.name, place=place)
+                places, dest, files, server.instance.name, place=place,
+                has_variables=variables is not None)
             stack.callback(_native, move.close)
             self._check_vtpm(places)
-            self._read_nvram(server.instance)
             _native(move.check)
             if not move.there.is_shared:
                 self._check_raw(files, move)
@@ -1591,13 +1592,14 @@ class LibvirtDriver(driver.LibvirtDriver):
         return self.get_info(instance).state == power_state.RUNNING
 
     def _new_transfer(self, places, dest, files, name, claim=None,
-                      place=None) -> transfer.Transfer:
+                      place=None, has_variables=False) -> transfer.Transfer:
         """The transfer of a server's files to another host.
 
         :param files: the plan
         :param name: of the server's domain
         :param claim: the claim that the destination made, None to make one
         :param place: where the disks go, None if where they are here
+        :param has_variables: whether the server has UEFI variables
         """
         claim = claim or layout.Claim.new(places.uuid)
         uses_pool = (not self._streams_files(places) if place is None else
@@ -1609,7 +1611,8 @@ class LibvirtDriver(driver.LibvirtDriver):
             for host, uri, uses in (
                 (CONF.host, self._uri(), uses_pool and not enters_pool),
                 (dest, destination_uri(dest), uses_pool)))
-        return transfer.Transfer(here, there, files, name, self._bandwidth)
+        return transfer.Transfer(
+            here, there, files, name, self._bandwidth, has_variables)
 
     def _power_off_for_copy(
         self, server, copy, was_running, steps, timeout, retry_interval,

@@ -175,6 +175,7 @@ class Transfer:
         files: list[layout.File],
         name: str,
         bandwidth: stream.Bandwidth | None = None,
+        has_variables: bool = False,
     ):
         """Say what is to go where; nothing happens yet.
 
@@ -182,6 +183,7 @@ class Transfer:
         :param files: the plan, see Layout.plan()
         :param name: of the server's domain
         :param bandwidth: limit that all transfers of this host share
+        :param has_variables: whether its UEFI variables will go along, late
         """
         self.there = there
         self.heads: dict[str, str] = {}
@@ -194,7 +196,8 @@ class Transfer:
         self._is_closed = False
         # All disks may be in Ceph or in Cinder. Whatever is in the instance
         # directory there is in nobody's way then, as with Nova's own driver.
-        self._is_empty = not (files or here.layout.has_state())
+        self._is_empty = not (
+            files or has_variables or here.layout.has_state())
         self._watch: Watch | None = None
         there.daemon.patience = (
             CONF.libvirt.vol_upload_migration_reconnect_timeout)
@@ -324,11 +327,15 @@ class Transfer:
         :param late: files that go along and are there since the server is off
         :raises: HostError, Cancelled
         """
-        if self._is_empty:
+        if self._is_empty and not late:
             return
         self._watch = watch
         self.there.daemon.is_patient = False
         with self._located(self._here.daemon):
+            if self._is_empty:
+                raise errors.StorageError(
+                    'the server got UEFI variables during its migration',
+                    'Migrate it again.')
             files = [*self._files, *late, *self._here.vtpm(), self._record()]
             total = sum(map(self._here.length, files))
         if watch:

@@ -20,9 +20,11 @@ from lxml import etree
 from oslo_serialization import jsonutils
 from oslo_utils.fixture import uuidsentinel as uuids
 
+from nova.compute import power_state
 from nova import exception
 from nova import test
 from nova.tests.unit.virt.libvirt.storage import test_hostile
+from nova.tests.unit.virt.libvirt.storage import test_no_files
 from nova.tests.unit.virt.libvirt import test_storage_migrate
 from nova.virt.libvirt import driver
 from nova.virt.libvirt.storage import errors
@@ -178,6 +180,33 @@ class PoolTestCase(NvramMixin, test_storage_migrate.DriverTestCase):
               mock.patch.object(hooks, 'keeps_nvram', return_value=False)):
             self._migrate()
         self.assertFalse(os.path.exists(self.target))
+
+
+@ddt.ddt
+class NoFilesTestCase(NvramMixin, test_no_files.CephTestCase):
+    """A server that has variables and not a single file."""
+
+    @ddt.data([], test_no_files.FROM_VOLUME)
+    def test_variables_come_along(self, volumes):
+        result = jsonutils.loads(self._migrate(
+            **({'block_device_info': volumes} if volumes else {})))
+        self.assertEqual(
+            {layout.NVRAM: self.variables, layout.RECORD: b'{}\n'},
+            self._arrived())
+        self.assertEqual({self.target: layout.digest(self.variables)},
+                         local.heads(result))
+        self.assertEqual(1, len(self._markers()))
+
+    def test_failure_leaves_nothing_over_there(self):
+        self.dest.fail('vol.upload', name=layout.NVRAM)
+        self.assertRaises(exception.InstanceFaultRollback, self._migrate)
+        self._assert_nothing_on_destination()
+        self.assertEqual('power_on', self.calls.mock_calls[-1][0])
+
+    def test_server_without_any_needs_nothing_over_there(self):
+        self.guest.get_xml_desc.return_value = DOMAIN.format('', '')
+        self._migrate()
+        self._assert_nothing_on_destination()
 
 
 class HostileTestCase(NvramMixin, test_hostile.HostileTestCase):

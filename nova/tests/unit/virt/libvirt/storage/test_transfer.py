@@ -10,8 +10,9 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
-
+import functools
 import os
+import shutil
 from unittest import mock
 
 import ddt
@@ -26,6 +27,7 @@ from nova.tests.fixtures import libvirt_storage
 from nova.virt.libvirt.storage import daemon
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import layout
+from nova.virt.libvirt.storage import nvram
 from nova.virt.libvirt.storage import site
 from nova.virt.libvirt.storage import stream
 from nova.virt.libvirt.storage import threads
@@ -120,12 +122,13 @@ class TransferTestCase(test.NoDBTestCase):
         with open(path, 'wb') as file:
             file.write(data)
 
-    def _new(self, uri=THERE):
+    def _new(self, uri=THERE, **kwargs):
         claim = layout.Claim.new(uuids.server)
         sites = [site.Site(daemon.Daemon(host, uri), self.places, 'disks',
                            claim)
                  for host, uri in (('source', HERE), ('dest', uri))]
-        new = transfer.Transfer(*sites, self.files, 'instance-00000001')
+        new = transfer.Transfer(
+            *sites, self.files, 'instance-00000001', **kwargs)
         self.addCleanup(new.close)
         return new
 
@@ -346,6 +349,33 @@ class RunTestCase(TransferTestCase):
         self.transfer.discard()
 
         self.assertEqual({}, self._arrived())
+
+    def _empty(self, has_variables):
+        """A server without any file, with or without UEFI variables."""
+        self.files = []
+        os.unlink(self.places.record_path)
+        shutil.rmtree(self.places.vtpm_path)
+        self.transfer = self._new(has_variables=has_variables)
+        self._claimed()
+
+    def test_variables_alone_are_a_reason_to_copy(self):
+        self._empty(has_variables=True)
+        variables = nvram.as_file(b'variables')
+        self.transfer.run(late=[variables])
+        path = self.places.nvram_path
+        self.assertEqual(b'variables', self._arrived()[path])
+        self.assertEqual(
+            {path: layout.digest(b'variables')}, self.transfer.heads)
+
+    def test_nothing_is_made_for_a_server_without_files(self):
+        self._empty(has_variables=False)
+        self.transfer.run()
+        self.assertEqual({}, self._arrived())
+
+    def test_variables_that_nobody_expected_are_not_dropped(self):
+        self._empty(has_variables=False)
+        self._assert_fails(function=functools.partial(
+            self.transfer.run, late=[nvram.as_file(b'variables')]))
 
     def test_needed_room_is_what_the_files_take_up_here(self):
         with mock.patch.object(site.Site, 'check') as check:
