@@ -415,11 +415,13 @@ class LibvirtDriver(driver.LibvirtDriver):
                 server, places, flavor, timeout, retry_interval)
         if is_here or not (
                 enters_pool or self._moves_over_libvirt(places, dest)):
+            has_nvram = is_here and os.path.isfile(places.nvram_path)
+            was_running = has_nvram and self._is_running(instance)
             disk_info = super().migrate_disk_and_power_off(
                 context, instance, dest, flavor, network_info,
                 block_device_info, timeout, retry_interval)
-            if is_here:
-                _copy_kept_nvram(places)
+            if has_nvram:
+                self._copy_nvram_here(server, places, was_running)
             return disk_info
 
         prepare = functools.partial(
@@ -612,6 +614,18 @@ class LibvirtDriver(driver.LibvirtDriver):
                 _native(vtpm.keep, places)
                 _copy_kept_nvram(places)
         return jsonutils.dumps(disk_info)
+
+    def _copy_nvram_here(self, server, places, was_running) -> None:
+        """Copy the UEFI variables of a server that Nova's code resized here.
+
+        :raises: InstanceFaultRollback
+        """
+        with (self._copying(server.instance) as copy,
+              self._put_back_on_error(server, copy, CONF.host) as steps):
+            copy.off_since = time.monotonic()
+            steps.push(self._start_again, server, copy, was_running, steps)
+            steps.push(self._restore, copy, places, local.restore_directory)
+            _copy_kept_nvram(places)
 
     def _prepare_here(
         self, server, places, flavor,
@@ -1238,10 +1252,17 @@ class LibvirtDriver(driver.LibvirtDriver):
 
     @hooks.as_nova_declares
     def _get_guest_config(self, instance, *args, **kwargs):
-        """Describe a domain, with the UEFI variables that came along."""
+        """Describe a domain, with the UEFI variables that came along.
+
+        :raises: InternalError if their file is empty
+        """
         guest = super()._get_guest_config(instance, *args, **kwargs)
         path = layout.Layout.of(instance).nvram_path
         if os.path.isfile(path):
+            try:
+                nvram.check(path)
+            except errors.StorageError as error:
+                raise exception.InternalError(str(error)) from error
             nvram.name_in(guest, path)
         return guest
 
@@ -1766,9 +1787,10 @@ class LibvirtDriver(driver.LibvirtDriver):
                 not self.instance_exists(instance))
 
     @staticmethod
-    def _restore(copy, places) -> None:
+    def _restore(copy, places, restore=local.restore) -> None:
         """Put the original disks back after a copy on this host failed.
 
+        :param restore: puts back what was kept
         :raises: NotRestored
         """
         if copy.deleted:
@@ -1776,7 +1798,7 @@ class LibvirtDriver(driver.LibvirtDriver):
             _native(local.delete_volumes, places)
             return
         try:
-            _native(local.restore, places)
+            _native(restore, places)
             _native(vtpm.put_back, places)
         except Exception as error:
             raise errors.NotRestored(

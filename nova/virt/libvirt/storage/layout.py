@@ -35,6 +35,7 @@ import typing as ty
 from urllib import parse
 
 from oslo_serialization import jsonutils
+from oslo_utils import fileutils
 from oslo_utils import uuidutils
 
 import nova.conf
@@ -536,20 +537,32 @@ def write_record(path: str, formats: dict[str, str]) -> None:
 
     :raises: OSError
     """
-    directory = os.path.dirname(path)
-    with tempfile.NamedTemporaryFile(
-            'wb', dir=directory, delete=False) as record:
-        record.write(record_bytes(formats))
-        record.flush()
-        os.fsync(record.fileno())
-    os.chmod(record.name, FILE_MODE)
-    os.replace(record.name, path)
-    flush(directory)
+    replace(path, record_bytes(formats), FILE_MODE)
 
 
 def record_bytes(formats: dict[str, str]) -> bytes:
     """A record of formats as Nova reads it."""
     return (jsonutils.dumps(formats) + '\n').encode()
+
+
+def replace(path: str, content: bytes, mode: int) -> None:
+    """Make a file or replace it, on stable storage.
+
+    Nobody ever sees a part of it, and the file may be another user's.
+
+    :param mode: permission bits
+    :raises: OSError; what was there is there
+    """
+    directory = os.path.dirname(path)
+    with tempfile.NamedTemporaryFile(
+            'wb', dir=directory, delete=False) as file:
+        with fileutils.remove_path_on_error(file.name):
+            file.write(content)
+            file.flush()
+            os.fchmod(file.fileno(), mode)
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+    flush(directory)
 
 
 def digest(head: bytes) -> str:

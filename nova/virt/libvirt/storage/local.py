@@ -399,6 +399,14 @@ def restore(places: layout.Layout) -> None:
         _delete_new_volumes(places)
     for path in places.kept():
         os.replace(path, places.volume_path(places.disk_name(path)))
+    restore_directory(places)
+
+
+def restore_directory(places: layout.Layout) -> None:
+    """Put the kept directory back in the place of its copy.
+
+    :raises: OSError
+    """
     if os.path.exists(places.kept_directory):
         shutil.rmtree(places.directory, ignore_errors=True)
         os.rename(places.kept_directory, places.directory)

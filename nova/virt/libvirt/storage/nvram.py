@@ -88,7 +88,7 @@ def read(path: str) -> bytes | None:
     """Read variables, as root.
 
     :returns: None if there are none: the server has never started
-    :raises: StorageError
+    :raises: StorageError, also if the file is empty
     """
     try:
         content, before = nova.privsep.path.last_bytes(path, MAX_BYTES)
@@ -103,20 +103,43 @@ def read(path: str) -> bytes | None:
         raise errors.StorageError(
             f'the UEFI variables {path} have more than {MAX_BYTES} bytes',
             'Find out what the file is.')
+    if not content:
+        raise _empty(path)
     return content
+
+
+def check(path: str) -> None:
+    """Check that a file is not empty; QEMU alone may be able to read it.
+
+    A firmware does not start with such variables. Without the file, libvirt
+    makes new ones, which only an operator can want.
+
+    :raises: StorageError
+    """
+    if not os.path.getsize(path):
+        raise _empty(path)
+
+
+def _empty(path: str) -> errors.StorageError:
+    return errors.StorageError(
+        f'the UEFI variables {path} are empty',
+        'Restore the file. To start with new variables, delete it.')
 
 
 def write(path: str, content: bytes) -> None:
     """Write variables, on stable storage, for QEMU alone to read.
 
-    :raises: OSError
+    Those that a server has had on storage that hosts share stay as they are.
+
+    :raises: StorageError, OSError; what was there is there
     """
-    descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, _MODE)
-    with open(descriptor, 'wb') as file:
-        file.write(content)
-        file.flush()
-        os.fsync(descriptor)
-    layout.flush(os.path.dirname(path))
+    if not _has(path, content):
+        layout.replace(path, content, _MODE)
+
+
+def _has(path: str, content: bytes) -> bool:
+    return (os.path.exists(path) and
+            os.path.getsize(path) == len(content) and read(path) == content)
 
 
 def as_file(content: bytes) -> layout.File:

@@ -10,6 +10,7 @@
 #    License for the specific language governing permissions and limitations
 #    under the License.
 
+import errno
 import os
 import stat
 from unittest import mock
@@ -93,6 +94,11 @@ class ReadTestCase(test.NoDBTestCase):
         error = self.assertRaises(errors.StorageError, nvram.read, PATH)
         self.assertIn(PATH, str(error))
 
+    def test_file_that_is_empty(self):
+        self.last_bytes.return_value = b'', 0
+        error = self.assertRaises(errors.StorageError, nvram.read, PATH)
+        self.assertIn(PATH, str(error))
+
     def test_privsep_that_fails(self):
         self.last_bytes.side_effect = RuntimeError('no sudo')
         error = self.assertRaises(errors.StorageError, nvram.read, PATH)
@@ -107,6 +113,53 @@ class ReadTestCase(test.NoDBTestCase):
             with open(path, 'rb') as file:
                 self.assertEqual(content, file.read())
         self.assertEqual(0o600, stat.S_IMODE(os.stat(path).st_mode))
+
+
+@ddt.ddt
+class WriteTestCase(test.NoDBTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.directory = self.useFixture(fixtures.TempDir()).path
+        self.path = os.path.join(self.directory, 'nvram')
+        self._put(b'before')
+        self.useFixture(fixtures.MockPatch(
+            'nova.privsep.path.last_bytes',
+            lambda path, count: (self._content(path), 0)))
+
+    def _put(self, content):
+        with open(self.path, 'wb') as file:
+            file.write(content)
+
+    def _content(self, path):
+        with open(path, 'rb') as file:
+            return file.read()
+
+    @ddt.data('fsync', 'replace')
+    def test_failure_leaves_the_variables_that_were_there(self, call):
+        error = OSError(errno.ENOSPC, 'No space left on device')
+        with mock.patch.object(os, call, side_effect=error):
+            self.assertRaises(OSError, nvram.write, self.path, b'after')
+        self.assertEqual(b'before', self._content(self.path))
+        self.assertEqual(['nvram'], os.listdir(self.directory))
+
+    def test_file_of_another_user_is_replaced(self):
+        # libvirt may leave it to root. nova-compute owns the directory.
+        other = os.path.join(self.directory, 'of QEMU')
+        os.link(self.path, other)
+        nvram.write(self.path, b'after')
+        self.assertEqual(b'after', self._content(self.path))
+        self.assertEqual(b'before', self._content(other))
+
+    def test_variables_that_are_there_already_stay_qemus(self):
+        before = os.stat(self.path)
+        nvram.write(self.path, b'before')
+        self.assertEqual(before, os.stat(self.path))
+
+    def test_empty_file_is_replaced(self):
+        self._put(b'')
+        nvram.write(self.path, b'after')
+        self.assertEqual(b'after', self._content(self.path))
 
 
 class NvramMixin:
@@ -162,6 +215,10 @@ class PoolTestCase(NvramMixin, test_storage_migrate.DriverTestCase):
     def test_variables_that_cannot_be_read_are_a_reason_to_refuse(self):
         self.variables = None
         self._assert_refused(PATH, 'denied')
+
+    def test_variables_that_are_empty_are_a_reason_to_refuse(self):
+        self.variables = b''
+        self._assert_refused(PATH, 'empty')
 
     def test_failure_leaves_nothing_over_there(self):
         self.dest.fail('vol.upload', name=layout.NVRAM)
@@ -219,6 +276,7 @@ class HostileTestCase(NvramMixin, test_hostile.HostileTestCase):
         self.assertEqual([], self.opened)
 
 
+@ddt.ddt
 class SameHostTestCase(NvramMixin, test_storage_migrate.SameHostMixin,
                        test_storage_migrate.DriverTestCase):
 
@@ -230,19 +288,43 @@ class SameHostTestCase(NvramMixin, test_storage_migrate.SameHostMixin,
         self._revert()
         self.assertEqual(b'that came', self._kept())
 
-    def test_so_they_are_when_nova_resizes(self):
+    def _nova_resizes(self):
+        """Have Nova's own code resize the server, which has files."""
         nvram.write(self.target, b'that came')
-        os.rename(self.directory, self.places.kept_directory)
 
         def resize(*args):
+            os.rename(self.directory, self.places.kept_directory)
             os.mkdir(self.directory)
+            self._write(self._file('disk.info'), '{}')
             return '[]'
 
         with (mock.patch.object(layout.Layout, 'volumes', return_value=[]),
               mock.patch.object(driver.LibvirtDriver,
                                 'migrate_disk_and_power_off', resize)):
-            self.assertEqual('[]', self._migrate(dest='source'))
+            return self._migrate(dest='source')
+
+    def test_so_they_are_when_nova_resizes(self):
+        self.assertEqual('[]', self._nova_resizes())
         self.assertEqual(b'that came', self._kept())
+        self.assertTrue(os.path.isdir(self.places.kept_directory))
+        self.calls.power_on.assert_not_called()
+
+    @ddt.data(power_state.RUNNING, power_state.SHUTDOWN)
+    def test_server_is_as_before_if_nova_resizes_and_they_stay(self, state):
+        self.info.return_value.state = state
+        stale = self.places.kept_path(self.places.volume_path('disk'))
+        self._write(stale, 'of an earlier resize')
+        self.before = self._state()
+        write = mock.Mock(side_effect=[None, OSError('no space left')])
+        with mock.patch.object(nvram, 'write', write):
+            self._write(self.target, 'that came')
+            error = self.assertRaises(
+                exception.InstanceFaultRollback, self._nova_resizes)
+        self.assertIn('no space left', str(error.inner_exception))
+        self.assertEqual(self.before | {self.target: 'that came'},
+                         self._state())
+        self.assertEqual(state == power_state.RUNNING,
+                         self.calls.power_on.called)
 
 
 @ddt.ddt
@@ -261,6 +343,13 @@ class DomainTestCase(NvramMixin, test_storage_migrate.DriverTestCase):
         self.assertNotIn('nvram', self._xml())
         nvram.write(self.target, b'variables')
         self.assertEqual(self.target, nvram.path_in(self._xml()))
+
+    def test_domain_never_names_an_empty_file(self):
+        with open(self.target, 'wb'):
+            pass
+        error = self.assertRaises(exception.InternalError, self._xml)
+        self.assertIn(self.target, str(error))
+        self.assertLessEqual(len(str(error)), errors.MESSAGE_LENGTH)
 
     @ddt.data(True, False)
     def test_libvirt_deletes_none_in_an_instance_directory(self, here):
