@@ -657,6 +657,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         self._check_root(migration, instance, disks, block_device_info)
         try:
             _native(local.adopt, places, disks)
+            _native(local.delete_unknown, places, disks)
         except (errors.StorageError, OSError) as error:
             raise exception.MigrationError(reason=str(error)) from error
         others = [info for info in disks if self._is_novas(places, info)]
@@ -773,9 +774,10 @@ class LibvirtDriver(driver.LibvirtDriver):
                 block_device_info=None, destroy_disks=True, *args, **kwargs):
         """Also delete the files that came with a migration.
 
-        In a revert, Nova keeps the vTPM's state of a server, and the instance
-        directory of one with disks in Ceph. They would be in the way when the
-        server comes again.
+        In a revert, Nova keeps the vTPM's state of a server, the instance
+        directory of one with disks in Ceph, and on shared storage the disks
+        that only the new flavor has. They would be in the way when the server
+        comes again.
         """
         super().cleanup(context, instance, network_info, block_device_info,
                         destroy_disks, *args, **kwargs)
@@ -787,6 +789,7 @@ class LibvirtDriver(driver.LibvirtDriver):
     def _delete_reverted(self, instance) -> None:
         places = layout.Layout.of(instance)
         _native(vtpm.delete, places)
+        _native(local.delete_disks, places, _list_new_disks(instance))
         # Where the source host kept it beside this one, Nova deletes it.
         if (CONF.libvirt.vol_upload_migration and
                 self.image_backend.backend().is_shared_block_storage() and
@@ -1883,6 +1886,18 @@ def _is_deleted(instance) -> bool:
     except exception.InstanceNotFound:
         return True
     return now.task_state == task_states.DELETING
+
+
+def _list_new_disks(instance) -> list[str]:
+    """Names of the disks that a server has since its resize, if at all.
+
+    Nova refuses a flavor without a disk that the server has.
+    """
+    old = instance.old_flavor
+    if old is None:
+        return []
+    return [name for name, size in (('disk.local', old.ephemeral_gb),
+                                    ('disk.swap', old.swap)) if not size]
 
 
 def _is_switched_on() -> bool:

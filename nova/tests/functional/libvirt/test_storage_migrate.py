@@ -563,6 +563,16 @@ class SharedStorageTestCase(SharedMixin, StorageMigrateTestCase):
         self._delete_server(server)
         self._assert_empty(self.source)
 
+    def test_revert_deletes_the_disk_of_the_new_flavor_alone(self):
+        server = self._boot()
+        flavor = self._create_flavor(name='ephemeral', disk=1, ephemeral=1)
+        self._resize_server(server, flavor)
+        new = self.root / 'dest' / 'disks' / f'{self.disk}.local'
+        new.write_bytes(b'of the resized guest')
+        self._revert_resize(server)
+        self._assert_domain(server, 'source')
+        self._assert_all_there()
+
     def test_failure_after_power_off(self):
         server = self._boot()
         with mock.patch.object(

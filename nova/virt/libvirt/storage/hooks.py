@@ -130,8 +130,9 @@ HOOKS = {
     'cleanup': Hook(
         ('context', 'instance', 'network_info', 'block_device_info',
          'destroy_disks'),
-        'Deletes the instance directory of a server with disks in Ceph whose '
-        'migration is reverted.'),
+        'Deletes, when a migration is reverted, the instance directory of a '
+        'server with disks in Ceph, and the disks that only the new flavor '
+        'has.'),
     'delete_instance_files': Hook(
         ('instance',),
         'Deletes the volumes of a server, and stops their copy.'),

@@ -99,6 +99,9 @@ DIRECTORY_MODE = 0o755
 # it would go on into the base image that other servers share.
 MERGE_REMEDY = 'Merge external snapshots: virsh blockcommit --shallow.'
 
+# Prefixes of the names of ephemeral disks.
+EPHEMERAL = ('disk.local', 'disk.eph')
+
 _SWAP = 'disk.swap'
 _DISK_NAME = re.compile(r'disk(\.local|\.eph\d+|\.swap|\.config)?')
 

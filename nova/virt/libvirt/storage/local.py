@@ -304,6 +304,30 @@ def delete_kept(places: layout.Layout) -> None:
     _delete(places.kept())
 
 
+def delete_disks(places: layout.Layout, names: ty.Iterable[str]) -> None:
+    """Delete those of some disks of a server that are volumes here.
+
+    :raises: OSError
+    """
+    _delete(map(places.volume_path, names))
+
+
+def delete_unknown(places: layout.Layout,
+                   disks: list[dict[str, ty.Any]]) -> None:
+    """Delete ephemeral disks that a server which arrived did not have.
+
+    A resize that was reverted may have left one on storage that hosts share.
+    The server would get it, as it is, for a new disk.
+
+    :param disks: what the source says of the disks, all but the swap disk
+    :raises: OSError
+    """
+    known = {places.disk_name(info['path']) for info in disks}
+    found = map(places.disk_name, _volumes(places))
+    delete_disks(places, [name for name in found if name not in known and
+                          name.startswith(layout.EPHEMERAL)])
+
+
 def delete_all(places: layout.Layout) -> None:
     """Delete all files of a server here, the claims last.
 

@@ -308,6 +308,67 @@ class LeftoverTestCase(base.FinishMixin, base.DriverTestCase):
         self.assertFalse(self.driver._leftovers)
 
 
+@ddt.ddt
+class SharedRevertTestCase(base.FinishMixin, base.DriverTestCase):
+    """A resize on storage that hosts share makes disks of the new flavor."""
+
+    def setUp(self):
+        super().setUp()
+        self.disks = ['disk', 'disk.local', 'disk.eph0', 'disk.swap']
+        for name in self.disks:
+            self._add_disk(name)
+        self.instance.old_flavor = self._flavor()
+        self.instance.task_state = task_states.RESIZE_REVERTING
+        self.other = f'{uuids.other}_disk.local'
+        with open(os.path.join(self.pool_path, self.other), 'w'):
+            pass
+
+    def _assert_left(self, *disks):
+        self.assertEqual(
+            sorted([self.other, *map(self.places.volume_name, disks)]),
+            self._volumes())
+
+    @mock.patch.object(driver.LibvirtDriver, 'cleanup')
+    def _leave(self, nova, **kwargs):
+        nova.side_effect = lambda *args: self._assert_left(*self.disks)
+        self.driver.cleanup(
+            self.context, self.instance, mock.sentinel.network_info, None,
+            **{'destroy_disks': False, **kwargs})
+        nova.assert_called_once()
+
+    @ddt.data((0, 0, ['disk', 'disk.eph0']),
+              (0, 64, ['disk', 'disk.eph0', 'disk.swap']),
+              (1, 0, ['disk', 'disk.local', 'disk.eph0']),
+              (1, 64, ['disk', 'disk.local', 'disk.eph0', 'disk.swap']))
+    @ddt.unpack
+    def test_revert_deletes_what_the_old_flavor_has_no_place_for(
+            self, ephemeral_gb, swap, left):
+        self.instance.old_flavor.ephemeral_gb = ephemeral_gb
+        self.instance.old_flavor.swap = swap
+        self._leave()
+        self._assert_left(*left)
+
+    @ddt.data({'task_state': None}, {'old_flavor': None},
+              {'task_state': task_states.RESIZE_MIGRATING})
+    def test_anything_else_deletes_nothing(self, attributes):
+        for name, value in attributes.items():
+            setattr(self.instance, name, value)
+        self._leave()
+        self._assert_left(*self.disks)
+
+    def test_new_disk_never_has_the_content_of_an_old_one(self):
+        # A revert of an earlier release left disk.local.
+        disks = [{'path': f'/elsewhere/{self.places.volume_name(name)}',
+                  'type': 'qcow2'} for name in ('disk', 'disk.eph0')]
+        self._finish(disks)
+        self._assert_left('disk', 'disk.eph0', 'disk.swap')
+
+    def test_disks_that_the_server_had_stay(self):
+        self._finish([{'path': self.places.volume_path(name), 'type': 'qcow2'}
+                      for name in self.disks])
+        self._assert_left(*self.disks)
+
+
 class SharedConfirmTestCase(base.SameHostMixin, base.DriverTestCase):
     """A kept directory that an earlier failure left behind."""
 

@@ -230,6 +230,7 @@ class RevertTestCase(CephTestCase):
     def setUp(self):
         super().setUp()
         self.instance.task_state = task_states.RESIZE_REVERTING
+        self.instance.old_flavor = self.instance.flavor
         self._add_file('console.log', b'of the guest')
 
     @mock.patch.object(driver.LibvirtDriver, 'cleanup')
