@@ -275,6 +275,8 @@ class AbandonedTestCase(HostileTestCase):
         self.instance.vm_state = vm_states.ACTIVE
         self.useFixture(fixtures.MockPatchObject(
             objects.Instance, 'get_by_uuid', return_value=self.instance))
+        self.refresh = self.useFixture(fixtures.MockPatchObject(
+            objects.Instance, 'refresh')).mock
         self.pool = self.source.add_pool(
             self.places.transient_pool, self.directory)
         self.pool.persistent = False
@@ -299,6 +301,16 @@ class AbandonedTestCase(HostileTestCase):
         for name, value in attributes.items():
             setattr(self.instance, name, value)
         self.assertFalse(self._clear())
+        self.assertTrue(os.path.exists(self.directory))
+
+    @ddt.data({'host': 'source'}, {'task_state': task_states.RESIZE_MIGRATING})
+    def test_copy_that_is_needed_by_the_time_libvirt_answers_stays(
+            self, attributes):
+        self.refresh.side_effect = lambda: [
+            setattr(self.instance, name, value)
+            for name, value in attributes.items()]
+        self.assertFalse(self._clear())
+        self.refresh.assert_called_once_with()
         self.assertTrue(os.path.exists(self.directory))
 
     def test_what_is_kept_for_a_revert_stays(self):
