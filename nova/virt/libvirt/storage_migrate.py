@@ -37,6 +37,7 @@ import typing as ty
 from oslo_concurrency import processutils
 from oslo_log import log as logging
 from oslo_serialization import jsonutils
+from oslo_utils import excutils
 from oslo_utils import fileutils
 from oslo_utils import netutils
 from oslo_utils import units
@@ -109,12 +110,6 @@ class _Server(ty.NamedTuple):
     block_device_info: ty.Any
 
 
-# Nova could not tell what to delete.
-_HALF_SHARED = _(
-    'Both hosts share either the storage pool or the instance directory of '
-    'the server. Share both or neither.')
-
-
 class _Copy:
     """A migration of a server from this host that is under way.
 
@@ -149,15 +144,35 @@ class _Copy:
 
 
 class _Operation:
-    """What QEMU does for a server that is live migrated from this host.
+    """A live migration of a server from this host that is under way.
 
-    :ivar over: set when it does no more
+    :ivar is_stopped: whether it has to end before QEMU begins
+    :ivar is_qemus: whether QEMU may have begun
+    :ivar over: set when QEMU does no more
     :ivar has_moved: whether libvirt said that the server has moved
     """
 
     def __init__(self):
+        self.is_stopped = False
+        self.is_qemus = False
         self.over = threading.Event()
         self.has_moved = False
+
+    def begin(self) -> None:
+        """Let QEMU begin, unless that was stopped.
+
+        :raises: Cancelled
+        """
+        self.is_qemus = True
+        self.check()
+
+    def check(self) -> None:
+        """Go on only if the live migration was not stopped.
+
+        :raises: Cancelled
+        """
+        if self.is_stopped:
+            raise errors.Cancelled()
 
 
 class LibvirtDriver(driver.LibvirtDriver):
@@ -907,10 +922,13 @@ class LibvirtDriver(driver.LibvirtDriver):
 
         :raises: MigrationPreCheckError
         """
+        tells = CONF.libvirt.use_storage_pools or self._wants_files()
+        if tells:
+            self._refuse_domain(instance)
         data = super().check_can_live_migrate_destination(
             context, instance, src_compute_info, dst_compute_info,
             block_migration, disk_over_commit)
-        if CONF.libvirt.use_storage_pools or self._wants_files():
+        if tells:
             try:
                 notice = live.introduce(
                     layout.Layout.of(instance), CONF.libvirt.use_storage_pools)
@@ -983,7 +1001,9 @@ class LibvirtDriver(driver.LibvirtDriver):
                      instance=instance)
             return
         if live.shares_pool(places, notice):
-            raise exception.MigrationPreCheckError(reason=_HALF_SHARED)
+            LOG.info("Nova's own code live migrates the server: the hosts "
+                     'share the pool only', instance=instance)
+            return
         try:
             live.check_names(notice)
         except errors.Refused as error:
@@ -994,10 +1014,10 @@ class LibvirtDriver(driver.LibvirtDriver):
     def _list_sent(self, context, instance, places, disks) -> list[str]:
         """Names of the files that QEMU does not copy to the destination."""
         server = _Server(context, instance, None, None)
-        lost = map(os.path.basename,
-                   self._lost_bases(server, _list_bases(disks)))
-        return live.list_sent(
-            places, disks, self._list_read_only(instance), set(lost))
+        lost = self._lost_bases(server, _list_bases(disks))
+        live.check_room(places, lost)
+        return live.list_sent(places, disks, self._list_read_only(instance),
+                              set(map(os.path.basename, lost)))
 
     def _list_read_only(self, instance) -> set[str]:
         """Paths of the disks that the guest cannot write."""
@@ -1014,7 +1034,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         """Whether the destination host sees the server's disks.
 
         :raises: MigrationPreCheckError if it sees the pool or the instance
-            directory only
+            directory only; Nova could not tell what to delete
         """
         notice = live.Notice.read(dest_check_data)
         if notice is None or not layout.Layout.of(instance).volumes():
@@ -1023,7 +1043,9 @@ class LibvirtDriver(driver.LibvirtDriver):
         places = layout.Layout.of(instance)
         is_shared = live.shares_pool(places, notice)
         if is_shared != dest_check_data.is_shared_instance_path:
-            raise exception.MigrationPreCheckError(reason=_HALF_SHARED)
+            raise exception.MigrationPreCheckError(reason=_(
+                'Both hosts share either the storage pool or the instance '
+                'directory of the server. Share both or neither.'))
         return is_shared
 
     def pre_live_migration(
@@ -1046,9 +1068,18 @@ class LibvirtDriver(driver.LibvirtDriver):
                 instance, places, migrate_data, disks)
         if notice and notice.claim:
             disk_info = jsonutils.dumps(live.disks_here(disks, notice))
-        migrate_data = super().pre_live_migration(
-            context, instance, block_device_info, network_info, disk_info,
-            migrate_data)
+        try:
+            migrate_data = super().pre_live_migration(
+                context, instance, block_device_info, network_info, disk_info,
+                migrate_data)
+        except Exception:
+            with excutils.save_and_reraise_exception():
+                if notice and notice.claim:
+                    # The source host does not learn of the claim.
+                    notice.write(migrate_data)
+                    self.rollback_live_migration_at_destination(
+                        context, instance, network_info, block_device_info,
+                        migrate_data=migrate_data)
         if notice:
             notice.write(migrate_data)
         return migrate_data
@@ -1070,10 +1101,8 @@ class LibvirtDriver(driver.LibvirtDriver):
                 'The disks of the server are in a storage pool, and host '
                 '%s does not have the driver for it. Set [DEFAULT]'
                 'compute_driver there as on this host.') % instance.host)
-        if self.instance_exists(instance):
-            raise exception.MigrationPreCheckError(reason=_(
-                'A domain of the server is on this host already. Find out '
-                'where it comes from, and undefine it if it is not needed.'))
+        # The files of a domain that is here are no leftovers.
+        self._refuse_domain(instance)
         if places.claims():
             self._delete_leftovers(instance, places)
         has_pool = CONF.libvirt.use_storage_pools
@@ -1098,7 +1127,7 @@ class LibvirtDriver(driver.LibvirtDriver):
             return
         operation = self._operations[instance.uuid] = _Operation()
 
-        def end(*args):
+        def let_go(*args):
             if self._has_left(instance, operation,
                               migrate_data.target_connect_addr or dest):
                 post_method(*args)
@@ -1110,9 +1139,17 @@ class LibvirtDriver(driver.LibvirtDriver):
                 self.emit_event(virtevent.LifecycleEvent(
                     instance.uuid, virtevent.EVENT_LIFECYCLE_STOPPED))
 
+        def take_back(*args, **kwargs):
+            if operation.has_moved or live.is_in_post_copy(
+                    self._host.get_guest(instance)):
+                raise exception.MigrationError(reason=_(
+                    'A domain of the server is on both hosts. Find out on '
+                    'which one it runs.'))
+            recover_method(*args, **kwargs)
+
         try:
             super().live_migration(
-                context, instance, dest, end, recover_method,
+                context, instance, dest, let_go, take_back,
                 block_migration, migrate_data)
         finally:
             del self._operations[instance.uuid]
@@ -1122,14 +1159,19 @@ class LibvirtDriver(driver.LibvirtDriver):
 
         :raises: HostError if nobody can tell whether the server has moved
         """
-        copy = self._copies.get(instance.uuid)
-        if copy:
-            self._stop_copy(copy, _('the server was powered off'))
+        self._stop_sending(instance, operation,
+                           _('the server was powered off'))
         operation.over.wait()
         if operation.has_moved or _is_deleted(instance):
             return True
         with self._asking(layout.Layout.of(instance), dest) as move:
             return _native(move.has_moved)
+
+    def _stop_sending(self, instance, operation, reason) -> None:
+        operation.is_stopped = True
+        copy = self._copies.get(instance.uuid)
+        if copy:
+            self._stop_copy(copy, reason)
 
     def _live_migration_operation(
         self, context, instance, dest, block_migration, migrate_data, guest,
@@ -1151,8 +1193,9 @@ class LibvirtDriver(driver.LibvirtDriver):
         operation = self._operations[instance.uuid]
         try:
             if notice.claim and notice.sent:
-                self._send(instance, places, notice,
+                self._send(instance, operation, places, notice,
                            migrate_data.target_connect_addr or dest)
+            operation.begin()
             super()._live_migration_operation(
                 context, instance, dest, block_migration, migrate_data,
                 live.Guest(guest._domain, places, notice), device_names)
@@ -1163,43 +1206,51 @@ class LibvirtDriver(driver.LibvirtDriver):
         finally:
             operation.over.set()
 
-    def _send(self, instance, places, notice, dest) -> None:
+    def _send(self, instance, operation, places, notice, dest) -> None:
         """Send the files that QEMU does not copy.
 
         :raises: MigrationPreCheckError, HostError, Cancelled
         """
         claim = layout.Claim.parse(places.uuid, notice.claim)
-        with (self._copying(instance) as copy,
-              live.files_to_send(places, notice, functools.partial(
-                  self._execute, copy)) as files):
+        with self._copying(instance) as copy, contextlib.ExitStack() as stack:
+            operation.check()
+            files = stack.enter_context(live.files_to_send(
+                places, notice, functools.partial(self._execute, copy)))
             move = self._new_transfer(
                 places, dest, files, instance.name, claim,
                 layout.POOL if notice.path else layout.DIRECTORY)
-            try:
-                _native(move.send, copy.cancel)
-            finally:
-                _native(move.close)
-            # Nova was told that it was stopped, even if nothing was left to.
-            copy.check()
+            stack.callback(_native, move.close)
+            _native(move.send, copy.cancel)
 
     def live_migration_abort(self, instance):
         """Abort a live migration, also before QEMU has begun."""
-        copy = self._copies and self._copies.get(instance.uuid)
-        if copy:
-            self._stop_copy(copy, _('the live migration was aborted'))
-        else:
+        operation = self._operations.get(instance.uuid)
+        if operation:
+            self._stop_sending(instance, operation,
+                               _('the live migration was aborted'))
+        if not operation or operation.is_qemus:
             super().live_migration_abort(instance)
 
     def rollback_live_migration_at_destination(
         self, context, instance, network_info, block_device_info,
         destroy_disks=True, migrate_data=None,
     ):
-        """Delete what was made here for the server, and nothing else."""
+        """Delete what was made here for the server, and nothing else.
+
+        The call may be late. By then the server may run here, or another
+        attempt may be under way.
+        """
         places = layout.Layout.of(instance)
-        if places.claims():
+        notice = live.Notice.read(migrate_data)
+        if notice and notice.sent is not None and not (
+                migrate_data.is_shared_block_storage):
+            if notice.claim not in {
+                    claim.name for claim in places.claims().values()}:
+                LOG.warning('The live migration that failed has nothing here '
+                            'any more', instance=instance)
+                return
             self._end_transient_pool(places)
         elif places.volumes():
-            # The migration failed before it had a claim.
             destroy_disks = False
         super().rollback_live_migration_at_destination(
             context, instance, network_info, block_device_info,
@@ -1774,20 +1825,37 @@ class LibvirtDriver(driver.LibvirtDriver):
     def _delete_if_abandoned(self, instance) -> None:
         places = layout.Layout.of(instance)
         claims = places.claims()
-        if not self._is_abandoned(instance, places):
+        if not _is_abandoned(instance, places) or self._has_domain(instance):
             return
-        # While libvirt answers, another attempt may come under way.
         self._end_transient_pool(places)
+        # While libvirt answered, another attempt may have come under way.
         instance.refresh()
         if (places.claims().keys() == claims.keys() and
-                self._is_abandoned(instance, places)):
-            self._delete_leftovers(instance, places)
+                _is_abandoned(instance, places)):
+            LOG.info('Deleting the copy here of the server, which is not '
+                     'needed any more', instance=instance)
+            _native(local.delete_all, places)
 
-    def _is_abandoned(self, instance, places) -> bool:
-        return (instance.host != CONF.host and instance.task_state is None and
-                instance.vm_state != vm_states.RESIZED and
-                local.is_abandoned(places, instance.host) and
-                not self.instance_exists(instance))
+    def _refuse_domain(self, instance) -> None:
+        """Let no server come of which a domain is here.
+
+        :raises: MigrationPreCheckError
+        """
+        if self._has_domain(instance):
+            raise exception.MigrationPreCheckError(reason=_(
+                'A domain of the server is on this host already. Find out '
+                'where it comes from, and undefine it if it is not needed.'))
+
+    def _has_domain(self, instance) -> bool:
+        """Whether a server has a domain on this host, as libvirt says.
+
+        :raises: NovaException if it says nothing
+        """
+        try:
+            self._host.get_guest(instance)
+        except exception.InstanceNotFound:
+            return False
+        return True
 
     @staticmethod
     def _restore(copy, places, restore=local.restore) -> None:
@@ -1898,6 +1966,13 @@ def _list_new_disks(instance) -> list[str]:
         return []
     return [name for name, size in (('disk.local', old.ephemeral_gb),
                                     ('disk.swap', old.swap)) if not size]
+
+
+def _is_abandoned(instance, places) -> bool:
+    """Whether a server of another host has no use for what is here of it."""
+    return (instance.host != CONF.host and instance.task_state is None and
+            instance.vm_state != vm_states.RESIZED and
+            local.is_abandoned(places, instance.host))
 
 
 def _is_switched_on() -> bool:

@@ -38,13 +38,17 @@ import typing as ty
 
 from lxml import etree
 from oslo_serialization import jsonutils
-from oslo_utils import fileutils
 from oslo_utils import uuidutils
 
 from nova import objects
 from nova.virt.libvirt import guest as libvirt_guest
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import layout
+
+try:
+    import libvirt
+except ImportError:
+    libvirt = None
 
 # No Cinder volume has such a serial number.
 SERIAL = 'nova-storage-migrate/pool'
@@ -131,14 +135,17 @@ def introduce(places: layout.Layout, has_pool: bool) -> Notice:
 def delete_markers(pool_path: str) -> None:
     """Delete what introduce() has made for checks that nobody ended.
 
+    Another host that shares the pool may do so at the same time.
+
     :raises: OSError
     """
     for entry in os.scandir(pool_path):
         if _MARKER.fullmatch(entry.name):
-            found = entry.stat(follow_symlinks=False)
-            if not found.st_size and (
-                    time.time() - found.st_mtime > _CHECK_SECONDS):
-                fileutils.delete_if_exists(entry.path)
+            with contextlib.suppress(FileNotFoundError):
+                found = entry.stat(follow_symlinks=False)
+                if not found.st_size and (
+                        time.time() - found.st_mtime > _CHECK_SECONDS):
+                    os.unlink(entry.path)
 
 
 def claim(places: layout.Layout, source: str,
@@ -246,6 +253,31 @@ def check(places: layout.Layout, migrate_data,
     return notice
 
 
+def check_room(places: layout.Layout, bases: list[str]) -> None:
+    """Check that this host has room for what files_to_send() makes.
+
+    Half of what is free stays free, for the guests that write meanwhile.
+
+    :param bases: paths of base images that have to be sent
+    :raises: Refused
+    """
+    needed = sum(os.stat(base).st_blocks * 512 for base in bases)
+    room = os.statvfs(places.directory)
+    if 2 * needed > room.f_bavail * room.f_frsize:
+        raise errors.Refused(
+            f'this host has no room for the {needed} bytes of the base images '
+            f'of the server, which have to go along',
+            f'Free space in {places.directory}.')
+
+
+def is_in_post_copy(guest: libvirt_guest.Guest) -> bool:
+    """Whether the memory of a domain here is in part on another host only."""
+    state, reason = guest._domain.state()
+    return state == libvirt.VIR_DOMAIN_PAUSED and reason in (
+        libvirt.VIR_DOMAIN_PAUSED_POSTCOPY,
+        libvirt.VIR_DOMAIN_PAUSED_POSTCOPY_FAILED)
+
+
 def check_names(notice: Notice) -> None:
     """Check that nothing of the server is on the destination host.
 
@@ -311,7 +343,7 @@ def delete_unsent(places: layout.Layout) -> None:
     """Delete what a nova-compute that ended has left of files_to_send()."""
     for path in glob.glob(os.path.join(
             glob.escape(places.directory), f'{_TO_SEND}*')):
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _file_to_send(places: layout.Layout, name: str, notice: Notice,

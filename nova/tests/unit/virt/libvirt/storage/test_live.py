@@ -80,6 +80,7 @@ class LiveTestCase(test_storage_migrate.DriverTestCase):
             is_shared_instance_path=False, is_shared_block_storage=False,
             block_migration=True, instance_relative_path=uuids.instance)
         self.exists = self.patch('instance_exists', return_value=False)
+        self.has_domain = self.patch('_has_domain', return_value=False)
 
     def patch(self, name, **kwargs):
         """Stand in for a method of this driver."""
@@ -148,6 +149,14 @@ class CheckAtDestinationTestCase(LiveTestCase):
             self.driver.check_can_live_migrate_destination(
                 self.context, self.instance, {}, {})
         return live.Notice.read(self.data)
+
+    def test_domain_that_is_here_is_refused(self):
+        """Before there is anything that a rollback would delete."""
+        self.has_domain.return_value = True
+        self.assertRaises(exception.MigrationPreCheckError, self.check)
+        self.flags(use_storage_pools=False, vol_upload_migration=False,
+                   group='libvirt')
+        self.check()
 
     def test_it_tells_about_its_pool(self):
         notice = self.check()
@@ -339,9 +348,24 @@ class CheckAtSourceTestCase(SourceTestCase):
     def test_overlay_whose_base_glance_has_lost_is_sent(self):
         volume = self.add_image(base='abc')
         self.add_image('disk.eph0')
-        self.lost.return_value = ['/base/abc']
+        self.lost.return_value = [self._add_file('abc', b'')]
         self.notice()
         self.assertEqual([volume], self.sent())
+
+    def test_base_image_for_which_here_is_no_room(self):
+        """The copy of it would fill up the disks of other guests."""
+        self.add_image(base='abc')
+        base = self._add_file('abc', b'a' * 8192)
+        self.lost.return_value = [base]
+        self.notice()
+        needed = os.stat(base).st_blocks * 512
+        for free, may in ((2 * needed, True), (2 * needed - 512, False)):
+            with mock.patch('os.statvfs', return_value=mock.Mock(
+                    f_bavail=free // 512, f_frsize=512)):
+                if may:
+                    self.check()
+                else:
+                    self.refused(f'no room for the {needed} bytes', 'Free')
 
     def test_config_drive_is_sent_unless_the_guest_can_write_it(self):
         self.add_image()
@@ -389,7 +413,7 @@ class CheckFilesAtSourceTestCase(SourceTestCase):
         self.assertEqual(['disk.config'], self.sent())
 
     def test_overlay_whose_base_glance_has_lost_is_sent(self):
-        self.lost.return_value = ['/base/abc']
+        self.lost.return_value = [self._add_file('abc', b'')]
         self.notice(path='', marker='')
         self.assertEqual(['disk', 'disk.config'], self.sent())
 
@@ -397,12 +421,12 @@ class CheckFilesAtSourceTestCase(SourceTestCase):
         self.notice(in_the_way=['/instances/a'])
         self.refused('/instances/a', 'delete')
 
-    def test_shared_pool_alone_is_refused(self):
+    def test_shared_pool_alone_is_novas(self):
         """The source would delete the disk there, as it clears up."""
         with open(os.path.join(self.pool_path, 'marker'), 'wb'):
             pass
         self.notice(path=self.pool_path, marker='marker')
-        self.refused('share either')
+        self.assert_novas()
 
     def assert_novas(self):
         self.check()
@@ -522,7 +546,7 @@ class PrepareTestCase(LiveTestCase):
         self.assertFalse(os.path.exists(self.directory))
 
     def test_domain_that_is_here_is_refused(self):
-        self.exists.return_value = True
+        self.has_domain.return_value = True
         self.add_claim()
         self.notice(sent=[])
         self.assertRaises(
@@ -728,7 +752,7 @@ class EndTestCase(LiveTestCase):
         self.flags(host='dest')
         self.instance.task_state = None
         self.add_claim('source')
-        self.exists.return_value = exists
+        self.has_domain.return_value = exists
         self.instance.refresh = mock.Mock()
         self.driver._delete_if_abandoned(self.instance)
         self.assertEqual(count, len(self.claims()))
@@ -758,17 +782,38 @@ class EndTestCase(LiveTestCase):
         self.assertTrue(os.path.exists(volume))
         self.assertEqual(1, len(self.claims()))
 
-    @ddt.data((True, True), (False, False))
-    @ddt.unpack
-    def test_rollback_deletes_only_what_is_under_a_claim(self, claimed,
-                                                         deleted):
+    def roll_back(self, **about):
+        """What Nova's own code is told to do about the disks, if called."""
         self._add_disk()
-        if claimed:
-            self.add_own_claim()
+        if about:
+            self.notice(**about)
         with self.novas('rollback_live_migration_at_destination') as nova:
             self.driver.rollback_live_migration_at_destination(
                 self.context, self.instance, [], {}, True, self.data)
-        self.assertEqual(deleted, nova.call_args.args[4])
+        return [call.args[4] for call in nova.call_args_list]
+
+    def test_rollback_deletes_what_is_under_its_claim(self):
+        self.assertEqual([True], self.roll_back(
+            sent=[], claim=self.add_claim().name))
+
+    def test_rollback_without_a_notice_keeps_volumes(self):
+        self.assertEqual([False], self.roll_back())
+
+    @ddt.data('none', 'another')
+    def test_late_rollback_leaves_another_attempt_alone(self, claim):
+        """The server may run here by now."""
+        gone = layout.Claim(uuids.instance, 'a', 'source').name
+        if claim == 'another':
+            self.add_claim()
+        self.assertEqual([], self.roll_back(sent=[], claim=gone))
+
+    def test_rollback_of_an_attempt_that_was_refused_here(self):
+        self.add_claim()
+        self.assertEqual([], self.roll_back(sent=['disk.config']))
+
+    def test_rollback_on_shared_storage_is_novas(self):
+        self.data.is_shared_block_storage = True
+        self.assertEqual([False], self.roll_back(sent=[]))
 
     @ddt.data((False, 1), (True, 0))
     @ddt.unpack
@@ -931,17 +976,37 @@ class OperationTestCase(LiveTestCase):
             self.operate()
         self.nova.assert_not_called()
 
-    def test_abort_after_the_last_byte_counts(self):
+    @ddt.data('_new_transfer', '_copying')
+    def test_abort_before_and_after_anything_is_sent_counts(self, when):
         """Nova has been told that the live migration was stopped."""
         self.add_destination()
+        real = getattr(self.driver, when)
 
-        def abort(*_args):
+        @contextlib.contextmanager
+        def copying(instance):
+            with real(instance) as copy:
+                yield copy
             self.driver.live_migration_abort(self.instance)
 
-        with self.images():
-            self.dest.call('pool.destroy', abort)
+        def transfer(*args):
+            self.driver._operations[uuids.instance].is_stopped = True
+            return real(*args)
+
+        with self.images(), mock.patch.object(
+                self.driver, when,
+                copying if when == '_copying' else transfer):
             self.operate()
         self.nova.assert_not_called()
+
+    def test_nothing_is_sent_if_it_was_stopped_before(self):
+        self.add_destination()
+        operation = storage_migrate._Operation()
+        operation.is_stopped = True
+        self.assertRaises(
+            errors.Cancelled, self.driver._send, self.instance, operation,
+            self.places, live.Notice.read(self.data), 'dest')
+        self.assertEqual({}, self.driver._copies)
+        self.assertRaises(errors.Cancelled, operation.begin)
 
     def test_first_bytes_of_a_ramdisk_come_when_there_is_no_pool(self):
         """libvirtd would open the file that they name, and wait for it."""
@@ -965,7 +1030,12 @@ class OperationTestCase(LiveTestCase):
         self.assertEqual(
             head, self.dest.files[path].content.read(0, len(head)))
 
-    def test_abort_of_qemus_part_is_novas(self):
+    @ddt.data(True, False)
+    def test_abort_of_qemus_part_is_novas(self, ours):
+        if ours:
+            operation = storage_migrate._Operation()
+            operation.begin()
+            self.driver._operations[uuids.instance] = operation
         with self.novas('live_migration_abort') as nova:
             self.driver.live_migration_abort(self.instance)
         nova.assert_called_once_with(self.instance)
@@ -1045,6 +1115,35 @@ class LeaveTestCase(LiveTestCase):
             self.instance.task_state = how
         self.migrate()
         self.assert_moved()
+
+    @ddt.data((True, 'RUNNING_BOOTED', False),
+              (False, 'PAUSED_POSTCOPY', False),
+              (False, 'PAUSED_POSTCOPY_FAILED', False),
+              (False, 'PAUSED_USER', True), (False, 'RUNNING_BOOTED', True))
+    @ddt.unpack
+    def test_destination_is_cleared_only_if_the_guest_is_here(
+            self, has_moved, reason, cleared):
+        """Nova takes a domain that is paused for one that runs."""
+        reasons = getattr(libvirt, f'VIR_DOMAIN_{reason}')
+        domain = mock.Mock()
+        domain.state.return_value = [getattr(
+            libvirt, f'VIR_DOMAIN_{reason.partition("_")[0]}'), reasons]
+
+        def novas(context, instance, dest, post, recover, *others):
+            self.driver._operations[uuids.instance].has_moved = has_moved
+            recover(context, instance, dest, self.data,
+                    migration_status='failed')
+
+        with (self.novas('live_migration', side_effect=novas),
+              mock.patch.object(self.driver._host, 'get_guest',
+                                return_value=guest.Guest(domain))):
+            try:
+                self.driver.live_migration(
+                    self.context, self.instance, 'other', self.post,
+                    self.recover, True, self.data)
+            except exception.MigrationError:
+                self.assertFalse(cleared)
+        self.assertEqual(cleared, self.recover.called)
 
     def test_what_is_sent_is_stopped_first(self):
         operation = storage_migrate._Operation()
