@@ -126,9 +126,12 @@ class LifeMixin:
         self.assert_boots()
         self.act('suspend_server', status='SUSPENDED')
         self.act('resume_server')
+        self._rescue()
+        self.assert_boots()
+
+    def _rescue(self) -> None:
         self.act('rescue_server', status='RESCUE')
         self.act('unrescue_server')
-        self.assert_boots()
 
     def test_snapshot_rebuild_shelve(self):
         live = self._snapshot()

@@ -17,6 +17,7 @@ import atexit
 import functools
 import shutil
 
+from openstack import exceptions
 from oslo_utils import units
 
 from nova.tests.cloud import base
@@ -140,6 +141,12 @@ class TestLifeVolume(test_life.LifeMixin, test_life.MoveMixin,
         self.assertEqual({'disk.eph0', 'disk.swap', 'disk.config'},
                          set(self.server.disks(self.server.host)))
         self.assert_attached(self.volume, self.server)
+
+    def _rescue(self):
+        """Nova refuses it without a device of its own for that."""
+        self.assertRaises(exceptions.BadRequestException, self.act,
+                          'rescue_server')
+        self.act('reboot_server', 'HARD')
 
     def test_snapshot_rebuild_shelve(self):
         """Snapshot and rebuild are Cinder's; shelving loses other disks."""
