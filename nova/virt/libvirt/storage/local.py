@@ -442,9 +442,11 @@ def _delete_new_volumes(places: layout.Layout) -> None:
     The record tells them from the others, also when this is called again after
     an attempt that did not end.
     """
-    formats = layout.read_record(places.kept_path(places.record_path))
+    # The record may spell the directory of the pool another way.
+    names = set(map(os.path.basename, layout.read_record(
+        places.kept_path(places.record_path))))
     for path in places.volumes():
-        if (formats and path not in formats and
+        if (names and os.path.basename(path) not in names and
                 not os.path.exists(places.kept_path(path))):
             os.unlink(path)
 

@@ -428,6 +428,24 @@ class KeepTestCase(LocalTestCase):
 
         self.assertEqual(self.before, self._state())
 
+    def test_restore_goes_on_with_a_record_that_spells_the_pool_otherwise(
+            self):
+        link = self.pool + '-link'
+        os.symlink(self.pool, link)
+        self.addCleanup(os.unlink, link)
+        layout.write_record(self.places.record_path, {
+            os.path.join(link, os.path.basename(path)): 'qcow2'
+            for path in self.places.volumes()})
+        before = self._state()
+        for nth in itertools.count():
+            self._resize()
+            crashed = crashing.crashes('replace', nth, self._restore)
+            self._restore()
+            self.assertEqual(before, self._state(), nth)
+            if not crashed:
+                break
+        self.assertGreater(nth, 2)
+
     def test_restore_of_nothing_changes_nothing(self):
         self._restore()
 
