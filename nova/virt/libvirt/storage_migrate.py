@@ -222,7 +222,7 @@ class LibvirtDriver(driver.LibvirtDriver):
             places = layout.Layout.of(instance)
             live.delete_unsent(places)
             if instance.task_state is None and self.instance_exists(instance):
-                local.drop_claims(places)
+                _native(local.drop_claims, places)
         if CONF.libvirt.use_storage_pools:
             live.delete_markers(CONF.libvirt.disks_pool_path)
             self._warn_of_files(instances)
@@ -393,11 +393,11 @@ class LibvirtDriver(driver.LibvirtDriver):
         places = layout.Layout.of(instance)
         is_unfinished = local.has_kept_directory(places) or places.claims()
         if is_unfinished and instance.host == CONF.host:
-            local.recover_directory(places)
+            _native(local.recover_directory, places)
             _native(local.take_bases, places)
             if places.claims():
                 self._end_transient_pool(places)
-                local.drop_claims(places)
+                _native(local.drop_claims, places)
         if (_is_switched_on() and vtpm.is_saved(places) and
                 not os.path.exists(places.vtpm_path) and
                 instance.host == CONF.host):
@@ -442,8 +442,10 @@ class LibvirtDriver(driver.LibvirtDriver):
         prepare = functools.partial(
             self._prepare, server, places, dest, flavor, enters_pool)
         with contextlib.ExitStack() as stack:
-            copy, turn = self._begin_copy(instance, stack)
+            copy, turn = self._begin_copy(instance, places, stack)
             disk_info, files, move = prepare(stack)
+            with _refused_on_error(instance):
+                _native(_delete_stale, places)
             if not disk_info or move.there.is_shared:
                 turn.leave()
             elif turn.ahead:
@@ -485,14 +487,21 @@ class LibvirtDriver(driver.LibvirtDriver):
         files = places.moved(places.plan(disk_info, bases), place)
         return disk_info, files, place
 
-    def _begin_copy(self, instance, stack) -> tuple[_Copy, turns.Turn]:
+    def _begin_copy(
+        self, instance, places, stack,
+    ) -> tuple[_Copy, turns.Turn]:
         """Note a migration that is under way, and its place in the queue.
+
+        If Nova failed after an earlier copy, the instance directory gets its
+        name back first: the checks look into it.
 
         :param stack: what to leave when it is over
         :raises: InstanceFaultRollback
         """
         with _refused_on_error(instance):
             copy = stack.enter_context(self._copying(instance))
+            _check_kept(places)
+            _native(local.recover_directory, places)
         return copy, stack.enter_context(self._queue.join())
 
     def _prepare(
@@ -506,7 +515,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         """
         with _refused_on_error(server.instance):
             self._check_enabled()
-            self._check_request(server, places, flavor)
+            self._check_request(server, flavor)
             disk_info, files, place = self._plan(
                 server, places, dest, enters_pool)
             variables = self._read_nvram(server.instance)
@@ -586,18 +595,17 @@ class LibvirtDriver(driver.LibvirtDriver):
         variables = self._read_nvram(instance)
         if move.there.is_shared:
             if variables is not None and hooks.keeps_nvram():
-                nvram.write(places.nvram_path, variables)
-            local.remove_stale_directory(places)
+                _native(nvram.write, places.nvram_path, variables)
             # The destination host takes it. The original is for a revert.
             steps.push(_native, vtpm.drop_saved, places)
             _native(vtpm.save, places, places.saved_vtpm_path)
-            layout.write_record(
-                places.record_path, places.formats() | move.formats())
+            _native(layout.write_record, places.record_path,
+                    places.formats() | move.formats())
             return
         late = [] if variables is None else [nvram.as_file(variables)]
         watch.watch(functools.partial(
             _native, move.run, copy.cancel, watch, late))
-        local.keep_directory(places)
+        _native(local.keep_directory, places)
 
     def _copy_here_and_power_off(
         self, server, places, flavor, timeout, retry_interval,
@@ -608,14 +616,15 @@ class LibvirtDriver(driver.LibvirtDriver):
         """
         instance = server.instance
         with contextlib.ExitStack() as stack:
-            copy, turn = self._begin_copy(instance, stack)
+            copy, turn = self._begin_copy(instance, places, stack)
             disk_info = self._prepare_here(server, places, flavor)
+            with _refused_on_error(instance):
+                _native(_delete_stale, places)
             if turn.ahead:
                 self._wait_for_turn(server, copy, turn, CONF.host)
                 disk_info = self._prepare_here(server, places, flavor)
             with _refused_on_error(instance):
                 is_running = self._is_running(instance)
-                local.remove_stale_directory(places)
             with self._put_back_on_error(server, copy, CONF.host) as steps:
                 copy.check()
                 self._power_off_for_copy(
@@ -627,7 +636,7 @@ class LibvirtDriver(driver.LibvirtDriver):
                     self._copy_here(copy, places.kept_path(path), path)
                 copy.check()
                 _native(vtpm.keep, places)
-                _copy_kept_nvram(places)
+                _native(_copy_kept_nvram, places)
         return jsonutils.dumps(disk_info)
 
     def _copy_nvram_here(self, server, places, was_running) -> None:
@@ -640,7 +649,7 @@ class LibvirtDriver(driver.LibvirtDriver):
             copy.off_since = time.monotonic()
             steps.push(self._start_again, server, copy, was_running, steps)
             steps.push(self._restore, copy, places, local.restore_directory)
-            _copy_kept_nvram(places)
+            _native(_copy_kept_nvram, places)
 
     def _prepare_here(
         self, server, places, flavor,
@@ -651,7 +660,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         :raises: InstanceFaultRollback
         """
         with _refused_on_error(server.instance):
-            self._check_request(server, places, flavor)
+            self._check_request(server, flavor)
             self._check_vtpm(places)
             disk_info = self._disk_info(server)
             places.plan(disk_info)
@@ -1583,25 +1592,12 @@ class LibvirtDriver(driver.LibvirtDriver):
                 'vol_upload_migration = True on this host.') %
                 CONF.libvirt.disks_pool)
 
-    def _check_request(self, server, places, flavor):
+    def _check_request(self, server, flavor):
         """Refuse what cannot be done, whatever the destination is.
 
-        :raises: ResizeError, MigrationPreCheckError
+        :raises: ResizeError
         """
         instance, block_device_info = server.instance, server.block_device_info
-        for path in places.kept():
-            raise exception.MigrationPreCheckError(reason=_(
-                'An earlier resize kept %(kept)s and was neither confirmed '
-                'nor reverted. Find out whether that or %(disk)s is the disk '
-                'of the server, and delete the other.') % {
-                    'kept': path,
-                    'disk': places.volume_path(places.disk_name(path))})
-        local.recover_directory(places)
-        # A claim stays if Nova's own driver finished the migration to here.
-        local.drop_claims(places)
-        if os.path.exists(places.vtpm_path):
-            # An interrupted revert left it, and the next one would restore it.
-            _native(vtpm.drop_saved, places)
         root_shrinks = (
             flavor.root_gb < instance.flavor.root_gb and
             not self._is_booted_from_volume(block_device_info))
@@ -1817,8 +1813,8 @@ class LibvirtDriver(driver.LibvirtDriver):
         except exception.InstanceNotFound:
             # Nothing says that it was a copy. Its directory may be one that
             # Nova deletes later. Nova's own driver leaves the claim alone.
-            local.drop_lone_claims(
-                layout.Layout.of(objects.Instance(uuid=uuid)))
+            _native(local.drop_lone_claims,
+                    layout.Layout.of(objects.Instance(uuid=uuid)))
         else:
             self._delete_if_abandoned(instance)
 
@@ -2062,6 +2058,36 @@ def _directories_of_servers() -> list[str]:
 
 def _is_on_one_host(migration) -> bool:
     return migration.source_compute == migration.dest_compute
+
+
+def _check_kept(places: layout.Layout) -> None:
+    """Refuse a server of which a resize on this host kept another disk.
+
+    :raises: MigrationPreCheckError
+    """
+    for path in places.kept():
+        raise exception.MigrationPreCheckError(reason=_(
+            'An earlier resize kept %(kept)s and was neither confirmed nor '
+            'reverted. Find out whether that or %(disk)s is the disk of the '
+            'server, and delete the other.') % {
+                'kept': path,
+                'disk': places.volume_path(places.disk_name(path))})
+
+
+def _delete_stale(places: layout.Layout) -> None:
+    """Delete what earlier migrations left beside the files of a server here.
+
+    If nova-compute ends during the next one, Nova would take a directory that
+    is there for the one that this migration kept.
+
+    :raises: OSError
+    """
+    local.remove_stale_directory(places)
+    # A claim stays if Nova's own driver finished the migration to here.
+    local.drop_claims(places)
+    if os.path.exists(places.vtpm_path):
+        # An interrupted revert left it, and the next one would restore it.
+        vtpm.drop_saved(places)
 
 
 def _copy_kept_nvram(places: layout.Layout) -> None:

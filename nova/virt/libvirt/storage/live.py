@@ -122,8 +122,9 @@ def introduce(places: layout.Layout, has_pool: bool) -> Notice:
     """
     in_the_way = []
     if not places.claims():
-        in_the_way = [path for path in [*places.volumes(), places.directory]
-                      if os.path.exists(path)]
+        in_the_way = [path for path in [
+            *places.volumes(), places.directory, places.kept_directory]
+            if os.path.exists(path)]
     if not has_pool:
         return Notice('', in_the_way=in_the_way)
     descriptor, marker = tempfile.mkstemp(

@@ -333,8 +333,9 @@ def delete_all(places: layout.Layout) -> None:
 
     :raises: OSError
     """
-    if os.path.isdir(places.directory):
-        shutil.rmtree(places.directory)
+    for directory in places.directory, places.kept_directory:
+        if os.path.isdir(directory):
+            shutil.rmtree(directory)
     delete_volumes(places)
 
 
@@ -358,9 +359,8 @@ def make_marker(places: layout.Layout) -> str:
 def keep_directory(places: layout.Layout) -> None:
     """Put the instance directory where a revert will look for it.
 
-    :raises: OSError
+    :raises: OSError, also if an earlier migration left one there
     """
-    remove_stale_directory(places)
     os.rename(places.directory, places.kept_directory)
     layout.flush(os.path.dirname(places.directory))
 

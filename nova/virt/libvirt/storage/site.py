@@ -700,6 +700,11 @@ class Site:
         """
         if found.has_directory and not found.is_incoming:
             raise self._in_the_way()
+        if os.path.basename(self.layout.kept_directory) in found.names:
+            raise errors.Refused(
+                f'directory {self.layout.kept_directory}, which a migration '
+                f'kept, is there',
+                'Delete it if the server is whole on this host.')
         if found.claims:
             return
         for prefix in self.layout.prefix, self.layout.kept_prefix:

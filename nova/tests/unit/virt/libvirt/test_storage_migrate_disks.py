@@ -15,6 +15,7 @@
 """No disk of a server is forgotten, or deleted by mistake."""
 
 import os
+import pathlib
 import shutil
 import threading
 import time
@@ -32,10 +33,16 @@ from nova.compute import task_states
 from nova.compute import vm_states
 from nova import exception
 from nova.tests.fixtures import libvirt_storage
+from nova.tests.unit.virt.libvirt.storage import test_vtpm
 from nova.tests.unit.virt.libvirt import test_storage_migrate as base
 from nova.virt.libvirt import driver
+from nova.virt.libvirt.storage import hooks
+from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt.storage import local
+from nova.virt.libvirt.storage import nvram
 from nova.virt.libvirt.storage import site
+from nova.virt.libvirt.storage import turns
+from nova.virt.libvirt import utils as libvirt_utils
 
 BOOTS_FROM_VOLUME = {
     'root_device_name': '/dev/vda', 'ephemerals': [],
@@ -453,6 +460,147 @@ class RetryTestCase(base.DriverTestCase):
         self.calls.power_off.assert_not_called()
         self.calls.power_on.assert_not_called()
         self._assert_nothing_on_destination()
+
+
+@ddt.ddt
+class StaleTestCase(test_vtpm.PrivilegedMixin, test_vtpm.VtpmMixin,
+                    base.FinishMixin, base.DriverTestCase):
+    """Earlier migrations left files beside those of the server.
+
+    nova-compute may end at any time during the next one. Nova then puts back
+    the directory that it takes for the one that this migration kept.
+    """
+
+    def setUp(self):
+        super().setUp()
+        self._add_disk()
+        self.disk_info.return_value[0]['disk_size'] = 0
+        # A mock already.
+        libvirt_utils.get_fs_info.return_value = {'free': 1}
+        self._claim()
+        os.mkdir(self.places.kept_directory)
+        stale = os.path.join(self.places.kept_directory, 'disk')
+        open(stale, 'w').close()
+        self._write_state('new')
+        self._write_state('stale', self.saved)
+
+    def _state(self):
+        return {path for root in (self.instances, self.pool_path)
+                for path in pathlib.Path(root).rglob('*')}
+
+    def _is_stale(self):
+        return [os.path.exists(self.places.kept_directory),
+                bool(self.places.claims()),
+                os.path.exists(self.places.saved_vtpm_path)]
+
+    @ddt.data('dest', 'source')
+    def test_refusal_changes_nothing(self, dest):
+        before = self._state()
+        self.assertRaises(
+            exception.InstanceFaultRollback, self._migrate, dest=dest,
+            flavor=self._flavor(root_gb=0))
+        self.assertEqual(before, self._state())
+
+    def test_refusal_by_the_destination_changes_nothing(self):
+        before = self._state()
+        self.dest.pools['nova-disks'].active = False
+        self._assert_refused('not active')
+        self.assertEqual(before, self._state())
+        self.assertEqual([True] * 3, self._is_stale())
+
+    @ddt.data('dest', 'source')
+    def test_nothing_is_left_when_the_server_goes_off(self, dest):
+        self.calls.power_off.side_effect = lambda *args: self.assertEqual(
+            [False] * 3, self._is_stale())
+        with mock.patch.object(self.driver, '_copy_here'):
+            self._migrate(dest=dest)
+        self.calls.power_off.assert_called_once()
+
+    @ddt.data('dest', 'source')
+    def test_nothing_is_left_while_the_server_waits_for_its_turn(self, dest):
+        self.useFixture(fixtures.MockPatchObject(
+            turns.Turn, 'ahead', 1))
+        self.useFixture(fixtures.MockPatchObject(
+            self.driver, '_wait_for_turn', side_effect=lambda *args: (
+                self.assertEqual([False] * 3, self._is_stale()))))
+        with mock.patch.object(self.driver, '_copy_here'):
+            self._migrate(dest=dest)
+        self.driver._wait_for_turn.assert_called_once()
+
+    def test_nothing_is_left_on_shared_storage(self):
+        self.calls.power_off.side_effect = lambda *args: self.assertEqual(
+            [False] * 3, self._is_stale())
+        with mock.patch.object(site.Site, '_find_shared', return_value=True):
+            self._migrate()
+        self.calls.power_off.assert_called_once()
+
+    def test_unshelved_server_has_no_kept_directory(self):
+        self.instance.update({'vm_state': vm_states.SHELVED_OFFLOADED,
+                              'task_state': task_states.SPAWNING})
+        with mock.patch.object(driver.LibvirtDriver, 'spawn'):
+            self.driver.spawn(
+                self.context, self.instance, 'image', [], None, {})
+        self.assertFalse(os.path.exists(self.places.kept_directory))
+
+
+@ddt.ddt
+class OffHubTestCase(base.DriverTestCase):
+    """What waits for a disk does not hold up nova-compute."""
+
+    def setUp(self):
+        super().setUp()
+        self._add_disk()
+        self.called = {}
+        self.off_hub = threading.local()
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage_migrate._native', self._native))
+        for owner, name in (
+                (local, 'remove_stale_directory'), (local, 'keep_directory'),
+                (local, 'recover_directory'), (local, 'drop_claims'),
+                (layout, 'write_record'), (nvram, 'write')):
+            self._watch(owner, name)
+
+    def _native(self, function, *args):
+        self.off_hub.depth = getattr(self.off_hub, 'depth', 0) + 1
+        try:
+            return function(*args)
+        finally:
+            self.off_hub.depth -= 1
+
+    def _watch(self, owner, name):
+        function = getattr(owner, name)
+
+        def call(*args):
+            self.called.setdefault(name, set()).add(
+                getattr(self.off_hub, 'depth', 0) > 0)
+            return function(*args)
+
+        self.useFixture(fixtures.MockPatchObject(owner, name, call))
+
+    def _assert_off_hub(self, *names):
+        self.assertEqual(dict.fromkeys(names, {True}), self.called)
+
+    def test_copy(self):
+        self._migrate()
+        self._assert_off_hub('recover_directory', 'remove_stale_directory',
+                             'drop_claims', 'keep_directory')
+
+    def test_shared_storage(self):
+        self.useFixture(fixtures.MockPatchObject(
+            self.driver, '_read_nvram', return_value=b'variables'))
+        with (mock.patch.object(site.Site, '_find_shared', return_value=True),
+              mock.patch.object(hooks, 'keeps_nvram', return_value=True)):
+            self._migrate()
+        self._assert_off_hub('recover_directory', 'remove_stale_directory',
+                             'drop_claims', 'write', 'write_record')
+
+    def test_hard_reboot(self):
+        os.rename(self.directory, self.places.kept_directory)
+        claim = layout.Claim(uuids.instance, 'attempt', 'gone')
+        open(os.path.join(self.pool_path, claim.name), 'w').close()
+        with mock.patch.object(driver.LibvirtDriver, '_hard_reboot'):
+            self.driver._hard_reboot(self.context, self.instance, [], None)
+        self._assert_off_hub('recover_directory', 'drop_claims')
 
 
 class InterruptedTestCase(base.CrashMixin, base.DriverTestCase):

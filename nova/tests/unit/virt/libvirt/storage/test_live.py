@@ -229,6 +229,11 @@ class CheckAtDestinationTestCase(LiveTestCase):
         path = os.path.join(self.pool_path, self._add_disk())
         self.assertEqual([path, self.directory], self.check().in_the_way)
 
+    def test_directory_that_a_migration_kept_is_in_the_way(self):
+        os.mkdir(self.places.kept_directory)
+        self.assertEqual(
+            [self.places.kept_directory], self.check().in_the_way)
+
     def test_what_a_dead_attempt_left_is_not_in_the_way(self):
         os.mkdir(self.directory)
         self._add_disk()

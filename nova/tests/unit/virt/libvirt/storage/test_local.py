@@ -255,6 +255,16 @@ class DeleteTestCase(LocalTestCase):
         self.assertFalse(os.path.exists(inner))
         self.assertEqual({self.other: 'data'}, self._state())
 
+    def test_no_kept_directory_is_left_alone(self):
+        kept = self._write(os.path.join(
+            self.instances, f'{self.places.uuid}_resize_other'))
+        os.mkdir(self.places.kept_directory)
+        self._write(os.path.join(self.places.kept_directory, 'disk'))
+
+        local.delete_all(self.places)
+
+        self.assertEqual({self.other: 'data', kept: 'data'}, self._state())
+
     def test_claim_stays_if_a_volume_does(self):
         with mock.patch('os.unlink', side_effect=OSError('busy')):
             self.assertRaises(OSError, local.delete_volumes, self.places)
@@ -325,12 +335,13 @@ class DirectoryTestCase(LocalTestCase):
         self.assertEqual('current', self._read(self.kept))
         self.assertFalse(os.path.exists(self.directory))
 
-    def test_directory_replaces_a_stale_one(self):
+    def test_directory_does_not_replace_a_stale_one(self):
         self._stale()
+        before = self._state()
 
-        local.keep_directory(self.places)
+        self.assertRaises(OSError, local.keep_directory, self.places)
 
-        self.assertEqual('current', self._read(self.kept))
+        self.assertEqual(before, self._state())
 
     def test_directory_may_not_be_kept_while_it_is_in_use(self):
         self._stale()
@@ -375,12 +386,15 @@ class DirectoryTestCase(LocalTestCase):
 
         self.assertEqual(before, self._state())
 
+    def _replace(self):
+        local.remove_stale_directory(self.places)
+        local.keep_directory(self.places)
+
     def test_directory_survives_a_crash_anywhere(self):
         for name in 'rename', 'fsync', 'unlink', 'rmdir':
             for nth in itertools.count():
                 self._stale()
-                crashed = crashing.crashes(
-                    name, nth, lambda: local.keep_directory(self.places))
+                crashed = crashing.crashes(name, nth, self._replace)
                 local.recover_directory(self.places)
                 self.assertEqual('current', self._read(self.directory))
                 local.remove_stale_directory(self.places)
