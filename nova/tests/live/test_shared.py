@@ -72,14 +72,15 @@ class SharedTestCase(base.LiveTestCase):
         return {path: path.read_bytes()
                 for path in self.root.rglob('*') if path.is_file()}
 
-    def _check(self):
+    def _check(self, uses_pool=True):
         self.here = layout.Layout(
             self.uuid, str(self.disks), str(self.directory))
-        disk = self.here.volume_path('disk')
+        disks = [{'path': path, 'type': disk_format}
+                 for path, disk_format in self.here.formats().items()]
         move = moves.new_transfer(
             self.local_uri(self.source), self.destination.name,
             self.lab.uri(self.destination), self.name, self.here,
-            self.here.plan([{'path': disk, 'type': 'raw'}]))
+            self.here.plan(disks), uses_pool=uses_pool)
         self.addCleanup(move.close)
         move.check()
         return move
@@ -104,8 +105,8 @@ class SharedTestCase(base.LiveTestCase):
             jsonutils.loads(record.read_text()))
         self.assertEqual(set(self.before), set(self._files()))
 
-    def assert_refused(self, text):
-        error = self.assertRaises(errors.HostError, self._check)
+    def assert_refused(self, text, **kwargs):
+        error = self.assertRaises(errors.HostError, self._check, **kwargs)
         self.assertIn(text, error.reason)
         self.assertEqual(self.before, self._files())
 
@@ -128,6 +129,23 @@ class SharedTestCase(base.LiveTestCase):
             f'both hosts share storage pool {self.name} and not instance '
             f'directory {self.directory}')
 
+    def test_pool_alone_with_disks_in_files(self):
+        """It makes no difference whether the destination has the pool now."""
+        self._mount(self._make('empty'), self.instances)
+        disk = self.directory / 'disk'
+        os.rename(self.disks / self.volume, disk)
+        layout.write_record(
+            str(self.directory / 'disk.info'), {str(disk): 'raw'})
+        self.before = self._files()
+        text = f'both hosts share storage pool {self.name} and not instance'
+        self.assert_refused(text, uses_pool=False)
+        self._define(self.destination, self.disks)
+        self.assert_refused(text, uses_pool=False)
+        self.assert_refused(text)
+        self.connect_local(self.destination).storagePoolLookupByName(
+            self.name).destroy()
+        self.assert_refused(text, uses_pool=False)
+
     def test_instance_directory_alone(self):
         self._define(self.destination, self._make('its-own'))
         self.assert_refused(
@@ -137,6 +155,7 @@ class SharedTestCase(base.LiveTestCase):
     def test_nothing(self):
         self._mount(self._make('empty'), self.instances)
         self._define(self.destination, self._make('its-own'))
-        move = self._check()
-        self.assertFalse(move.there.is_shared)
+        for uses_pool in True, False:
+            move = self._check(uses_pool)
+            self.assertFalse(move.there.is_shared)
         self.assertEqual(self.before, self._files())

@@ -736,7 +736,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         places = layout.Layout.of(instance)
         _native(local.delete_kept, places)
         if instance.host != CONF.host and local.has_kept_directory(places):
-            _native(local.delete_volumes, places)
+            _native(local.delete_kept_volumes, places)
         super().confirm_migration(context, migration, instance, network_info)
 
     @hooks.as_nova_declares

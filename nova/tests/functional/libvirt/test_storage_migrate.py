@@ -29,9 +29,12 @@ from oslo_utils import units
 import tenacity
 
 from nova.compute import instance_actions
+from nova import context as nova_context
 from nova import exception
+from nova import objects
 from nova.policies import base as base_policies
 from nova.policies import servers as servers_policies
+from nova import test
 from nova.tests.fixtures import libvirt
 from nova.tests.fixtures import libvirt_storage
 from nova.tests.functional.libvirt import base
@@ -79,6 +82,8 @@ class DirectoryHost(libvirt_storage.FakeHost):
 
     def refresh(self, pool):
         directory = self.real(pool.path)
+        if directory.is_file():
+            self._read(pool.path, directory)
         if directory.is_dir():
             self.directories.setdefault(
                 pool.path, libvirt_storage.FakeDirectory())
@@ -333,7 +338,7 @@ def create_disk(self, context, instance, *args, **kwargs):
     return is_new, is_made
 
 
-class LiveMigrateTestCase(StorageMigrateTestCase):
+class LiveMixin:
     """QEMU copies the disks, or fails to."""
 
     def setUp(self):
@@ -359,6 +364,9 @@ class LiveMigrateTestCase(StorageMigrateTestCase):
         connection = self.computes['dest'].driver._host.get_connection()
         connection.createXML(params['destination_xml'], 'fake')
         domain.complete_job()
+
+
+class LiveMigrateTestCase(LiveMixin, StorageMigrateTestCase):
 
     def test_disk_is_copied_into_the_pool(self):
         server = self._boot()
@@ -582,6 +590,108 @@ class SharedStorageTestCase(SharedMixin, StorageMigrateTestCase):
         record.assert_called_once()
         self._assert_domain(server, 'source')
         self._assert_all_there()
+
+
+class SharedPoolMixin:
+    """Both hosts have the directory of the pool, and not the instances'."""
+
+    def _make_root(self, name):
+        super()._make_root(name)
+        if name == 'source':
+            (self.root / name / 'disks').mkdir()
+        else:
+            (self.root / name / 'disks').symlink_to(self.root / 'source/disks')
+
+    def _boot_with_files(self):
+        """Boot a server with overlays in its instance directory."""
+        self.flags(use_cow_images=True)
+        self.flags(use_storage_pools=False, group='libvirt')
+        server = self._create_server(
+            flavor_id=self.flavors[1], host='source', networks='none')
+        self.flags(use_storage_pools=True, group='libvirt')
+        self.before = self._files(self.source)
+        self.assertIn(f'instances/{server["id"]}/disk', self.before)
+        return server
+
+    def _assert_refused(self, server):
+        self._try_to_migrate(server)
+        event = self._wait_for_action_fail_completion(
+            server, 'migrate', 'compute_resize_instance')
+        self.assertIn('both hosts share storage pool', event['details'])
+        self._assert_as_before(server)
+
+    def _assert_as_before(self, server):
+        self._assert_domain(server, 'source')
+        self.assertEqual(self.before, self._files(self.source))
+        self.assertEqual([], [path for path in self._files(self.dest)
+                              if server['id'] in path])
+
+
+class SharedPoolTestCase(SharedPoolMixin, StorageMigrateTestCase):
+
+    def test_files_do_not_go_into_it(self):
+        self._assert_refused(self._boot_with_files())
+
+    def test_volumes_do_not_go_to_another_directory(self):
+        self._assert_refused(self._boot())
+
+
+class SharedPoolToFilesTestCase(SharedPoolMixin, StorageMigrateTestCase):
+    """The destination does not use the pool, and has its directory."""
+
+    differing = {('use_storage_pools', 'libvirt'): {
+        'source': True, 'dest': False}}
+
+    def test_volumes_do_not_become_files(self):
+        self._assert_refused(self._boot())
+
+
+class SharedPoolLiveTestCase(SharedPoolMixin, LiveMixin,
+                             StorageMigrateTestCase):
+
+    def test_files_do_not_go_into_it(self):
+        server = self._boot_with_files()
+        self._live_migrate(server, 'error')
+        self._assert_as_before(server)
+
+
+class StaleDirectoryTestCase(StorageMigrateTestCase):
+    """A migration that failed left the directory that it had kept.
+
+    nova-compute ends during the next one, while the server is off.
+    """
+
+    def setUp(self):
+        super().setUp()
+        self.flags(use_cow_images=True)
+        self.flags(use_storage_pools=False, vol_upload_migration_legacy=True,
+                   group='libvirt')
+
+    def _end(self, driver, server, *args):
+        """Do what Nova does when nova-compute starts again."""
+        instance = server.instance
+        migration = objects.Migration.get_by_id_and_instance(
+            nova_context.get_admin_context(),
+            instance.migration_context.migration_id, instance.uuid)
+        driver.finish_revert_migration(
+            server.context, instance, server.network_info, migration,
+            server.block_device_info, False)
+        self.after = self._files(self.source)
+        raise test.TestingException('nova-compute ended')
+
+    def test_it_does_not_become_the_servers(self):
+        server = self._stop_server(self._create_server(
+            flavor_id=self.flavors[1], host='source', networks='none'))
+        stale = self.root / f'source/instances/{server["id"]}_resize'
+        stale.mkdir()
+        (stale / 'disk').write_bytes(b'stale')
+        before = self._files(self.source)
+        del before[f'instances/{server["id"]}_resize/disk']
+        with mock.patch.object(
+                storage_migrate.LibvirtDriver, '_copy_and_power_off',
+                lambda driver, *args: self._end(driver, *args)):
+            self._try_to_migrate(server)
+        self.assertEqual(before, self.after)
 
 
 class CrossCellMixin:

@@ -52,7 +52,8 @@ except ImportError:
 
 # No Cinder volume has such a serial number.
 SERIAL = 'nova-storage-migrate/pool'
-_MARKER = re.compile(r'[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}-live-\w+')
+_MARKER = re.compile(
+    r'[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}-(live|shared)-\w+')
 # No check takes longer; a host that shares the pool may be in one.
 _CHECK_SECONDS = 3600
 # Start of the name of the directory of files that are made to be sent.
@@ -134,7 +135,9 @@ def introduce(places: layout.Layout, has_pool: bool) -> Notice:
 
 
 def delete_markers(pool_path: str) -> None:
-    """Delete what introduce() has made for checks that nobody ended.
+    """Delete what checks have made that nobody ended.
+
+    They are those of introduce(), and of Site.check().
 
     Another host that shares the pool may do so at the same time.
 

@@ -328,6 +328,19 @@ def delete_unknown(places: layout.Layout,
                           name.startswith(layout.EPHEMERAL)])
 
 
+def delete_kept_volumes(places: layout.Layout) -> None:
+    """Delete the volumes that the kept instance directory has on record.
+
+    No others: disks that were files here may be volumes by now, in a pool that
+    both hosts share.
+
+    :raises: OSError, StorageError if the record cannot be read
+    """
+    formats = layout.read_record(places.kept_path(places.record_path))
+    _delete(places.volume_path(places.disk_name(path)) for path in formats
+            if os.path.basename(path).startswith(places.prefix))
+
+
 def delete_all(places: layout.Layout) -> None:
     """Delete all files of a server here, the claims last.
 

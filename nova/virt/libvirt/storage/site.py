@@ -619,14 +619,17 @@ class Site:
         """Whether what the server has here is there already.
 
         With one place shared and the other not, Nova could not tell what to
-        delete.
+        delete. The pool counts also if none of the server's files is in it:
+        disks may come into it or leave it with this migration, and Nova there
+        may make new ones in it.
 
         :raises: Refused
         """
         shares_directory = self.shares_directory(here)
-        if self._pool is None:
+        shares_pool = self._shares_pool(here)
+        if self._pool is None and not shares_pool:
             return shares_directory
-        if shares_directory != self._shares_pool(here):
+        if shares_directory != shares_pool:
             pool, directory = (f'storage pool {self._pool_name}',
                                f'instance directory {here.directory}')
             shared, other = ((directory, pool) if shares_directory else
@@ -674,12 +677,30 @@ class Site:
             return os.path.basename(marker.name) in self._find().names
 
     def _shares_pool(self, here: server_layout.Layout) -> bool:
-        """Whether a new file in this host's pool shows up there."""
-        if not self._disks.files(self.layout.prefix):
+        """Whether a new file in this host's pool shows up there.
+
+        Its name is not that of a volume of the server, which may have none.
+        """
+        if not os.path.isdir(here.pool_path):
             return False
         with tempfile.NamedTemporaryFile(
-                prefix=here.prefix, dir=here.pool_path) as marker:
-            return bool(self._disks.files(os.path.basename(marker.name)))
+                prefix=f'{here.uuid}-shared-', dir=here.pool_path) as marker:
+            return self._sees_in_pool(marker.name)
+
+    def _sees_in_pool(self, path: str) -> bool:
+        """Whether a file of this host's pool is in the pool there.
+
+        A host without the pool may have had one, and may have it again: its
+        directory is looked for where this host has it.
+        """
+        here, name = os.path.split(path)
+        if self._pool is not None:
+            return bool(self._pool.files(name))
+        there = storage_pool.find_path(
+            self.daemon.connection, self._pool_name) or here
+        return storage_pool.is_file(
+            self.daemon.connection, path=os.path.join(there, name),
+            name=f'{self.layout.transient_pool}-shared')
 
     def _find(self) -> '_Found':
         """Look at the server's files in both places."""

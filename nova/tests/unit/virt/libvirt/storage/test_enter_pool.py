@@ -20,15 +20,52 @@ from oslo_utils.fixture import uuidsentinel as uuids
 
 from nova import exception
 from nova.tests.unit.virt.libvirt import test_storage_migrate
+from nova.tests.unit.virt.libvirt import test_storage_migrate_disks
 from nova.virt.libvirt import driver
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt.storage import local
+from nova.virt.libvirt.storage import site
 from nova.virt.libvirt import storage_migrate
 
 
+class SharedPoolMixin:
+    """Lets both hosts have the pool, and not the instance directory."""
+
+    def share_pool(self):
+        make = site.tempfile.NamedTemporaryFile
+
+        def make_shared(*args, **kwargs):
+            marker = make(*args, **kwargs)
+            if kwargs['dir'] == self.pool_path:
+                there = marker.name.replace(self.pool_path, self.pool_there)
+                self.dest.add_file(there)
+                self.addCleanup(self.dest.files.pop, there, None)
+            return marker
+
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.site.tempfile.NamedTemporaryFile',
+            make_shared))
+        self.pool_there = '/srv/disks'
+
+    def assert_not_shared(self, **kwargs):
+        """A migration is refused before anything changes."""
+        before = self._volumes()
+        files = sorted(os.listdir(self.directory))
+        error = self.assertRaises(
+            exception.InstanceFaultRollback, self._migrate, **kwargs)
+        for text in (
+                'both hosts share storage pool nova-disks and not instance '
+                f'directory {self.directory}', 'Share both or neither'):
+            self.assertIn(text, str(error))
+        self.assertEqual([], self.calls.mock_calls)
+        self.assertEqual(before, self._volumes())
+        self.assertEqual(files, sorted(os.listdir(self.directory)))
+        self.assertNotIn(self.directory, self.dest.directories)
+
+
 @ddt.ddt
-class EnterPoolTestCase(test_storage_migrate.DriverTestCase):
+class EnterPoolTestCase(SharedPoolMixin, test_storage_migrate.DriverTestCase):
     """A server from before the pools, which migrates to a host with one."""
 
     def setUp(self):
@@ -87,6 +124,32 @@ class EnterPoolTestCase(test_storage_migrate.DriverTestCase):
         self.assertCountEqual(
             ['disk', 'disk.info'], os.listdir(self.directory + '_resize'))
         self.assertEqual([], self._volumes())
+
+    def _confirm(self):
+        self.instance.host = 'dest'
+        with mock.patch.object(driver.LibvirtDriver, 'confirm_migration'):
+            self.driver.confirm_migration(
+                self.context, mock.sentinel.migration, self.instance, [])
+
+    def test_pool_that_both_hosts_share_is_refused(self):
+        self.share_pool()
+        self.add()
+        self.assert_not_shared()
+
+    def test_volume_of_a_server_without_any_may_not_come_into_a_shared_pool(
+            self):
+        # Nova there may make an ephemeral disk for the new flavor.
+        self.share_pool()
+        self.assert_not_shared(
+            block_device_info=test_storage_migrate_disks.BOOTS_FROM_VOLUME)
+
+    def test_confirm_deletes_no_volume_that_is_not_on_record(self):
+        self.add()
+        self._migrate()
+        volume = self.places.volume_path('disk')
+        open(volume, 'w').close()
+        self._confirm()
+        self.assertEqual([self.volume('disk')], self._volumes())
 
     def test_swap_disk_is_made_anew(self):
         self.add()
@@ -174,7 +237,7 @@ class EnterPoolTestCase(test_storage_migrate.DriverTestCase):
 
 
 @ddt.ddt
-class LeavePoolTestCase(test_storage_migrate.DriverTestCase):
+class LeavePoolTestCase(SharedPoolMixin, test_storage_migrate.DriverTestCase):
     """A server in a pool, which migrates to a host that wants files."""
 
     def setUp(self):
@@ -214,6 +277,16 @@ class LeavePoolTestCase(test_storage_migrate.DriverTestCase):
         self._migrate()
         self.assertTrue(os.path.exists(path))
         self.assertTrue(os.path.exists(self.directory + '_resize'))
+
+    @ddt.data('active', 'inactive', 'gone')
+    def test_pool_that_both_hosts_share_is_refused(self, pool):
+        self.share_pool()
+        self.dest.pools['nova-disks'].active = pool == 'active'
+        if pool == 'gone':
+            self.dest.pools.clear()
+            self.pool_there = self.pool_path
+        self.add()
+        self.assert_not_shared()
 
     def test_raw_volume_of_an_early_release_may_leave(self):
         data = b'raw' * 100000

@@ -187,11 +187,12 @@ class CheckAtDestinationTestCase(LiveTestCase):
         nova.assert_called_once_with(self.context, self.data)
 
     def test_old_markers_go_when_nova_compute_starts(self):
-        new, old, empty, full = (
+        new, old, cold, empty, full = (
             os.path.join(self.pool_path, name) for name in (
                 f'{uuids.other}-live-new_1', f'{uuids.other}-live-old_1',
+                f'{uuids.other}-shared-old_1',
                 'debian-live-old', f'{uuids.other}-live-full'))
-        for path in new, old, empty, full:
+        for path in new, old, cold, empty, full:
             with open(path, 'w') as file:
                 file.write('full' if path == full else '')
             if path != new:

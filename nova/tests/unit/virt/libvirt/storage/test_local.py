@@ -286,6 +286,46 @@ class DeleteTestCase(LocalTestCase):
         self.assertEqual([], self.places.kept())
         self.assertEqual(3, len(self.places.volumes()))
 
+    def _keep(self, *paths):
+        """Keep a directory with a record of these paths."""
+        os.mkdir(self.places.kept_directory)
+        layout.write_record(
+            self.places.kept_path(self.places.record_path),
+            dict.fromkeys(paths, 'qcow2'))
+
+    def test_kept_volumes_are_those_on_record(self):
+        self._keep('/elsewhere/' + self.names[0],
+                   os.path.join(self.directory, 'z'))
+
+        deleted = self._deleted(local.delete_kept_volumes, self.places)
+
+        self.assertEqual([self.names[0]], deleted)
+
+    def test_record_of_files_names_no_volume(self):
+        self._keep(os.path.join(self.directory, 'disk'))
+        before = self._state()
+
+        local.delete_kept_volumes(self.places)
+
+        self.assertEqual(before, self._state())
+
+    def test_no_volume_is_deleted_without_a_record(self):
+        before = self._state()
+
+        local.delete_kept_volumes(self.places)
+
+        self.assertEqual(before, self._state())
+
+    def test_no_volume_is_deleted_if_the_record_is_broken(self):
+        self._keep()
+        self._write(self.places.kept_path(self.places.record_path), '{')
+        before = self._state()
+
+        self.assertRaises(errors.StorageError, local.delete_kept_volumes,
+                          self.places)
+
+        self.assertEqual(before, self._state())
+
     def test_claims_are_dropped_in_both_places(self):
         self._claim(in_pool=False)
         before = self._state()

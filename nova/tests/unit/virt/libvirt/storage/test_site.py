@@ -235,10 +235,11 @@ class CheckTestCase(SiteTestCase):
         self.assertTrue(error.remedy)
         self.assertEqual(before, self.state())
 
-    def share(self, *paths: str) -> None:
+    def share(self, *paths: str, volume: str = volume_name('disk')) -> None:
         """Put directories of this host on storage that 'dest' shares.
 
         :param paths: of the pool or the instance directory
+        :param volume: the server's in the pool, if there is one
         """
         make = site.tempfile.NamedTemporaryFile
 
@@ -255,8 +256,8 @@ class CheckTestCase(SiteTestCase):
         self.useFixture(fixtures.MonkeyPatch(
             'nova.virt.libvirt.storage.site.tempfile.NamedTemporaryFile',
             make_shared))
-        if self.pool_path in paths:
-            self.dest.add_file('/srv/disks/' + volume_name('disk'), b'data')
+        if self.pool_path in paths and volume:
+            self.dest.add_file('/srv/disks/' + volume, b'data')
         if self.directory in paths:
             self.dest.add_file(self.directory + '/disk.info', b'{}')
 
@@ -419,6 +420,61 @@ class CheckTestCase(SiteTestCase):
                       f'directory {self.directory}', str(error))
         self.assertFalse(self.there.is_shared)
         self.assert_no_markers()
+
+    def assert_only_the_pool_is_shared(self) -> None:
+        error = self.assertRaises(errors.Refused, self.check, self.there)
+
+        self.assertIn('both hosts share storage pool disks and not instance '
+                      f'directory {self.directory}', str(error))
+        self.assert_no_markers()
+
+    def test_pool_is_shared_before_any_volume_is_in_it(self):
+        self.share(self.pool_path, volume='')
+
+        self.assert_only_the_pool_is_shared()
+
+    def test_pool_that_the_copy_does_not_use_may_not_be_shared_alone(self):
+        self.uses_pool = False
+        self.there = self.connected()
+        self.share(self.pool_path, volume='')
+
+        self.assert_only_the_pool_is_shared()
+        self.dest.pools['disks'].active = False
+        self.assert_only_the_pool_is_shared()
+
+    def test_directory_of_a_pool_that_is_gone_may_not_be_shared_alone(self):
+        self.uses_pool = False
+        self.dest.pools.clear()
+        self.there = self.connected()
+        make = site.tempfile.NamedTemporaryFile
+
+        def make_shared(**kwargs: ty.Any) -> ty.Any:
+            marker = make(**kwargs)
+            self.dest.add_file(marker.name)
+            self.addCleanup(self.dest.files.pop, marker.name, None)
+            return marker
+
+        with mock.patch.object(
+                site.tempfile, 'NamedTemporaryFile', make_shared):
+            self.assert_only_the_pool_is_shared()
+
+    def test_pool_that_nothing_uses_need_not_be_shared(self):
+        self.uses_pool = False
+        self.there = self.connected()
+        self.share(self.directory)
+
+        self.check(self.there)
+
+        self.assertTrue(self.there.is_shared)
+        self.assert_no_markers()
+
+    def test_kept_directory_in_the_way(self):
+        self.dest.add_directory(f'{self.directory}_resize')
+        for crashed in False, True:
+            if crashed:
+                self.dest.add_file(f'{self.directory}_{layout.CLAIM}')
+
+            self.assert_refused(f'{self.directory}_resize')
 
     def test_directory_that_is_shared_without_the_pool_is_refused(self):
         self.share(self.directory)
