@@ -117,5 +117,7 @@ class TestLifeCeph(CephTestCase, test_life.LiveMixin, test_life.LifeMixin):
     options = base.cloud.config.merge(
         CephTestCase.options, test_life.LiveMixin.options)
 
+    # Nova takes the root disk back, and leaves a swap disk as it is.
+    reverted_sizes = CephTestCase.sizes | {'vdc': 128 * units.Mi}
     # See TestCeph.test_evacuate_and_migrate_back.
     test_evacuate = None
