@@ -110,6 +110,12 @@ class _Server(ty.NamedTuple):
     block_device_info: ty.Any
 
 
+# Nova could not tell what to delete.
+_HALF_SHARED = _(
+    'Both hosts share either the storage pool or the instance directory of '
+    'the server. Share both or neither.')
+
+
 class _Copy:
     """A migration of a server from this host that is under way.
 
@@ -1010,9 +1016,7 @@ class LibvirtDriver(driver.LibvirtDriver):
                      instance=instance)
             return
         if live.shares_pool(places, notice):
-            LOG.info("Nova's own code live migrates the server: the hosts "
-                     'share the pool only', instance=instance)
-            return
+            raise exception.MigrationPreCheckError(reason=_HALF_SHARED)
         try:
             live.check_names(notice)
         except errors.Refused as error:
@@ -1043,7 +1047,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         """Whether the destination host sees the server's disks.
 
         :raises: MigrationPreCheckError if it sees the pool or the instance
-            directory only; Nova could not tell what to delete
+            directory only
         """
         notice = live.Notice.read(dest_check_data)
         if notice is None or not layout.Layout.of(instance).volumes():
@@ -1052,9 +1056,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         places = layout.Layout.of(instance)
         is_shared = live.shares_pool(places, notice)
         if is_shared != dest_check_data.is_shared_instance_path:
-            raise exception.MigrationPreCheckError(reason=_(
-                'Both hosts share either the storage pool or the instance '
-                'directory of the server. Share both or neither.'))
+            raise exception.MigrationPreCheckError(reason=_HALF_SHARED)
         return is_shared
 
     def pre_live_migration(
@@ -1949,7 +1951,8 @@ def _is_deleted(instance) -> bool:
             nova_context.get_admin_context(), instance.uuid)
     except exception.InstanceNotFound:
         return True
-    return now.task_state == task_states.DELETING
+    return (now.task_state == task_states.DELETING or
+            now.vm_state == vm_states.DELETED)
 
 
 def _list_new_disks(instance) -> list[str]:

@@ -346,7 +346,10 @@ class LiveMixin:
         self.useFixture(fixtures.MonkeyPatch(
             'nova.tests.fixtures.libvirt.Domain.migrateToURI3',
             self._migrate))
-        self.fails = False
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.tests.fixtures.libvirt.Domain.state',
+            lambda domain, flags=0: [domain._state, 0]))
+        self.fails = self.powers_off = False
 
     def _migrate(self, domain, uri, params, flags):
         """Do what libvirt and QEMU do."""
@@ -354,8 +357,12 @@ class LiveMixin:
         source = xml.find("devices/disk[@device='disk']/source")
         self.copied = source.get('file')
         self.during = self._files(self.dest)
-        if self.fails:
+        if self.powers_off:
+            domain.destroy()
+            domain.complete_job()
+        elif self.fails:
             domain.fail_job()
+        if self.fails:
             raise libvirt.make_libvirtError(
                 libvirt.libvirtError, 'the link was cut',
                 error_code=libvirt.VIR_ERR_OPERATION_FAILED)
@@ -402,6 +409,15 @@ class LiveMigrateTestCase(LiveMixin, StorageMigrateTestCase):
         self.assertEqual(self.before, self._files(self.source))
         self._assert_empty(self.dest)
         self._assert_usage(source=1, dest=0)
+
+    def test_guest_that_powers_off_keeps_its_disk(self):
+        """Nova believes that a domain that is off has moved."""
+        server = self._boot()
+        self.fails = self.powers_off = True
+        self._live_migrate(server, 'failed', 'SHUTOFF')
+        self.assertEqual('source', self._get(server)['OS-EXT-SRV-ATTR:host'])
+        self.assertEqual(self.before, self._files(self.source))
+        self._assert_empty(self.dest)
 
     def test_something_in_the_way_is_refused_and_stays(self):
         server = self._boot()

@@ -25,6 +25,7 @@ from oslo_utils.fixture import uuidsentinel as uuids
 from oslo_utils import units
 
 from nova.compute import task_states
+from nova.compute import vm_states
 from nova import exception
 from nova import objects
 from nova import test
@@ -427,12 +428,12 @@ class CheckFilesAtSourceTestCase(SourceTestCase):
         self.notice(in_the_way=['/instances/a'])
         self.refused('/instances/a', 'delete')
 
-    def test_shared_pool_alone_is_novas(self):
+    def test_shared_pool_alone_is_refused(self):
         """The source would delete the disk there, as it clears up."""
         with open(os.path.join(self.pool_path, 'marker'), 'wb'):
             pass
         self.notice(path=self.pool_path, marker='marker')
-        self.assert_novas()
+        self.refused('share either')
 
     def assert_novas(self):
         self.check()
@@ -1112,13 +1113,13 @@ class LeaveTestCase(LiveTestCase):
         self.recover.assert_not_called()
         self.assertEqual({}, self.driver._operations)
 
-    @ddt.data(exception.InstanceNotFound(instance_id='a'),
-              task_states.DELETING)
-    def test_server_that_is_deleted_goes_from_both_hosts(self, how):
-        if isinstance(how, Exception):
-            self.now.side_effect = how
-        else:
-            self.instance.task_state = how
+    @ddt.data({'task_state': task_states.DELETING},
+              {'task_state': None, 'vm_state': vm_states.DELETED}, {})
+    def test_server_that_is_deleted_goes_from_both_hosts(self, state):
+        """Nova sets each of these, one after the other."""
+        self.instance.update(state)
+        if not state:
+            self.now.side_effect = exception.InstanceNotFound(instance_id='a')
         self.migrate()
         self.assert_moved()
 
