@@ -99,6 +99,10 @@ IMAGE_CACHE_POOL = 'nova-image-cache'
 # stopped are running again, in seconds. Nova keeps 20 for that and the rest.
 PUT_BACK_SECONDS = 15
 
+# How long to wait for the end of a live migration of which Nova lost sight
+# and which it aborted, in seconds.
+LIVE_END_SECONDS = 120
+
 _HOST_NAME = re.compile(r'[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?')
 
 
@@ -154,6 +158,7 @@ class _Operation:
 
     :ivar is_stopped: whether it has to end before QEMU begins
     :ivar is_qemus: whether QEMU may have begun
+    :ivar is_known: whether Nova knows how it ended
     :ivar over: set when QEMU does no more
     :ivar has_moved: whether libvirt said that the server has moved
     """
@@ -161,6 +166,7 @@ class _Operation:
     def __init__(self):
         self.is_stopped = False
         self.is_qemus = False
+        self.is_known = False
         self.over = threading.Event()
         self.has_moved = False
 
@@ -1139,6 +1145,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         operation = self._operations[instance.uuid] = _Operation()
 
         def let_go(*args):
+            operation.is_known = True
             if self._has_left(instance, operation,
                               migrate_data.target_connect_addr or dest):
                 post_method(*args)
@@ -1151,6 +1158,7 @@ class LibvirtDriver(driver.LibvirtDriver):
                     instance.uuid, virtevent.EVENT_LIFECYCLE_STOPPED))
 
         def take_back(*args, **kwargs):
+            operation.is_known = True
             if operation.has_moved or live.is_in_post_copy(
                     self._host.get_guest(instance)):
                 raise exception.MigrationError(reason=_(
@@ -1162,8 +1170,21 @@ class LibvirtDriver(driver.LibvirtDriver):
             super().live_migration(
                 context, instance, dest, let_go, take_back,
                 block_migration, migrate_data)
+        except Exception:
+            with excutils.save_and_reraise_exception() as ending:
+                if self._has_stayed(instance, operation):
+                    # libvirt did not tell in time how it goes. Nova would put
+                    # the server into ERROR, which runs as before.
+                    take_back(context, instance, dest, migrate_data)
+                    ending.reraise = False
         finally:
             del self._operations[instance.uuid]
+
+    def _has_stayed(self, instance, operation) -> bool:
+        """Whether a server runs here, of which Nova does not know it."""
+        return (not operation.is_known and
+                operation.over.wait(LIVE_END_SECONDS) and
+                not operation.has_moved and self._is_active(instance))
 
     def _has_left(self, instance, operation, dest) -> bool:
         """Whether nothing here is needed any more of a server that is off.

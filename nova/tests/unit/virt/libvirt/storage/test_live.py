@@ -1152,6 +1152,42 @@ class LeaveTestCase(LiveTestCase):
                 self.assertFalse(cleared)
         self.assertEqual(cleared, self.recover.called)
 
+    def lose_sight(self, has_moved=False, over=True, active=True,
+                   post=False):
+        """Nova's monitor fails, as where libvirt does not answer in time."""
+        def novas(*args):
+            operation = self.driver._operations[uuids.instance]
+            operation.has_moved = has_moved
+            if over:
+                operation.over.set()
+            if post:
+                args[3](*args[:3])
+            raise test.TestingException
+
+        self.useFixture(fixtures.MockPatchObject(
+            storage_migrate, 'LIVE_END_SECONDS', 0.01))
+        self.patch('_is_active', return_value=active)
+        domain = mock.Mock()
+        domain.state.return_value = [libvirt.VIR_DOMAIN_RUNNING, 0]
+        with (self.novas('live_migration', side_effect=novas),
+              mock.patch.object(self.driver._host, 'get_guest',
+                                return_value=guest.Guest(domain))):
+            self.driver.live_migration(
+                self.context, self.instance, 'other', self.post, self.recover,
+                True, self.data)
+
+    def test_server_of_which_nova_lost_sight_is_as_before(self):
+        self.lose_sight()
+        self.recover.assert_called_once_with(
+            self.context, self.instance, 'other', self.data)
+        self.assertEqual({}, self.driver._operations)
+
+    @ddt.data({'has_moved': True}, {'over': False}, {'active': False},
+              {'has_moved': True, 'post': True})
+    def test_server_that_may_be_elsewhere_is_novas(self, how):
+        self.assertRaises(test.TestingException, self.lose_sight, **how)
+        self.recover.assert_not_called()
+
     def test_what_is_sent_is_stopped_first(self):
         operation = storage_migrate._Operation()
         copy = storage_migrate._Copy(self.instance)
