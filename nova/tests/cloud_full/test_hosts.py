@@ -53,8 +53,20 @@ class OutageMixin:
         self.addCleanup(self.start_compute, name)
 
     def start_compute(self, name: str) -> None:
-        """Start it, unless it runs."""
+        """Start it, unless it runs, and wait until it has reported.
+
+        Nova takes what has not reported for some time for down, and deletes
+        the servers there without it.
+        """
+        before = self._last_report(name)
         self.cloud.start_compute(self.cloud.lab.host(name))
+        daemons.wait_for(f'nova-compute of {name} to report', lambda: (
+            self._last_report(name) != before), 60, poll=0.5)
+
+    def _last_report(self, name: str) -> str:
+        service, = self.cloud.connection().compute.services(
+            binary='nova-compute', host=name)
+        return service.updated_at
 
     def take_down(self, host) -> None:
         """Let a host lose its network and all that runs on it."""

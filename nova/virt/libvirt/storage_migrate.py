@@ -1256,7 +1256,7 @@ class LibvirtDriver(driver.LibvirtDriver):
 
     def live_migration_abort(self, instance):
         """Abort a live migration, also before QEMU has begun."""
-        operation = self._operations.get(instance.uuid)
+        operation = self._operations and self._operations.get(instance.uuid)
         if operation:
             self._stop_sending(instance, operation,
                                _('the live migration was aborted'))

@@ -107,7 +107,8 @@ class Notice:
 
 
 def _devices(migrate_data) -> list[ty.Any]:
-    return list(migrate_data.bdms) if 'bdms' in migrate_data else []
+    return (list(migrate_data.bdms)
+            if migrate_data is not None and 'bdms' in migrate_data else [])
 
 
 # The destination host.
