@@ -484,7 +484,8 @@ class LiveFaultTestCase(test_hosts.OutageMixin, LiveTestCase):
 
     def host_goes_down(self) -> None:
         self.take_down(self.destination)
-        self.wait_failed(300)
+        # libvirt may need three minutes to know.
+        self.wait_failed(600)
         self.bring_up(self.destination)
         self.assert_failed('host of the destination is down, and up again',
                            outcome=fault_table.CLEARED)

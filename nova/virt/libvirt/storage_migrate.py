@@ -100,8 +100,9 @@ IMAGE_CACHE_POOL = 'nova-image-cache'
 PUT_BACK_SECONDS = 15
 
 # How long to wait for the end of a live migration of which Nova lost sight
-# and which it aborted, in seconds.
-LIVE_END_SECONDS = 120
+# and which it aborted, in seconds. libvirt has taken 180 to find out that a
+# host was down.
+LIVE_END_SECONDS = 600
 
 _HOST_NAME = re.compile(r'[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?')
 
