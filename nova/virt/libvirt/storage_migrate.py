@@ -1823,7 +1823,8 @@ class LibvirtDriver(driver.LibvirtDriver):
 
         Their source hosts cannot: libvirt would probe what guests wrote.
         """
-        admin = nova_context.get_admin_context()
+        # The source host may have been down when its server was deleted.
+        admin = nova_context.get_admin_context(read_deleted='yes')
         for uuid in local.list_arrived():
             try:
                 self._clear_arrived(admin, uuid)
@@ -1837,10 +1838,11 @@ class LibvirtDriver(driver.LibvirtDriver):
         except exception.InstanceNotFound:
             # Nothing says that it was a copy. Its directory may be one that
             # Nova deletes later. Nova's own driver leaves the claim alone.
-            _native(local.drop_lone_claims,
-                    layout.Layout.of(objects.Instance(uuid=uuid)))
+            instance = objects.Instance(uuid=uuid, deleted=True)
         else:
             self._delete_if_abandoned(instance)
+        if instance.deleted:
+            _native(local.drop_lone_claims, layout.Layout.of(instance))
 
     def _delete_if_abandoned(self, instance) -> None:
         places = layout.Layout.of(instance)

@@ -294,6 +294,15 @@ class AbandonedTestCase(HostileTestCase):
         self.assertNotIn(self.places.transient_pool, self.source.pools)
         self.assertEqual([], self.opened)
 
+    def test_copy_of_a_server_that_was_deleted_goes(self):
+        """Nova has deleted it on its own host, and knows of no other."""
+        self.instance.update({
+            'vm_state': vm_states.DELETED, 'deleted': True})
+        self.assertTrue(self._clear())
+        self.assertFalse(os.path.exists(self.directory))
+        context, uuid = objects.Instance.get_by_uuid.call_args.args
+        self.assertEqual(('yes', uuids.instance), (context.read_deleted, uuid))
+
     @ddt.data({'host': 'source'}, {'host': 'a third'},
               {'vm_state': vm_states.RESIZED},
               {'task_state': task_states.RESIZE_MIGRATING})
