@@ -99,8 +99,8 @@ IMAGE_CACHE_POOL = 'nova-image-cache'
 # stopped are running again, in seconds. Nova keeps 20 for that and the rest.
 PUT_BACK_SECONDS = 15
 
-# How long to wait for the end of a live migration of which Nova lost sight
-# and which it aborted, in seconds. libvirt has taken 180 to find out that a
+# How long to wait for the end of a live migration of which Nova lost sight,
+# or whose domain is off, in seconds. libvirt has taken 180 to find out that a
 # host was down.
 LIVE_END_SECONDS = 600
 
@@ -1190,12 +1190,18 @@ class LibvirtDriver(driver.LibvirtDriver):
     def _has_left(self, instance, operation, dest) -> bool:
         """Whether nothing here is needed any more of a server that is off.
 
-        :raises: HostError if nobody can tell whether the server has moved
+        :raises: HostError, MigrationError if nobody can tell whether the
+            server has moved
         """
         self._stop_sending(instance, operation,
                            _('the server was powered off'))
-        operation.over.wait()
-        if operation.has_moved or _is_deleted(instance):
+        if _is_deleted(instance):
+            return True
+        if not operation.over.wait(LIVE_END_SECONDS):
+            raise exception.MigrationError(reason=_(
+                'QEMU does not end the live migration. Find out on which host '
+                'the server runs.'))
+        if operation.has_moved:
             return True
         with self._asking(layout.Layout.of(instance), dest) as move:
             return _native(move.has_moved)

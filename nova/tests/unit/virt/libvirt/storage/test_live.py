@@ -1192,10 +1192,28 @@ class LeaveTestCase(LiveTestCase):
         operation = storage_migrate._Operation()
         copy = storage_migrate._Copy(self.instance)
         self.driver._copies[uuids.instance] = copy
-        with mock.patch.object(operation.over, 'wait', side_effect=lambda: (
-                self.assertTrue(copy.cancel.is_set()))):
+
+        def wait(_seconds):
+            self.assertTrue(copy.cancel.is_set())
+            return True
+
+        with mock.patch.object(operation.over, 'wait', side_effect=wait):
             self.assertFalse(self.driver._has_left(
                 self.instance, operation, 'dest'))
+
+    @ddt.data(True, False)
+    def test_qemu_that_does_not_end(self, deleted):
+        """It may wait for ever for an answer that the link has lost."""
+        self.useFixture(fixtures.MockPatchObject(
+            storage_migrate, 'LIVE_END_SECONDS', 0.01))
+        if deleted:
+            self.now.side_effect = exception.InstanceNotFound(instance_id='a')
+            self.assertTrue(self.driver._has_left(
+                self.instance, storage_migrate._Operation(), 'dest'))
+        else:
+            self.assertRaises(
+                exception.MigrationError, self.driver._has_left,
+                self.instance, storage_migrate._Operation(), 'dest')
 
     def test_server_without_a_notice_is_novas(self):
         self.data.bdms = []
