@@ -463,17 +463,18 @@ class LiveFaultTestCase(test_hosts.OutageMixin, LiveTestCase):
         self.assert_failed('it is aborted', 'cancelled', 'error', 'failed')
 
     def qemu_is_killed(self) -> None:
-        os.kill(self._incoming(), signal.SIGKILL)
+        os.kill(self._qemu(incoming=True), signal.SIGKILL)
         self.assert_failed('QEMU of the destination is killed')
 
-    def _incoming(self) -> int:
-        """The pid of the QEMU that the server moves to."""
+    def _qemu(self, incoming: bool) -> int:
+        """The pid of the QEMU that the server moves to, or from."""
         for path in pathlib.Path('/proc').glob('[0-9]*/cmdline'):
             with contextlib.suppress(OSError):
                 arguments = path.read_bytes().decode().split('\0')
-                if self.server.id in arguments and '-incoming' in arguments:
+                if self.server.id in arguments and incoming == (
+                        '-incoming' in arguments):
                     return int(path.parent.name)
-        raise AssertionError('no QEMU waits for the server')
+        raise AssertionError('no QEMU has the server')
 
     def libvirtd_is_killed(self) -> None:
         self.addCleanup(self.bring_up, self.destination)
@@ -507,8 +508,12 @@ class LiveFaultTestCase(test_hosts.OutageMixin, LiveTestCase):
             self.migration_status() in ('error', 'failed')), seconds, poll=0.5)
 
     def guest_powers_off(self) -> None:
-        """Its only disks are here, though its domain is off."""
-        self.source.run(['virsh', 'shutdown', self.server.id])
+        """Its only disks are here, though its domain is off.
+
+        libvirt lets nobody but the guest do so while QEMU migrates: QEMU ends
+        here as it does then.
+        """
+        os.kill(self._qemu(incoming=False), signal.SIGTERM)
         daemons.wait_for('the end of the live migration', lambda: (
             self.migration_status() in ('error', 'failed')), 300, poll=0.5)
         self.server.wait('SHUTOFF')
