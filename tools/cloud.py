@@ -51,6 +51,8 @@ STREAMS: config.Options = {
     'DEFAULT': {'compute_driver': 'libvirt.storage_migrate.LibvirtDriver'},
     'libvirt': {'use_storage_pools': True, 'vol_upload_migration': True},
 }
+# The option for live migration over TLS.
+LIVE: config.Options = {'libvirt': {'live_migration_scheme': 'tls'}}
 API_MODULES = {'keystone': 'keystone.wsgi.api',
                'placement': 'placement.wsgi.api',
                'glance': 'glance.wsgi.api',

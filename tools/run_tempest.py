@@ -37,9 +37,8 @@ from tools import lab as lab_module
 from tools import servers
 from tools import tripwire
 
-# What all hosts of the cloud have, live migration over TLS included.
-OPTIONS = config.merge(cloud_module.STREAMS, {
-    'libvirt': {'live_migration_scheme': 'tls'}})
+# nova.conf of all hosts of the cloud.
+OPTIONS = config.merge(cloud_module.STREAMS, cloud_module.LIVE)
 SUITE = venv.REPOSITORY / 'suites/tempest'
 # A server that is deleted while it is built goes after its deletion is over.
 CLEAR_SECONDS = 60

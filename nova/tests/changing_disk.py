@@ -147,7 +147,7 @@ class Reflinks(fixtures.Fixture):
 
     @staticmethod
     def costs():
-        """What all clones may cost."""
+        """The bytes that each clone may take."""
         return sorted(cost for _place, cost in changes._costs.values())
 
     def clones(self):

@@ -112,7 +112,7 @@ class TestCephClone(TestCeph):
 
 
 class TestLifeCeph(CephTestCase, test_life.LiveMixin, test_life.LifeMixin):
-    """What operators do with such a server."""
+    """The operations of an operator on such a server."""
 
     options = base.cloud.config.merge(
         CephTestCase.options, test_life.LiveMixin.options)

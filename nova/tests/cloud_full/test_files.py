@@ -40,7 +40,7 @@ class FilesMixin:
 
 class TestLifeFile(FilesMixin, test_life.LiveMixin, test_life.LifeMixin,
                    test_life.LifeTestCase):
-    """What operators do with such a server."""
+    """The operations of an operator on such a server."""
 
     options = base.cloud.config.merge(
         FilesMixin.options, test_life.LiveMixin.options)

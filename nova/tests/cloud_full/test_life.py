@@ -107,7 +107,7 @@ class LifeTestCase(base.CloudTestCase):
 
 
 class LifeMixin:
-    """What operators do with a server.
+    """The operations of an operator on a server.
 
     :cvar larger_flavor: to which it is resized on the same host
     :cvar sizes: of its disks in bytes, as the guest sees them
@@ -223,8 +223,7 @@ class MoveMixin:
 class LiveMixin:
     """A live migration, with which nothing stays on the source."""
 
-    options: base.cloud.config.Options = {
-        'libvirt': {'live_migration_scheme': 'tls'}}
+    options = base.cloud.LIVE
 
     def test_live_migration(self):
         self.server.live_migrate(base.DESTINATION)

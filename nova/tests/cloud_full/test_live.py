@@ -35,7 +35,7 @@ from tools import daemons
 from tools import guest
 from tools import servers
 
-TLS = {'libvirt': {'live_migration_scheme': 'tls'}}
+TLS = cloud.LIVE
 # The full setup without pools, over TLS too.
 FILES = test_legacy.DirectoryTestCase.options
 IN_POOL = f'{servers.POOL}/{{0}}_{{1}}'
@@ -184,14 +184,17 @@ class LiveTestCase(base.CloudTestCase):
         """The server runs on the source, and nothing is anywhere else."""
         self.server.wait('ACTIVE')
         self.assertEqual(base.SOURCE, self.server.host)
-        # Nova does not wait for the rollback on the destination.
-        daemons.wait_for('the destination to clear up', lambda: (
-            not self.server.disks(base.DESTINATION)), 180, poll=0.5)
-        self.assert_no_disks(self.server, base.DESTINATION)
+        self.assert_cleared()
         self.assertNotIn('_incoming', str(self.server.disks(base.SOURCE)))
         count = len(self.beats())
         self.wait_beats(count + 2)
         self.assertGreater(self.beats()[-1], last)
+
+    def assert_cleared(self) -> None:
+        """Nothing is on the destination: Nova does not await the rollback."""
+        daemons.wait_for('the destination to clear up', lambda: (
+            not self.server.disks(base.DESTINATION)), 180, poll=0.5)
+        self.assert_no_disks(self.server, base.DESTINATION)
 
 
 @contextlib.contextmanager
@@ -513,15 +516,12 @@ class LiveFaultTestCase(test_hosts.OutageMixin, LiveTestCase):
         Not while QEMU copies: libvirt 9.0 then never ends the migration.
         """
         os.kill(self._qemu(incoming=False), signal.SIGTERM)
-        daemons.wait_for('the end of the live migration', lambda: (
-            self.migration_status() in ('error', 'failed')), 300, poll=0.5)
+        self.wait_failed(300)
         self.server.wait('SHUTOFF')
         self.record('guest powers off', 'at the source, off, nothing at the '
                     'destination')
         self.assertEqual(base.SOURCE, self.server.host)
-        daemons.wait_for('the destination to clear up', lambda: (
-            not self.server.disks(base.DESTINATION)), 180, poll=0.5)
-        self.assert_no_disks(self.server, base.DESTINATION)
+        self.assert_cleared()
         self.server.start()
         self.wait_beats(BEATS)
 

@@ -233,11 +233,11 @@ class LibvirtDriver(driver.LibvirtDriver):
             nova_context.get_admin_context(), host)
         for instance in instances:
             places = layout.Layout.of(instance)
-            live.delete_unsent(places)
+            _native(live.delete_unsent, places)
             if instance.task_state is None and self.instance_exists(instance):
                 _native(local.drop_claims, places)
         if CONF.libvirt.use_storage_pools:
-            live.delete_markers(CONF.libvirt.disks_pool_path)
+            _native(live.delete_markers, CONF.libvirt.disks_pool_path)
             self._warn_of_files(instances)
 
     @staticmethod
@@ -1154,7 +1154,7 @@ class LibvirtDriver(driver.LibvirtDriver):
                 LOG.warning('The server was powered off before it had moved',
                             instance=instance)
                 recover_method(context, instance, dest, migrate_data)
-                # Nova left this out of account while the server was moving.
+                # Nova ignored the power-off while the server was moving.
                 self.emit_event(virtevent.LifecycleEvent(
                     instance.uuid, virtevent.EVENT_LIFECYCLE_STOPPED))
 
@@ -1174,15 +1174,15 @@ class LibvirtDriver(driver.LibvirtDriver):
         except Exception:
             with excutils.save_and_reraise_exception() as ending:
                 if self._has_stayed(instance, operation):
-                    # libvirt did not tell in time how it goes. Nova would put
-                    # the server into ERROR, which runs as before.
+                    # libvirt did not report in time. The server runs as
+                    # before, and Nova would set its status to ERROR.
                     take_back(context, instance, dest, migrate_data)
                     ending.reraise = False
         finally:
             del self._operations[instance.uuid]
 
     def _has_stayed(self, instance, operation) -> bool:
-        """Whether a server runs here, of which Nova does not know it."""
+        """Whether a server still runs here that Nova has lost sight of."""
         return (not operation.is_known and
                 operation.over.wait(LIVE_END_SECONDS) and
                 not operation.has_moved and self._is_active(instance))
@@ -1400,9 +1400,9 @@ class LibvirtDriver(driver.LibvirtDriver):
         return lost + (_native(move.missing_bases, others) if others else [])
 
     def _lost_bases(self, server, bases) -> list[str]:
-        """Those of base images that the destination cannot have of Glance.
+        """The base images that the destination cannot get from Glance.
 
-        Those included that this host has made for itself.
+        Also those that this host has made for itself.
 
         :param bases: paths of the base images of a server
         """
@@ -1865,7 +1865,7 @@ class LibvirtDriver(driver.LibvirtDriver):
             _native(local.delete_all, places)
 
     def _refuse_domain(self, instance) -> None:
-        """Let no server come of which a domain is here.
+        """Refuse a server that has a domain on this host.
 
         :raises: MigrationPreCheckError
         """

@@ -136,11 +136,10 @@ def introduce(places: layout.Layout, has_pool: bool) -> Notice:
 
 
 def delete_markers(pool_path: str) -> None:
-    """Delete what checks have made that nobody ended.
+    """Delete the markers of checks that did not end.
 
-    They are those of introduce(), and of Site.check().
-
-    Another host that shares the pool may do so at the same time.
+    introduce() makes them, and Site.check(). Another host that shares the pool
+    may delete them at the same time.
 
     :raises: OSError
     """

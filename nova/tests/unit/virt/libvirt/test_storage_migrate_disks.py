@@ -545,7 +545,7 @@ class StaleTestCase(test_vtpm.PrivilegedMixin, test_vtpm.VtpmMixin,
 
 @ddt.ddt
 class OffHubTestCase(base.DriverTestCase):
-    """What waits for a disk does not hold up nova-compute."""
+    """Calls that wait for a disk do not block nova-compute."""
 
     def setUp(self):
         super().setUp()

@@ -399,7 +399,7 @@ class RoomTestCase(test.NoDBTestCase):
             self._assert_all_closed()
 
     def test_clones_that_are_made_at_the_same_moment(self):
-        """One that comes while the room is looked up counts the other."""
+        """A clone that is made during the check of room counts the other."""
         self._leave_room(2, missing=1)
         statvfs, kinds = changes.os.statvfs, []
 
@@ -493,7 +493,7 @@ class RoomTestCase(test.NoDBTestCase):
         self._assert_all_closed()
 
     def test_copy_does_not_depend_on_room(self):
-        """What a clone may cost is there, whatever else takes room."""
+        """Other files may take room, but not what a clone may cost."""
         tracked = self._track(self.disks[0])
         self.reflinks.available = 0
         with open(self.disks[0], 'rb') as disk:

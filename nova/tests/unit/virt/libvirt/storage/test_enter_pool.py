@@ -19,34 +19,22 @@ from oslo_serialization import jsonutils
 from oslo_utils.fixture import uuidsentinel as uuids
 
 from nova import exception
+from nova.tests.fixtures import libvirt_storage
 from nova.tests.unit.virt.libvirt import test_storage_migrate
 from nova.tests.unit.virt.libvirt import test_storage_migrate_disks
 from nova.virt.libvirt import driver
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt.storage import local
-from nova.virt.libvirt.storage import site
 from nova.virt.libvirt import storage_migrate
 
 
 class SharedPoolMixin:
     """Lets both hosts have the pool, and not the instance directory."""
 
-    def share_pool(self):
-        make = site.tempfile.NamedTemporaryFile
-
-        def make_shared(*args, **kwargs):
-            marker = make(*args, **kwargs)
-            if kwargs['dir'] == self.pool_path:
-                there = marker.name.replace(self.pool_path, self.pool_there)
-                self.dest.add_file(there)
-                self.addCleanup(self.dest.files.pop, there, None)
-            return marker
-
-        self.useFixture(fixtures.MonkeyPatch(
-            'nova.virt.libvirt.storage.site.tempfile.NamedTemporaryFile',
-            make_shared))
-        self.pool_there = '/srv/disks'
+    def share_pool(self, there='/srv/disks'):
+        self.useFixture(libvirt_storage.SharedDirectories(
+            self.dest, {self.pool_path: there}))
 
     def assert_not_shared(self, **kwargs):
         """A migration is refused before anything changes."""
@@ -280,11 +268,12 @@ class LeavePoolTestCase(SharedPoolMixin, test_storage_migrate.DriverTestCase):
 
     @ddt.data('active', 'inactive', 'gone')
     def test_pool_that_both_hosts_share_is_refused(self, pool):
-        self.share_pool()
         self.dest.pools['nova-disks'].active = pool == 'active'
         if pool == 'gone':
             self.dest.pools.clear()
-            self.pool_there = self.pool_path
+            self.share_pool(self.pool_path)
+        else:
+            self.share_pool()
         self.add()
         self.assert_not_shared()
 

@@ -790,7 +790,7 @@ class EndTestCase(LiveTestCase):
         self.assertEqual(1, len(self.claims()))
 
     def roll_back(self, **about):
-        """What Nova's own code is told to do about the disks, if called."""
+        """The values of destroy_disks that Nova's own code is called with."""
         self._add_disk()
         if about:
             self.notice(**about)

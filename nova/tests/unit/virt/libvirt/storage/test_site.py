@@ -241,21 +241,10 @@ class CheckTestCase(SiteTestCase):
         :param paths: of the pool or the instance directory
         :param volume: the server's in the pool, if there is one
         """
-        make = site.tempfile.NamedTemporaryFile
-
-        def make_shared(**kwargs: ty.Any) -> ty.Any:
-            marker = make(**kwargs)
-            shared = {path.replace(self.directory, self.instances)
-                      for path in paths}
-            if kwargs['dir'] in shared:
-                there = marker.name.replace(self.pool_path, '/srv/disks')
-                self.dest.add_file(there)
-                self.addCleanup(self.dest.files.pop, there, None)
-            return marker
-
-        self.useFixture(fixtures.MonkeyPatch(
-            'nova.virt.libvirt.storage.site.tempfile.NamedTemporaryFile',
-            make_shared))
+        markers = {self.pool_path: (self.pool_path, '/srv/disks'),
+                   self.directory: (self.instances, self.instances)}
+        self.useFixture(libvirt_storage.SharedDirectories(
+            self.dest, dict(markers[path] for path in paths)))
         if self.pool_path in paths and volume:
             self.dest.add_file('/srv/disks/' + volume, b'data')
         if self.directory in paths:
