@@ -20,6 +20,7 @@ Under eventlet call it through :func:`threads.off_hub`.
 import contextlib
 import dataclasses
 import errno
+import functools
 import os
 import stat
 import typing as ty
@@ -43,8 +44,15 @@ _T = ty.TypeVar('_T')
 
 # The end of an upload makes libvirt refresh the pool in the background, and
 # other calls on the pool can be refused while that starts. Seconds.
-BUSY_WAIT = 0.1
 BUSY_TIMEOUT = 5
+
+# Many servers may move to a host at once, and each attempt looks into the
+# directory that has all instance directories. Seconds.
+SHARED_TIMEOUT = 30
+
+# The first wait between two tries, and the longest, in seconds.
+FIRST_WAIT = 0.1
+LONGEST_WAIT = 2
 
 # Name of an empty file that tells how much of its file system only root may
 # use: it has a length of one byte for each MiB. nova-compute on the host makes
@@ -68,11 +76,32 @@ def _is_busy(error: BaseException) -> bool:
             error.get_error_domain() == libvirt.VIR_FROM_STORAGE)
 
 
-_retry_busy = tenacity.retry(
-    retry=tenacity.retry_if_exception(_is_busy),
-    wait=tenacity.wait_fixed(BUSY_WAIT),
-    stop=tenacity.stop_after_delay(BUSY_TIMEOUT),
-    sleep=threads.sleep, reraise=True)
+def _retrying(
+    is_passing: ty.Callable[[BaseException], bool], seconds: float,
+) -> ty.Callable[[ty.Callable[..., _T]], ty.Callable[..., _T]]:
+    """Decorate a function that is to be tried again after some errors.
+
+    tenacity.retry() is not for a function that several threads call: it has
+    one dictionary of statistics for all of them, and whoever begins clears it
+    under those who are about to wait.
+
+    :param is_passing: whether an error is such a one
+    :param seconds: how long to go on
+    """
+    def decorate(function: ty.Callable[..., _T]) -> ty.Callable[..., _T]:
+        @functools.wraps(function)
+        def call(*args: ty.Any, **kwargs: ty.Any) -> _T:
+            return tenacity.Retrying(
+                retry=tenacity.retry_if_exception(is_passing),
+                wait=tenacity.wait_random_exponential(
+                    FIRST_WAIT, max=LONGEST_WAIT),
+                stop=tenacity.stop_after_delay(seconds),
+                sleep=threads.sleep, reraise=True)(function, *args, **kwargs)
+        return call
+    return decorate
+
+
+_retry_busy = _retrying(_is_busy, BUSY_TIMEOUT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,11 +376,7 @@ def _is_shared_pool(error: BaseException) -> bool:
                                    libvirt.VIR_ERR_OPERATION_FAILED))
 
 
-_retry_shared = tenacity.retry(
-    retry=tenacity.retry_if_exception(_is_shared_pool),
-    wait=tenacity.wait_fixed(BUSY_WAIT),
-    stop=tenacity.stop_after_delay(BUSY_TIMEOUT),
-    sleep=threads.sleep, reraise=True)
+_retry_shared = _retrying(_is_shared_pool, SHARED_TIMEOUT)
 
 
 @_retry_shared

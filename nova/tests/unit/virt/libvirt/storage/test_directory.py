@@ -142,7 +142,7 @@ class MigrateTestCase(DirectoryTestCase):
 
     def test_pool_that_another_migration_makes_meanwhile_is_used(self):
         self.useFixture(fixtures.MonkeyPatch(
-            'nova.virt.libvirt.storage.pool.BUSY_WAIT', 0))
+            'nova.virt.libvirt.storage.pool.FIRST_WAIT', 0))
         self.dest.call(
             'conn.storagePoolCreateXML',
             lambda: self.dest.add_pool('theirs', self.instances, mode=0o755,

@@ -11,7 +11,9 @@
 #    under the License.
 
 
+from concurrent import futures
 import os
+import sys
 from unittest import mock
 
 import ddt
@@ -437,11 +439,20 @@ class BusyTestCase(_PoolTestCase):
 
             self.assertEqual(1, fault.hits)
 
+    def never_wait(self, tries: int) -> mock.Mock:
+        """Give up after some tries, and at once.
+
+        :returns: what is asked how long to go on
+        """
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.threads.sleep', lambda seconds: None))
+        stop = self.useFixture(fixtures.MockPatchObject(
+            tenacity, 'stop_after_delay',
+            return_value=tenacity.stop_after_attempt(tries)))
+        return stop.mock
+
     def test_wait_has_an_end(self):
-        retrying = pool.Pool.refresh.retry
-        self.assertIsInstance(retrying.stop, tenacity.stop_after_delay)
-        self.addCleanup(setattr, retrying, 'stop', retrying.stop)
-        retrying.stop = tenacity.stop_after_attempt(3)
+        stop = self.never_wait(tries=3)
         fault = self.host.fail('pool.refresh', error=self.BUSY_ERROR,
                                times=None)
 
@@ -450,6 +461,21 @@ class BusyTestCase(_PoolTestCase):
 
         self.assertIn('asynchronous jobs', str(error))
         self.assertEqual(3, fault.hits)
+        stop.assert_called_once_with(pool.BUSY_TIMEOUT)
+
+    def test_many_wait_at_once(self):
+        self.never_wait(tries=3)
+        self.host.fail('pool.refresh', error=self.BUSY_ERROR, times=None)
+        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(1e-6)
+
+        def refresh(_number: int) -> Exception:
+            return self.assertRaises(Exception,  # noqa: H202
+                                     self.pool.refresh)
+
+        with futures.ThreadPoolExecutor(8) as threads:
+            for error in threads.map(refresh, range(400)):
+                self.assertIsInstance(error, libvirt.libvirtError)
 
     def test_pool_is_busy_after_an_upload(self):
         self.host.pools['disks'].async_jobs_after_upload = 2
