@@ -39,6 +39,8 @@ class TestShared(test_life.LifeTestCase):
         'libvirt': {'disks_pool_path': ROOT / 'link'}}}
 
     def _set_options(self):
+        # In the end the hosts have their pools again.
+        self.addCleanup(self.cloud.restart_computes, base.cloud.STREAMS)
         self.cloud.stop_computes()
         self.addCleanup(shutil.rmtree, ROOT)
         for name in ('', 'instances', 'disks'):

@@ -87,9 +87,14 @@ class Conductor:
 
     def object_class_action(self, context: Any, objname: str, objmethod: str,
                             objver: str, args: Any, kwargs: Any) -> Any:
-        """Look something up: there is one migration, and lists are empty."""
+        """Look something up.
+
+        There is one migration, lists are empty, and servers are all there.
+        """
         if objname == 'Migration':
             return migration(context)
+        if objname == 'Instance':
+            return make_instance(context, args[0])
         if objname.endswith('List'):
             return getattr(objects, objname)(objects=[])
         if objname == 'Service':

@@ -1268,7 +1268,15 @@ class LibvirtDriver(driver.LibvirtDriver):
             self._stop_sending(instance, operation,
                                _('the live migration was aborted'))
         if not operation or operation.is_qemus:
-            super().live_migration_abort(instance)
+            try:
+                super().live_migration_abort(instance)
+            except exception.InstanceNotFound:
+                # Nova also aborts what it fails to watch, and would tell of
+                # this error instead of the first one.
+                if not operation:
+                    raise
+                LOG.warning('It is too late to abort the live migration of '
+                            'the server', instance=instance)
 
     def rollback_live_migration_at_destination(
         self, context, instance, network_info, block_device_info,

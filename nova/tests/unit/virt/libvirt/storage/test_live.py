@@ -1047,6 +1047,23 @@ class OperationTestCase(LiveTestCase):
             self.driver.live_migration_abort(self.instance)
         nova.assert_called_once_with(self.instance)
 
+    @ddt.data(True, False)
+    def test_abort_of_a_domain_that_has_gone(self, ours):
+        """Nova aborts after an error, which must not be lost."""
+        if ours:
+            operation = storage_migrate._Operation()
+            operation.begin()
+            self.driver._operations[uuids.instance] = operation
+        with self.novas('live_migration_abort') as nova:
+            nova.side_effect = exception.InstanceNotFound(
+                instance_id=uuids.instance)
+            if ours:
+                self.driver.live_migration_abort(self.instance)
+            else:
+                self.assertRaises(
+                    exception.InstanceNotFound,
+                    self.driver.live_migration_abort, self.instance)
+
 
 @ddt.ddt
 class LeaveTestCase(LiveTestCase):
