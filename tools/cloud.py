@@ -58,6 +58,12 @@ API_MODULES = {'keystone': 'keystone.wsgi.api',
                'glance': 'glance.wsgi.api',
                'neutron': 'neutron.wsgi.api',
                'nova': 'nova.wsgi.osapi_compute'}
+# What makes the configuration of each.
+CONFIGURATIONS = {'keystone': config.keystone,
+                  'placement': config.placement,
+                  'glance': config.glance,
+                  'neutron': config.neutron,
+                  'nova': config.nova_control}
 CATALOGUE = {'placement': ('placement', ''),
              'glance': ('image', ''),
              'neutron': ('network', ''),
@@ -184,25 +190,32 @@ class Cloud:
         self.directory.chmod(0o711)
         self.secrets.mkdir(exist_ok=True)
         self.secrets.chmod(0o777)
-        files = {'keystone/keystone.conf': config.keystone(self.site),
-                 'glance/glance-api.conf': config.glance(self.site),
-                 'placement/placement.conf': config.placement(self.site),
-                 'neutron/neutron.conf': config.neutron(self.site),
-                 'nova/nova.conf': config.nova_control(self.site)}
-        for name, options in files.items():
-            path = self.directory / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(config.render(options))
+        for name in CONFIGURATIONS:
+            self.configure(name)
         for name in ('images', 'tasks', 'staging'):
             (self.directory / 'glance' / name).mkdir(exist_ok=True)
         shutil.copy(venv.ROOT / 'etc/nova/api-paste.ini',
                     self.directory / 'nova')
 
+    def configure(self, service: str,
+                  options: config.Options | None = None) -> None:
+        """Write the configuration of a service.
+
+        :param options: what it has besides its own
+        """
+        path = self.configuration(service)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(config.render(config.merge(
+            CONFIGURATIONS[service](self.site), options or {})))
+
+    def configuration(self, service: str) -> Path:
+        """The file with the configuration of a service."""
+        stem = 'glance-api' if service == 'glance' else service
+        return self.directory / service / f'{stem}.conf'
+
     def program(self, name: str, *arguments: str) -> list[str]:
         """The command line of a service's program, with its configuration."""
-        service = name.partition('-')[0]
-        stem = 'glance-api' if service == 'glance' else service
-        path = self.directory / service / f'{stem}.conf'
+        path = self.configuration(name.partition('-')[0])
         return [venv.program(name), '--config-file', str(path), *arguments]
 
     def run(self, argv: list[str], **kwargs: Any) -> None:
@@ -374,6 +387,16 @@ class Cloud:
         self.wait_port('rabbitmq')
         for name in API_MODULES:
             self.wait_port(name)
+
+    def restart_api(self, name: str,
+                    options: config.Options | None = None) -> None:
+        """Start an API service anew.
+
+        :param options: what it has besides its own
+        """
+        self.configure(name, options)
+        self.daemon(name).stop()
+        self.start_apis()
 
     def uwsgi(self, name: str, module: str,
               root: Path = venv.ROOT) -> list[str]:

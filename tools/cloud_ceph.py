@@ -13,8 +13,8 @@
 """Ceph for the small cloud, which only few tests need.
 
 One monitor, one manager, without which there are no figures of free room, and
-one OSD, which keeps all in memory. Nova and Glance have a user and a pool
-each. Ceph and its Python modules are Debian's.
+one OSD, which keeps all in memory. Nova, Glance and Cinder have a user and a
+pool each. Ceph and its Python modules are Debian's.
 """
 
 import contextlib
@@ -38,23 +38,24 @@ if TYPE_CHECKING:
     from tools import lab as lab_module
 
 # Pools by the user that owns them, who is also the service.
-POOLS = {'nova': 'vms', 'glance': 'images'}
+POOLS = {'nova': 'vms', 'glance': 'images', 'cinder': 'volumes'}
 DAEMONS = ('ceph-mon', 'ceph-mgr', 'ceph-osd')
 # Name of the store in Glance, beside its files.
 STORE = 'ceph'
 # Where a compute host has what it needs of Ceph.
 HOST_DIRECTORY = '/etc/ceph'
-# The secret by which libvirt knows the key of Nova's user.
-SECRET = str(uuid.uuid5(uuid.NAMESPACE_DNS, 'nova-lab-ceph'))
-SECRET_XML = (f"<secret ephemeral='no' private='no'><uuid>{SECRET}</uuid>"
-              "<usage type='ceph'><name>client.nova</name></usage></secret>")
+# By user, the secret by which libvirt knows the key that opens its disks.
+SECRETS = {user: str(uuid.uuid5(uuid.NAMESPACE_DNS, f'{user}-lab-ceph'))
+           for user in ('nova', 'cinder')}
+SECRET_XML = ("<secret ephemeral='no' private='no'><uuid>{secret}</uuid>"
+              "<usage type='ceph'><name>client.{user}</name></usage></secret>")
 START_SECONDS = 60
 MODULES = Path('/usr/lib/python3/dist-packages')
 # What a host of Nova says of it in nova.conf.
 OPTIONS: config.Options = {
     'libvirt': {'images_type': 'rbd', 'images_rbd_pool': POOLS['nova'],
                 'images_rbd_ceph_conf': f'{HOST_DIRECTORY}/ceph.conf',
-                'rbd_user': 'nova', 'rbd_secret_uuid': SECRET,
+                'rbd_user': 'nova', 'rbd_secret_uuid': SECRETS['nova'],
                 'use_storage_pools': False}}
 
 
@@ -71,7 +72,7 @@ class Ceph:
         """Bring Ceph up, and let Glance and all hosts use it."""
         self.cloud.say('Ceph')
         self.down()
-        link_modules()
+        link_modules(venv.ROOT)
         for name in ('mon', 'mgr', 'osd'):
             (self.directory / name).mkdir(parents=True)
         self._configure()
@@ -82,16 +83,17 @@ class Ceph:
             self._make_pool(user, pool)
         for host in self.cloud.lab.hosts:
             self._introduce(host)
-        self._restart_glance(self._glance())
+        self.cloud.restart_api('glance', self._glance())
         self.cloud.say('Ceph is up')
 
     def down(self) -> None:
         """End it, and remove its files; nothing where there is none."""
         if not self.directory.exists():
             return
-        self._restart_glance({})
+        self.cloud.restart_api('glance')
         for host in self.cloud.lab.hosts:
-            host.run(['virsh', 'secret-undefine', SECRET], check=False)
+            for secret in SECRETS.values():
+                host.run(['virsh', 'secret-undefine', secret], check=False)
             shutil.rmtree(host.path(HOST_DIRECTORY))
         daemons.stop(map(self.cloud.daemon, DAEMONS), 10)
         shutil.rmtree(self.directory)
@@ -126,6 +128,17 @@ class Ceph:
                 'Content-Type': 'application/octet-stream',
                 'X-Image-Meta-Store': STORE}).raise_for_status()
         return made.id
+
+    def backend(self, root: Path) -> dict[str, object]:
+        """The options of a backend of Cinder.
+
+        :param root: Cinder's environment, which gets Ceph's modules
+        """
+        link_modules(root)
+        return {'volume_driver': 'cinder.volume.drivers.rbd.RBDDriver',
+                'rbd_pool': POOLS['cinder'], 'rbd_user': 'cinder',
+                'rbd_secret_uuid': SECRETS['cinder'],
+                'rbd_ceph_conf': self.conf}
 
     # ---- how it is made
 
@@ -206,10 +219,12 @@ class Ceph:
         keyring.touch(mode=0o600)
         keyring.write_text(self._ceph('auth', 'get', 'client.nova'))
         os.chown(keyring, host.nova_uid, host.nova_gid)
-        host.run(['virsh', 'secret-define', '/dev/stdin'], input=SECRET_XML)
-        host.run(['virsh', 'secret-set-value', SECRET,
-                  '--file', '/dev/stdin'],
-                 input=self._ceph('auth', 'print-key', 'client.nova'))
+        for user, secret in SECRETS.items():
+            host.run(['virsh', 'secret-define', '/dev/stdin'],
+                     input=SECRET_XML.format(user=user, secret=secret))
+            host.run(['virsh', 'secret-set-value', secret,
+                      '--file', '/dev/stdin'],
+                     input=self._ceph('auth', 'print-key', f'client.{user}'))
 
     def _glance(self) -> config.Options:
         return {
@@ -219,13 +234,6 @@ class Ceph:
             STORE: {'rbd_store_pool': POOLS['glance'],
                     'rbd_store_user': 'glance',
                     'rbd_store_ceph_conf': self.conf}}
-
-    def _restart_glance(self, options: config.Options) -> None:
-        conf = self.cloud.directory / 'glance/glance-api.conf'
-        conf.write_text(config.render(config.merge(
-            config.glance(self.cloud.site), options)))
-        self.cloud.daemon('glance').stop()
-        self.cloud.start_apis()
 
     # ---- programs
 
@@ -242,12 +250,12 @@ class Ceph:
     _rbd = functools.partialmethod(_run, 'rbd')
 
 
-def link_modules() -> None:
-    """Let the cloud's environment have Ceph's modules for Python.
+def link_modules(root: Path) -> None:
+    """Let an environment have Ceph's modules for Python.
 
     They are not on PyPI. The environment is made with Debian's Python.
     """
-    packages = next(venv.ROOT.glob('lib/python3*/site-packages'))
+    packages = next(root.glob('lib/python3*/site-packages'))
     for path in MODULES.glob('r[ab]d*.so'):
         with contextlib.suppress(FileExistsError):
             (packages / path.name).symlink_to(path)

@@ -156,10 +156,11 @@ def neutron(site: Site) -> Options:
     }
 
 
-def cinder(site: Site, root: Path) -> Options:
+def cinder(site: Site, root: Path, backend: str) -> Options:
     """cinder.conf, with one backend.
 
     :param root: Cinder's environment
+    :param backend: the name of its section, which is in a file of its own
     """
     state = site.directory / 'cinder'
     return {
@@ -171,10 +172,7 @@ def cinder(site: Site, root: Path) -> Options:
                     'api_paste_config': root / 'etc/cinder/api-paste.ini',
                     'resource_query_filters_file':
                         root / 'etc/cinder/resource_filters.json',
-                    'enabled_backends': 'files'},
-        'files': {'volume_backend_name': 'files',
-                  'volume_driver': 'cinder_files.FileDriver',
-                  'volumes_dir': state / 'volumes'},
+                    'enabled_backends': backend},
         'database': {'connection': site.database('cinder')},
         'oslo_concurrency': {'lock_path': state / 'lock'},
         'coordination': {'backend_url': f'file://{state}/coordination'},

@@ -17,6 +17,7 @@ It has an environment of its own, so that the cloud without it is up as soon
 as before.
 """
 
+from collections.abc import Mapping
 import os
 from pathlib import Path
 import shutil
@@ -33,6 +34,8 @@ DRIVER = venv.TOOLS / 'cinder_files.py'
 # Nova looks for it under this type.
 CATALOGUE = {'cinder': ('volumev3', '/v3/$(project_id)s')}
 SERVICES = ('cinder-scheduler', 'cinder-volume')
+BACKEND = 'lab'
+STOP_SECONDS = 5
 
 
 class Volumes:
@@ -56,9 +59,9 @@ class Volumes:
             [*self.cloud.uwsgi('cinder', 'cinder.wsgi.api', ROOT),
              '--pyargv', ' '.join(self._options)],
             cwd=str(self.directory), env=self.environment)
-        for name in SERVICES:
-            self.cloud.daemon(name).start(
-                self._program(name), env=self.environment)
+        self.cloud.daemon('cinder-scheduler').start(
+            self._program('cinder-scheduler'), env=self.environment)
+        self.use()
         self.cloud.wait_port('cinder')
         storage = self.connection()
         self.cloud.daemon('cinder-volume').wait(
@@ -67,10 +70,27 @@ class Volumes:
                 if service.state == 'up'} == set(SERVICES), 120)
         self.cloud.say('Cinder is up')
 
+    def use(self, backend: Mapping[str, object] | None = None) -> None:
+        """Use a backend from now on, in place of the one before.
+
+        :param backend: its options; without them, volumes are files
+        """
+        path = self.directory / 'backend.conf'
+        text = config.render({BACKEND: {
+            'volume_backend_name': BACKEND, **(backend or {
+                'volume_driver': 'cinder_files.FileDriver',
+                'volumes_dir': self.directory / 'volumes'})}})
+        daemon = self.cloud.daemon('cinder-volume')
+        if not path.exists() or path.read_text() != text:
+            daemon.stop(STOP_SECONDS)
+            path.write_text(text)
+        daemon.start([*self._program('cinder-volume'),
+                      '--config-file', str(path)], env=self.environment)
+
     def down(self) -> None:
         """End it, and remove what it had."""
         daemons.stop([self.cloud.daemon(name)
-                      for name in (*SERVICES, 'cinder')], 5)
+                      for name in (*SERVICES, 'cinder')], STOP_SECONDS)
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def connection(self) -> Any:
@@ -78,7 +98,7 @@ class Volumes:
         return self.cloud.connection().block_storage
 
     def path(self, volume: str) -> Path:
-        """The file of a volume, which all hosts see there."""
+        """The file of a volume that is one, which all hosts see there."""
         return self.directory / 'volumes' / volume
 
     def _configure(self) -> None:
@@ -86,7 +106,8 @@ class Volumes:
         python.mkdir(parents=True, exist_ok=True)
         shutil.copy(DRIVER, python)
         (self.directory / 'cinder.conf').write_text(
-            config.render(config.cinder(self.cloud.site, ROOT)))
+            config.render(
+                config.cinder(self.cloud.site, ROOT, BACKEND)))
 
     def _program(self, name: str) -> list[str]:
         return [venv.program(name, ROOT), *self._options]

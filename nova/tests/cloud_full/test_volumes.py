@@ -21,8 +21,10 @@ from openstack import exceptions
 from oslo_utils import units
 
 from nova.tests.cloud import base
+from nova.tests.cloud_full import test_ceph
 from nova.tests.cloud_full import test_life
 
+from tools import cloud_ceph
 from tools import cloud_volumes
 from tools import daemons
 from tools import servers
@@ -42,18 +44,18 @@ class VolumeTestCase(base.CloudTestCase):
 
     def _set_options(self):
         self.volumes = get_volumes()
+        self.volumes.use(self.backend())
         self.storage = self.volumes.connection()
         super()._set_options()
         self.addCleanup(self.assert_hosts_are_empty)
 
+    def backend(self) -> dict[str, object] | None:
+        """The options of Cinder's backend, None for files."""
+        return None
+
     def boot_from_volume(self, volume: str, flavor: str,
                          **kwargs) -> servers.Server:
-        """Boot a server on the source from a copy of the guest."""
-        shutil.copyfile(self.cloud.directory / 'guest.raw',
-                        self.volumes.path(volume))
-        with open(self.volumes.path(volume), 'r+b') as file:
-            file.truncate(units.Gi)
-        self.storage.set_volume_bootable_status(volume, True)
+        """Boot a server on the source from a volume with the guest."""
         compute = self.cloud.connection().compute
         made = compute.create_server(
             name=self.id(), host=base.SOURCE, networks='none',
@@ -67,8 +69,18 @@ class VolumeTestCase(base.CloudTestCase):
         server.wait_boot()
         return server
 
-    def make_volume(self) -> str:
-        volume = self.storage.create_volume(size=1, name=self.id())
+    def make_boot_volume(self) -> str:
+        """Make a volume with a copy of the guest."""
+        volume = self.make_volume()
+        shutil.copyfile(self.cloud.directory / 'guest.raw',
+                        self.volumes.path(volume))
+        with open(self.volumes.path(volume), 'r+b') as file:
+            file.truncate(units.Gi)
+        self.storage.set_volume_bootable_status(volume, True)
+        return volume
+
+    def make_volume(self, **kwargs) -> str:
+        volume = self.storage.create_volume(size=1, name=self.id(), **kwargs)
         self.addCleanup(self._delete_volume, volume.id)
         self.wait_volume(volume.id, 'available')
         return volume.id
@@ -95,7 +107,7 @@ class TestBootFromVolume(VolumeTestCase):
     """A server without a disk of its own."""
 
     def test_nothing_is_copied(self):
-        volume = self.make_volume()
+        volume = self.make_boot_volume()
         server = self.boot_from_volume(volume, 'small')
         self.assert_counts(server, vda=1)
 
@@ -120,20 +132,13 @@ class TestBootFromVolume(VolumeTestCase):
             self.assertEqual({}, server.disks(name))
 
 
-class TestLifeVolume(test_life.LifeMixin, test_life.MoveMixin,
-                     VolumeTestCase, test_life.LifeTestCase):
+class LifeVolumeTestCase(VolumeTestCase, test_life.LifeTestCase):
     """A server that boots from a volume, its other disks in the pool."""
 
     flavor = 'small-swap'
-    larger_flavor = 'large-swap'
-    # A volume is the same before and after.
-    given_up = ('vdb',)
-    sizes = {'vda': units.Gi, 'vdb': units.Gi, 'vdc': 64 * units.Mi}
-    larger_sizes = {
-        'vda': units.Gi, 'vdb': 2 * units.Gi, 'vdc': 128 * units.Mi}
 
     def _boot(self):
-        self.volume = self.make_volume()
+        self.volume = self.make_boot_volume()
         return self.boot_from_volume(
             self.volume, self.flavor, config_drive=True)
 
@@ -141,6 +146,18 @@ class TestLifeVolume(test_life.LifeMixin, test_life.MoveMixin,
         self.assertEqual({'disk.eph0', 'disk.swap', 'disk.config'},
                          set(self.server.disks(self.server.host)))
         self.assert_attached(self.volume, self.server)
+
+
+class TestLifeVolume(test_life.LifeMixin, test_life.MoveMixin,
+                     LifeVolumeTestCase):
+    """The operations of an operator on such a server."""
+
+    larger_flavor = 'large-swap'
+    # A volume is the same before and after.
+    given_up = ('vdb',)
+    sizes = {'vda': units.Gi, 'vdb': units.Gi, 'vdc': 64 * units.Mi}
+    larger_sizes = {
+        'vda': units.Gi, 'vdb': 2 * units.Gi, 'vdc': 128 * units.Mi}
 
     def _rescue(self):
         """Nova refuses it without a device of its own for that."""
@@ -155,6 +172,32 @@ class TestLifeVolume(test_life.LifeMixin, test_life.MoveMixin,
             self.assert_no_disks(self.server, host)
         self.act('unshelve_server')
         self.assert_boots(vdb=1)
+
+
+class TestLiveVolume(test_life.LiveMixin, LifeVolumeTestCase):
+    """A live migration, with the volume in Ceph.
+
+    libvirt refuses it with files that it does not know to be shared.
+    """
+
+    def _set_options(self):
+        self.ceph = test_ceph.get_ceph()
+        super()._set_options()
+
+    def backend(self):
+        return self.ceph.backend(cloud_volumes.ROOT)
+
+    def make_boot_volume(self):
+        """Make a volume of an image in Ceph, which Cinder clones."""
+        image = self.ceph.upload(
+            'in-ceph', self.cloud.directory / 'guest.raw')
+        self.addCleanup(self.images.delete_image, image)
+        return self.make_volume(image_id=image)
+
+    def assert_in_place(self):
+        super().assert_in_place()
+        self.assertEqual({f'volume-{self.volume}'},
+                         self.ceph.images(cloud_ceph.POOLS['cinder']))
 
 
 class TestAttached(VolumeTestCase):
