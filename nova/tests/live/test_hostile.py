@@ -374,7 +374,7 @@ class MomentTestCase(HostileTestCase):
         with mock.patch.object(
                 local.CONF, 'instances_path',
                 str(self.destination.path(INSTANCES)), create=True):
-            return local.list_arrived()
+            return local.list_copied()
 
     def test_retry_after_a_crash_of_a_copy(self):
         move = self._new_transfer()

@@ -1815,7 +1815,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         """Tell the resources; clear up, since Nova asks every minute."""
         if self._leftovers:
             threads.spawn(self._leftovers.retry)
-        if local.list_arrived():
+        if local.list_copied():
             threads.spawn(self._delete_abandoned)
         if directories := _directories_of_servers():
             threads.spawn(self._tell_reserved, directories)
@@ -1833,20 +1833,22 @@ class LibvirtDriver(driver.LibvirtDriver):
                             {'path': directory, 'error': error})
 
     def _delete_abandoned(self) -> None:
-        """Delete complete copies here whose migrations failed afterwards.
+        """Delete copies of failed migrations that nobody else deletes.
 
-        Their source hosts cannot: libvirt would probe what guests wrote.
+        Source hosts cannot delete complete directories: libvirt would probe
+        what guests wrote. The next attempt clears an incomplete copy, but not
+        of a server that was deleted.
         """
         # The source host may have been down when its server was deleted.
         admin = nova_context.get_admin_context(read_deleted='yes')
-        for uuid in local.list_arrived():
+        for uuid in local.list_copied():
             try:
-                self._clear_arrived(admin, uuid)
+                self._clear_copy(admin, uuid)
             except Exception:
                 LOG.exception('The copy of server %s here, whose migration '
                               'failed, cannot be deleted', uuid)
 
-    def _clear_arrived(self, context, uuid: str) -> None:
+    def _clear_copy(self, context, uuid: str) -> None:
         try:
             instance = objects.Instance.get_by_uuid(context, uuid)
         except exception.InstanceNotFound:
@@ -2009,6 +2011,7 @@ def _is_abandoned(instance, places) -> bool:
     """Whether a server of another host has no use for what is here of it."""
     return (instance.host != CONF.host and instance.task_state is None and
             instance.vm_state != vm_states.RESIZED and
+            (places.has_arrived() or instance.deleted) and
             local.is_abandoned(places, instance.host))
 
 

@@ -335,6 +335,11 @@ class Layout:
                 found[path] = claim
         return found
 
+    def has_arrived(self) -> bool:
+        """Whether a claim says that the instance directory is complete."""
+        return any(Claim.has_arrived(self.uuid, os.path.basename(path))
+                   for path in self.claims())
+
     # The record of formats.
 
     def formats(self) -> dict[str, str]:

@@ -241,10 +241,11 @@ def _flush(places: layout.Layout) -> None:
         layout.flush(path)
 
 
-def list_arrived() -> list[str]:
-    """The uuids of servers of which a complete copy is, or was, here."""
-    paths = glob.glob(os.path.join(
-        glob.escape(CONF.instances_path), f'*_{layout.ARRIVED}*'))
+def list_copied() -> list[str]:
+    """The uuids of servers of which a copy is, or was, here."""
+    paths = [path for kind in (layout.CLAIM, layout.ARRIVED)
+             for path in glob.glob(os.path.join(
+                 glob.escape(CONF.instances_path), f'*_{kind}*'))]
     return sorted({os.path.basename(path).partition('_')[0]
                    for path in paths})
 

@@ -268,11 +268,12 @@ class AbandonedTestCase(HostileTestCase):
     def setUp(self):
         super().setUp()
         self._add_hostile('disk.eph0')
-        claim = layout.Claim(uuids.instance, 'attempt', 'elsewhere')
-        self.marker = os.path.join(self.instances, claim.arrived_name)
+        self.claim = layout.Claim(uuids.instance, 'attempt', 'elsewhere')
+        self.marker = os.path.join(self.instances, self.claim.arrived_name)
         open(self.marker, 'w').close()
         self.instance.host = 'elsewhere'
         self.instance.vm_state = vm_states.ACTIVE
+        self.instance.deleted = False
         self.useFixture(fixtures.MockPatchObject(
             objects.Instance, 'get_by_uuid', return_value=self.instance))
         self.refresh = self.useFixture(fixtures.MockPatchObject(
@@ -302,6 +303,24 @@ class AbandonedTestCase(HostileTestCase):
         self.assertFalse(os.path.exists(self.directory))
         context, uuid = objects.Instance.get_by_uuid.call_args.args
         self.assertEqual(('yes', uuids.instance), (context.read_deleted, uuid))
+
+    def _make_incomplete(self):
+        arrived = self.marker
+        self.marker = os.path.join(self.instances, self.claim.name)
+        os.rename(arrived, self.marker)
+
+    def test_incomplete_copy_of_a_server_that_was_deleted_goes(self):
+        """No other attempt comes that would clear it."""
+        self._make_incomplete()
+        self.instance.update({
+            'vm_state': vm_states.DELETED, 'deleted': True})
+        self.assertTrue(self._clear())
+        self.assertFalse(os.path.exists(self.directory))
+
+    def test_incomplete_copy_stays_for_the_next_attempt_to_clear(self):
+        self._make_incomplete()
+        self.assertFalse(self._clear())
+        self.assertTrue(os.path.exists(self.directory))
 
     @ddt.data({'host': 'source'}, {'host': 'a third'},
               {'vm_state': vm_states.RESIZED},
