@@ -751,6 +751,9 @@ class LibvirtDriver(driver.LibvirtDriver):
         if instance.host != CONF.host and local.has_kept_directory(places):
             _native(local.delete_kept_volumes, places)
         super().confirm_migration(context, migration, instance, network_info)
+        if instance.host != CONF.host and _is_switched_on():
+            # Nova's code leaves the secret of a vTPM that a host keeps.
+            self._host.delete_secret('vtpm', instance.uuid)
 
     @hooks.as_nova_declares
     def finish_revert_migration(

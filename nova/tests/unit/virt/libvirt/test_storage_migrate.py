@@ -1194,6 +1194,8 @@ class DeleteTestCase(DriverTestCase):
     def setUp(self):
         super().setUp()
         self.volume = self._add_disk()
+        self.delete_secret = self.useFixture(fixtures.MockPatchObject(
+            self.driver._host, 'delete_secret')).mock
 
     @mock.patch.object(driver.LibvirtDriver, 'confirm_migration')
     def _confirm(self, nova):
@@ -1219,6 +1221,19 @@ class DeleteTestCase(DriverTestCase):
     def test_confirm_on_the_same_host_deletes_nothing(self):
         self._confirm()
         self.assertEqual([self.volume], self._volumes())
+        self.delete_secret.assert_not_called()
+
+    def test_confirm_deletes_the_secret_of_a_vtpm(self):
+        self.instance.host = 'dest'
+        self._confirm()
+        self.delete_secret.assert_called_once_with('vtpm', self.instance.uuid)
+
+    def test_confirm_leaves_it_where_switched_off(self):
+        self.flags(use_storage_pools=False, vol_upload_migration=False,
+                   group='libvirt')
+        self.instance.host = 'dest'
+        self._confirm()
+        self.delete_secret.assert_not_called()
 
     def test_delete_takes_volumes_and_directory(self):
         self.assertTrue(self.driver.delete_instance_files(self.instance))
