@@ -492,9 +492,10 @@ class LiveFaultTestCase(test_hosts.OutageMixin, LiveTestCase):
     def host_goes_down(self) -> None:
         self.take_down(self.destination)
         # libvirt may need three minutes to know.
-        self.wait_failed(600)
+        self._wait_or_end(300)
         self.bring_up(self.destination)
         self.assert_failed('host of the destination is down, and up again',
+                           'cancelled', 'error', 'failed',
                            outcome=fault_table.CLEARED)
         self.cloud.wait_computes()
 
@@ -505,20 +506,20 @@ class LiveFaultTestCase(test_hosts.OutageMixin, LiveTestCase):
         with contextlib.suppress(daemons.Failed):
             self.wait_failed(CUT_SECONDS)
         self.destination.link(True)
-        try:
-            self.wait_failed(CUT_SECONDS)
-        except daemons.Failed:
-            self._end_by_hand()
+        self._wait_or_end(CUT_SECONDS)
         self.assert_failed('link is cut', 'cancelled', 'error', 'failed',
                            outcome=fault_table.CLEARED)
         self.cloud.wait_computes()
 
-    def _end_by_hand(self) -> None:
-        """Do what the documentation says of a live migration that hangs."""
-        self._abort()
-        self.source.run([
-            'ss', '--kill', '--tcp', 'dst', self.destination.address,
-            'dport', '>=', ':49152', 'dport', '<=', ':49215'])
+    def _wait_or_end(self, seconds: float) -> None:
+        """Wait until the source knows, or do what the documentation says."""
+        try:
+            self.wait_failed(seconds)
+        except daemons.Failed:
+            self._abort()
+            self.source.run([
+                'ss', '--kill', '--tcp', 'dst', self.destination.address,
+                'dport', '>=', ':49152', 'dport', '<=', ':49215'])
 
     def wait_failed(self, seconds: float) -> None:
         """Wait until the source knows."""
