@@ -58,7 +58,7 @@ API_MODULES = {'keystone': 'keystone.wsgi.api',
                'glance': 'glance.wsgi.api',
                'neutron': 'neutron.wsgi.api',
                'nova': 'nova.wsgi.osapi_compute'}
-# What makes the configuration of each.
+# The functions that make their configurations.
 CONFIGURATIONS = {'keystone': config.keystone,
                   'placement': config.placement,
                   'glance': config.glance,

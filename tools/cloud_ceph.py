@@ -44,7 +44,7 @@ DAEMONS = ('ceph-mon', 'ceph-mgr', 'ceph-osd')
 STORE = 'ceph'
 # Where a compute host has what it needs of Ceph.
 HOST_DIRECTORY = '/etc/ceph'
-# By user, the secret by which libvirt knows the key that opens its disks.
+# The UUIDs of libvirt's secrets, which have the keys of these users.
 SECRETS = {user: str(uuid.uuid5(uuid.NAMESPACE_DNS, f'{user}-lab-ceph'))
            for user in ('nova', 'cinder')}
 SECRET_XML = ("<secret ephemeral='no' private='no'><uuid>{secret}</uuid>"

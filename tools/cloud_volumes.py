@@ -106,8 +106,7 @@ class Volumes:
         python.mkdir(parents=True, exist_ok=True)
         shutil.copy(DRIVER, python)
         (self.directory / 'cinder.conf').write_text(
-            config.render(
-                config.cinder(self.cloud.site, ROOT, BACKEND)))
+            config.render(config.cinder(self.cloud.site, ROOT, BACKEND)))
 
     def _program(self, name: str) -> list[str]:
         return [venv.program(name, ROOT), *self._options]

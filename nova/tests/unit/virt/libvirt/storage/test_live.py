@@ -1037,12 +1037,16 @@ class OperationTestCase(LiveTestCase):
         self.assertEqual(
             head, self.dest.files[path].content.read(0, len(head)))
 
+    def begin(self):
+        """Let QEMU copy the disks of a server of ours."""
+        operation = storage_migrate._Operation()
+        operation.begin()
+        self.driver._operations[uuids.instance] = operation
+
     @ddt.data(True, False)
     def test_abort_of_qemus_part_is_novas(self, ours):
         if ours:
-            operation = storage_migrate._Operation()
-            operation.begin()
-            self.driver._operations[uuids.instance] = operation
+            self.begin()
         with self.novas('live_migration_abort') as nova:
             self.driver.live_migration_abort(self.instance)
         nova.assert_called_once_with(self.instance)
@@ -1051,9 +1055,7 @@ class OperationTestCase(LiveTestCase):
     def test_abort_of_a_domain_that_has_gone(self, ours):
         """Nova aborts after an error, which must not be lost."""
         if ours:
-            operation = storage_migrate._Operation()
-            operation.begin()
-            self.driver._operations[uuids.instance] = operation
+            self.begin()
         with self.novas('live_migration_abort') as nova:
             nova.side_effect = exception.InstanceNotFound(
                 instance_id=uuids.instance)
