@@ -442,7 +442,7 @@ class DestinationPoolTestCase(FaultTestCase):
         self.at(moment, lambda: self.pool_there().destroy())
         self.assert_fails('pool of the destination is stopped',
                           heal=lambda: self.restart(self.destination),
-                          text='active')
+                          text='active', within=10)
 
     @ddt.data(CONNECTING, CREATING)
     def test_read_only(self, moment):

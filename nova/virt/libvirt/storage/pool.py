@@ -296,6 +296,12 @@ class Pool:
         return [Volume(volume) for volume in volumes
                 if volume.name().startswith(prefix)]
 
+    def delete(self, name: str) -> None:
+        """Delete a volume, unless it is gone already."""
+        for volume in self.volumes(name):
+            if volume.name == name:
+                volume.delete()
+
     @_retry_busy
     def volume(self, name: str) -> Volume:
         """Look a volume up by its name.

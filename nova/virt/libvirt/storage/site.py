@@ -498,17 +498,17 @@ class Site:
 
         :raises: Superseded if another attempt came in between
         """
-        def change(parent: storage_pool.Pool) -> None:
+        def make(parent: storage_pool.Pool) -> frozenset[str]:
             self._make_file(parent, name)
             parent.refresh()
-            claims = self._look(parent).claims
-            if claims != {self._claim}:
-                parent.volume(name).delete()
-                raise _superseded(claims)
-            for volume in parent.volumes(old):
-                volume.delete()
+            return self._names(parent)
 
-        self._on_parent(change)
+        claims = self._found(self._on_parent(make)).claims
+        is_ours = claims == {self._claim}
+        self._on_parent(
+            lambda parent: parent.delete(old if is_ours else name))
+        if not is_ours:
+            raise _superseded(claims)
 
     def _open_head(self, file: server_layout.File) -> stream.VolumeSink:
         """Begin to upload the start of a file."""
@@ -579,7 +579,8 @@ class Site:
 
         libvirt looks at directories in a pool, but not into them.
 
-        :param function: may be called again after it failed
+        :param function: may be called again after it failed, and so has to
+            leave the disks pool alone, whose errors do not pass
         """
         return storage_pool.within(
             self.daemon.connection, path=self.layout.parent,
@@ -704,13 +705,15 @@ class Site:
 
     def _find(self) -> '_Found':
         """Look at the server's files in both places."""
-        return self._on_parent(self._look)
+        return self._found(self._on_parent(self._names))
 
-    def _look(self, parent: storage_pool.Pool) -> '_Found':
+    def _names(self, parent: storage_pool.Pool) -> frozenset[str]:
+        return frozenset(
+            volume.name for volume in parent.volumes(self.layout.uuid))
+
+    def _found(self, names: frozenset[str]) -> '_Found':
         return _Found(
-            self.layout.uuid,
-            frozenset(volume.name
-                      for volume in parent.volumes(self.layout.uuid)),
+            self.layout.uuid, names,
             frozenset(self._pool.sizes(self.layout.prefix)
                       if self._pool else ()))
 

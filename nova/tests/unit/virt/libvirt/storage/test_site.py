@@ -27,6 +27,7 @@ from nova.virt.libvirt.storage import daemon
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt.storage import site
+from nova.virt.libvirt.storage import threads
 
 Content = libvirt_storage.Content
 
@@ -701,6 +702,16 @@ class FilesTestCase(SiteTestCase):
         self.assertEqual((NOVA['owner'], NOVA['group'], 0o644, 4097),
                          (made.owner, made.group, made.mode,
                           made.content.size))
+
+    def test_pool_that_stopped_is_not_waited_for(self):
+        self.dest.pools['disks'].active = False
+        self.useFixture(fixtures.MockPatchObject(
+            threads, 'sleep', side_effect=AssertionError('it waits')))
+
+        error = self.assertRaises(
+            libvirt.libvirtError, self.there.check_claim)
+
+        self.assertIn("'disks' is not active", str(error))
 
     def test_file_belongs_to_nova(self):
         self.there.create(file('disk.info'), 10)
