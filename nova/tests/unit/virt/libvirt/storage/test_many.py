@@ -15,7 +15,6 @@
 
 import os
 import threading
-import time
 from unittest import mock
 
 import ddt
@@ -112,17 +111,13 @@ class ManyTestCase(test_storage_migrate.DriverTestCase):
     def _assert_answers(self, function):
         """Something that Nova calls ends at once."""
         ended = threading.Event()
-        seconds = []
 
         def call():
-            started = time.monotonic()
             function()
-            seconds.append(time.monotonic() - started)
             ended.set()
 
         threading.Thread(target=call, daemon=True).start()
-        self.assertTrue(ended.wait(5))
-        self.assertLess(seconds[0], 1)
+        self.assertTrue(ended.wait(10))
 
     def _arrived(self):
         return {name for name in self.dest.volume_names('nova-disks')
@@ -245,11 +240,13 @@ class WaitingTestCase(ManyTestCase):
         self.assertIsNone(end.kwargs['exc_val'])
 
     def test_deletion_ends_the_waiting(self):
+        # Not by asking again and again.
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.turns.POLL_SECONDS', 60))
         moving = self._start_all(4)
-        started = time.monotonic()
         self.driver.delete_instance_files(moving[2])
-        self.migrations[2].join(5)
-        self.assertLess(time.monotonic() - started, turns.POLL_SECONDS)
+        self.migrations[2].join(30)
+        self.assertFalse(self.migrations[2].is_alive())
         error = self.failures[moving[2].uuid]
         self.assertIsInstance(error, exception.MigrationError)
         self.assertIn('the server was deleted', str(error))
@@ -265,11 +262,10 @@ class WaitingTestCase(ManyTestCase):
         self.useFixture(fixtures.MockPatchObject(
             driver.LibvirtDriver, 'cleanup_host'))
         moving = self._start_all(4)
-        started = time.monotonic()
         self.driver.cleanup_host('source')
         for migration in self.migrations[2:]:
-            migration.join(5)
-        self.assertLess(time.monotonic() - started, 3)
+            migration.join(30)
+            self.assertFalse(migration.is_alive())
         for instance in moving[2:]:
             error = self.failures[instance.uuid]
             self.assertIsInstance(error, exception.InstanceFaultRollback)
@@ -282,7 +278,7 @@ class WaitingTestCase(ManyTestCase):
         compute = self.driver.virtapi._compute = mock.Mock()
         compute._shutdown_in_progress.is_set.return_value = True
         for migration in self.migrations[2:]:
-            migration.join(turns.POLL_SECONDS + 2)
+            migration.join(30)
         self.assertEqual(set(self._uuids(moving[2:])), set(self.failures))
         for error in self.failures.values():
             self.assertIsInstance(error, exception.InstanceFaultRollback)

@@ -451,7 +451,7 @@ class StoppedTestCase(ReconnectTestCase):
         cancel.set()
         started = time.monotonic()
         thread.join()
-        self.assertLess(time.monotonic() - started, 2)
+        self.assertLess(time.monotonic() - started, 10)
         self.assertIsInstance(outcome[0], errors.Cancelled)
 
     def test_daemon_that_ends_each_connection_is_given_up(self):

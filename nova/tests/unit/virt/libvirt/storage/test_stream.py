@@ -794,7 +794,7 @@ class SinkFailureTestCase(FileMixin, _CopyTestCase):
             errors.Cancelled, threads.off_hub, stream.copy, source, sink,
             self.content.size, cancel=cancel)
 
-        self.assertLess(time.monotonic() - started, 2)
+        self.assertLess(time.monotonic() - started, 10)
         event.set()
         self.wait_until_threads_end()
 
@@ -1171,9 +1171,7 @@ class CopyCancelTestCase(_CopyTestCase):
         self.cancel = threading.Event()
 
     def assert_cancelled(self, outcome: Outcome) -> None:
-        started = time.monotonic()
-        self.assertTrue(outcome.wait(5))
-        self.assertLess(time.monotonic() - started, 1)
+        self.assertTrue(outcome.wait(10))
         self.assertIsInstance(outcome.error, errors.Cancelled)
 
     def test_cancel_while_data_flows(self):
@@ -1405,7 +1403,7 @@ class BandwidthTestCase(_CopyTestCase):
         self.assertEqual(2 * units.Mi, result.wire)
         # The first turn is at once.
         self.assertGreater(result.seconds, 7 / 8 * 0.5 - 0.06)
-        self.assertLess(result.seconds, 2)
+        self.assertLess(result.seconds, 5)
 
     def test_only_data_takes_turns(self):
         turns: list[float] = []
@@ -1482,7 +1480,7 @@ class BandwidthTestCase(_CopyTestCase):
 
         cancel.set()
 
-        self.assertTrue(outcome.wait(1))
+        self.assertTrue(outcome.wait(10))
         self.assertIsInstance(outcome.error, errors.Cancelled)
 
 
@@ -1513,7 +1511,7 @@ class CopyHubTestCase(_CopyTestCase):
     def test_rest_of_the_process_runs_while_a_send_blocks(self):
         """Neither eventlet's hub nor another thread is held up."""
         self.set_sizes()
-        self.delay('data', 1.0, nth=4)
+        self.delay('data', 2.0, nth=4)
         source, dest = self.ends(Content.of(patterned(4 * WINDOW)))
         ticks = [time.monotonic()]
         stop = threading.Event()
@@ -1534,7 +1532,7 @@ class CopyHubTestCase(_CopyTestCase):
         latest = max(b - a for a, b in zip(ticks, ticks[1:]))
         self.assertGreater(len(ticks), 20)
         # A hub that is held up would be so for as long as the send.
-        self.assertLess(latest, 0.8)
+        self.assertLess(latest, 1.8)
 
 
 @ddt.ddt

@@ -53,7 +53,7 @@ class OffHubTestCase(test.NoDBTestCase):
 
         started = time.monotonic()
         self.assertEqual(1, threads.off_hub(lambda: 1))
-        self.assertLess(time.monotonic() - started, 1)
+        self.assertLess(time.monotonic() - started, 10)
         release.set()
         for thread in blocked:
             thread.join(10)
