@@ -49,11 +49,13 @@ PACKAGES = (
     'openssh-server', 'systemd-sysv', 'udev', 'zstd',
     # What makes it differ from a host out of namespaces.
     'apparmor', 'apparmor-utils', 'lvm2',
+    # Disks in LVM: Debian has libvirt's driver for it in a package of its own.
+    'libvirt-daemon-driver-storage-logical',
     # Storage that hosts share.
     'nfs-common', 'nfs-kernel-server',
     # libvirt, and what Nova runs.
-    'genisoimage', 'gnutls-bin', 'libvirt-clients', 'libvirt-daemon-system',
-    'qemu-system-x86', 'qemu-utils', 'sudo',
+    'e2fsprogs', 'genisoimage', 'gnutls-bin', 'libvirt-clients',
+    'libvirt-daemon-system', 'qemu-system-x86', 'qemu-utils', 'sudo',
     # For the virtual environment: libvirt-python is built.
     'ca-certificates', 'gcc', 'libvirt-dev', 'pkg-config', 'python3-dev',
     'python3-venv')

@@ -44,6 +44,8 @@ FIRST_MACHINE = 21
 QEMU = 'qemu'
 SOCKET = 'ssh'
 MEMORY_MIB = 1536
+# A second disk, /dev/vdb, which is empty and takes up nothing.
+DATA_SIZE = '4G'
 # KVM, where a machine has it, would make it much faster.
 ACCELERATOR = os.environ.get('NOVA_LAB_ACCELERATOR', 'tcg,thread=multi')
 # A busy machine that emulates several takes long to start them.
@@ -72,6 +74,7 @@ class Machine(host.Host):
         self._port = PORT.format(lab.bridge, index + 1)
         self._key = lab.directory / 'machines-ssh/id_ed25519'
         self._overlay = self.directory / 'disk.qcow2'
+        self._data = self.directory / 'data.qcow2'
         self._qemu = daemons.Daemon(QEMU, self.directory)
 
     # Up and down
@@ -86,6 +89,8 @@ class Machine(host.Host):
         self._overlay.unlink(missing_ok=True)
         processes.execute('qemu-img', 'create', '-q', '-f', 'qcow2', '-F',
                           'raw', '-b', self.image.disk, self._overlay)
+        processes.execute('qemu-img', 'create', '-q', '-f', 'qcow2',
+                          self._data, DATA_SIZE)
         self._make_port()
         self._qemu.start(self._arguments())
 
@@ -114,6 +119,8 @@ class Machine(host.Host):
                        'ssh.authorized_keys.root=' + key,
             '-drive', 'file=%s,format=qcow2,if=virtio,cache=unsafe' %
                       self._overlay,
+            '-drive', 'file=%s,format=qcow2,if=virtio,cache=unsafe,'
+                      'discard=unmap,detect-zeroes=unmap' % self._data,
             '-device', 'virtio-rng-pci',
             '-netdev', 'tap,id=net,ifname=%s,script=no,downscript=no' %
                        self._port,

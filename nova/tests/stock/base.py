@@ -19,6 +19,7 @@ once: the commands are those of the documentation.
 """
 
 import atexit
+import base64
 import concurrent.futures
 import configparser
 import functools
@@ -27,6 +28,7 @@ import io
 from pathlib import Path
 import subprocess
 import sys
+import time
 from typing import Any
 
 from oslo_serialization import jsonutils
@@ -55,6 +57,35 @@ VENV = Path(sys.prefix)
 # The same on all hosts. There is no system on it: a guest starts, and that is
 # all that is asked of it.
 MAKE_IMAGE = f'yes image | head -c 1M > {IMAGE}; truncate -s 16M {IMAGE}'
+
+# A guest that counts: it reads a number from the second sector of its disk
+# into memory, then adds one and writes it back, ten times a second.
+BOOT_SECTOR = bytes.fromhex(
+    '31c0'            # xor %ax,%ax
+    '8ed88ec08ed0'    # mov %ax,%ds; mov %ax,%es; mov %ax,%ss
+    'bc007c'          # mov $0x7c00,%sp
+    'fb'              # sti
+    'b80102'          # mov $0x0201,%ax     read one sector
+    'bb0080'          # mov $0x8000,%bx
+    'b90200'          # mov $2,%cx
+    'ba8000'          # mov $0x80,%dx
+    'cd13'            # int $0x13
+    '66ff060080'      # again: incl 0x8000
+    'b80103'          # mov $0x0301,%ax     write one sector
+    'bb0080'          # mov $0x8000,%bx
+    'b90200'          # mov $2,%cx
+    'ba8000'          # mov $0x80,%dx
+    'cd13'            # int $0x13
+    'b486'            # mov $0x86,%ah       wait for CX:DX microseconds
+    'b90100'          # mov $1,%cx
+    'baa086'          # mov $0x86a0,%dx
+    'cd15'            # int $0x15
+    'ebe1'            # jmp again
+).ljust(446, b'\0') + bytes.fromhex(
+    # Nova takes no image with a boot sector and without a partition.
+    '8000020083000200' '01000000' '01000000'
+).ljust(64, b'\0') + b'\x55\xaa' + bytes(512)
+COUNTER = 'xp /1wx 0x8000'
 
 # Besides what the documentation says: a host of a cloud has it already.
 OPTIONS = {
@@ -324,3 +355,30 @@ class StockTestCase(ComputeMixin, live.LiveTestCase):
         # A host whose pool is of an earlier release lacks the second one.
         return of.run(['find', '/var/lib/nova', '/var/lib/libvirt/images',
                        '-name', f'{uuid}*'], check=False).stdout.splitlines()
+
+
+class CountingMixin:
+    """For tests with guests that count on their disks."""
+
+    def let_guests_count(self):
+        """Give the image a guest that writes."""
+        text = base64.b64encode(BOOT_SECTOR).decode()
+        for each in self.machines:
+            self.addCleanup(each.run_as_root, MAKE_IMAGE)
+            each.run_as_root(f'echo {text} | base64 -d | '
+                             f'dd of={IMAGE} conv=notrunc status=none')
+
+    def count(self, of, uuid):
+        """How far a server's guest has come, once it has gone on."""
+        first = self._count(of, uuid)
+        for _ in range(60):
+            last = self._count(of, uuid)
+            if last > first:
+                return last
+            time.sleep(1)
+        self.fail(f'the guest stays at {first}')
+
+    def _count(self, of, uuid):
+        said = of.run(['virsh', 'qemu-monitor-command', uuid, '--hmp',
+                       COUNTER]).stdout
+        return int(said.split()[1], 16)

@@ -66,9 +66,13 @@ class Server:
     """What servers have.
 
     :ivar ephemerals: GiB of each ephemeral disk
+    :ivar root_gb: GiB of the root disk, 0 for those of the image
+    :ivar swap: MiB of the swap disk
     :ivar properties: of the image
     """
     ephemerals: list[int] = dataclasses.field(default_factory=list)
+    root_gb: int = 1
+    swap: int = 0
     properties: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -150,11 +154,18 @@ class Compute:
             network_info(), block_devices())
         return self.state(uuid)
 
-    def migrate(self, uuid: str, dest: str) -> str:
-        """Take a server's disks to the host of an address."""
+    def migrate(self, uuid: str, dest: str,
+                root_gb: int | None = None) -> str:
+        """Take a server's disks to the host of an address.
+
+        :param root_gb: of the flavor that it is resized to
+        """
         instance = make_instance(self.context, uuid)
+        flavor = instance.flavor.obj_clone()
+        if root_gb is not None:
+            flavor.root_gb = root_gb
         return self.driver.migrate_disk_and_power_off(
-            self.context, instance, dest, instance.flavor, network_info(),
+            self.context, instance, dest, flavor, network_info(),
             block_devices(), timeout=0)
 
     def finish(self, uuid: str, disk_info: str) -> str:
@@ -346,14 +357,16 @@ def make_instance(context: Any, uuid: str,
     ephemeral_gb = sum(SERVER.ephemerals)
     flavor = objects.Flavor(
         id=1, name='tiny', flavorid='1', memory_mb=MEMORY_MIB, vcpus=1,
-        root_gb=1, ephemeral_gb=ephemeral_gb, swap=0, rxtx_factor=1,
+        root_gb=SERVER.root_gb, ephemeral_gb=ephemeral_gb, swap=SERVER.swap,
+        rxtx_factor=1,
         vcpu_weight=0, disabled=False, is_public=True, extra_specs={})
     return objects.Instance(
         context, id=int(uuid[:7], 16), uuid=uuid, host=host or CONF.host,
         node=CONF.host, flavor=flavor, old_flavor=flavor, new_flavor=flavor,
         image_ref=IMAGE_ID, kernel_id='', ramdisk_id='', display_name='tiny',
         hostname='tiny', user_id='user',
-        project_id='project', memory_mb=MEMORY_MIB, vcpus=1, root_gb=1,
+        project_id='project', memory_mb=MEMORY_MIB, vcpus=1,
+        root_gb=SERVER.root_gb,
         ephemeral_gb=ephemeral_gb, os_type=None, architecture=None,
         vm_mode=None, vm_state=vm_states.ACTIVE, task_state=None,
         power_state=1, progress=0, auto_disk_config=False, config_drive='',
@@ -405,15 +418,19 @@ def network_info() -> Any:
 
 
 def block_devices() -> dict[str, Any]:
-    """A root disk, and the ephemeral ones."""
+    """A root disk, the ephemeral ones and the swap disk."""
     ephemerals = [
         {'num': number, 'virtual_name': f'ephemeral{number}', 'size': size,
          'guest_format': None, 'device_type': 'disk',
          'disk_bus': 'virtio', 'device_name': f'/dev/vd{"bcd"[number]}'}
         for number, size in enumerate(SERVER.ephemerals)]
+    swap = None
+    if SERVER.swap:
+        swap = {'swap_size': SERVER.swap, 'device_name': '/dev/vde',
+                'device_type': 'disk', 'disk_bus': 'virtio'}
     return {'root_device_name': '/dev/vda', 'image': [],
             'ephemerals': ephemerals,
-            'swap': None, 'block_device_mapping': []}
+            'swap': swap, 'block_device_mapping': []}
 
 
 def without_secure(get_guest_xml: Callable, *args: Any, **kwargs: Any) -> str:

@@ -16,9 +16,6 @@
 The first host exports it, and mounts it as the second one does.
 """
 
-import base64
-import time
-
 from nova.tests.stock import base
 
 EXPORT = '/srv/nova'
@@ -28,37 +25,8 @@ DIRECTORIES = {'instances': '/var/lib/nova/instances',
 EXPORTS = '/etc/exports.d/nova.exports'
 CHECK = ['/openstack/venvs/nova/bin/nova-storage-migrate', 'check']
 
-# A guest that counts: it reads a number from the second sector of its disk
-# into memory, then adds one and writes it back, ten times a second.
-BOOT_SECTOR = bytes.fromhex(
-    '31c0'            # xor %ax,%ax
-    '8ed88ec08ed0'    # mov %ax,%ds; mov %ax,%es; mov %ax,%ss
-    'bc007c'          # mov $0x7c00,%sp
-    'fb'              # sti
-    'b80102'          # mov $0x0201,%ax     read one sector
-    'bb0080'          # mov $0x8000,%bx
-    'b90200'          # mov $2,%cx
-    'ba8000'          # mov $0x80,%dx
-    'cd13'            # int $0x13
-    '66ff060080'      # again: incl 0x8000
-    'b80103'          # mov $0x0301,%ax     write one sector
-    'bb0080'          # mov $0x8000,%bx
-    'b90200'          # mov $2,%cx
-    'ba8000'          # mov $0x80,%dx
-    'cd13'            # int $0x13
-    'b486'            # mov $0x86,%ah       wait for CX:DX microseconds
-    'b90100'          # mov $1,%cx
-    'baa086'          # mov $0x86a0,%dx
-    'cd15'            # int $0x15
-    'ebe1'            # jmp again
-).ljust(446, b'\0') + bytes.fromhex(
-    # Nova takes no image with a boot sector and without a partition.
-    '8000020083000200' '01000000' '01000000'
-).ljust(64, b'\0') + b'\x55\xaa' + bytes(512)
-COUNTER = 'xp /1wx 0x8000'
 
-
-class NfsTestCase(base.StockTestCase):
+class NfsTestCase(base.CountingMixin, base.StockTestCase):
     """Hosts that mount their pool and their instances directory."""
 
     squash = 'no_root_squash'
@@ -94,29 +62,6 @@ class NfsTestCase(base.StockTestCase):
             of.run(['mount', '-t', 'nfs', '-o', 'vers=4.2',
                     f'{self.source.address}:{EXPORT}/{name}', path])
             self.addCleanup(of.run, ['umount', path])
-
-    def let_guests_count(self):
-        """Give the image a guest that writes."""
-        text = base64.b64encode(BOOT_SECTOR).decode()
-        for each in self.machines:
-            self.addCleanup(each.run_as_root, base.MAKE_IMAGE)
-            each.run_as_root(f'echo {text} | base64 -d | '
-                             f'dd of={base.IMAGE} conv=notrunc status=none')
-
-    def count(self, of, uuid):
-        """How far a server's guest has come, once it has gone on."""
-        first = self._count(of, uuid)
-        for _ in range(60):
-            last = self._count(of, uuid)
-            if last > first:
-                return last
-            time.sleep(1)
-        self.fail(f'the guest stays at {first}')
-
-    def _count(self, of, uuid):
-        said = of.run(['virsh', 'qemu-monitor-command', uuid, '--hmp',
-                       COUNTER]).stdout
-        return int(said.split()[1], 16)
 
     def inodes(self, uuid):
         """The files of a server, which both hosts see.
