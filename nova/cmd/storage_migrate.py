@@ -31,6 +31,7 @@ from nova.conf import storage_migrate as options  # noqa: F401 (registers)
 from nova import config
 from nova.virt.libvirt.storage import check
 from nova.virt.libvirt.storage import errors
+from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt.storage import place
 from nova.virt.libvirt.storage import threads
 from nova.virt.libvirt import storage_migrate
@@ -143,7 +144,9 @@ def _check(
         pool_path=(CONF.libvirt.disks_pool_path
                    if place.is_configured() else None),
         instances_path=CONF.instances_path, options=is_set,
-        bandwidth=CONF.libvirt.vol_upload_migration_bandwidth * units.Mi)
+        bandwidth=CONF.libvirt.vol_upload_migration_bandwidth * units.Mi,
+        group_path=(layout.group_path(CONF.libvirt.images_volume_group)
+                    if storage_migrate.takes_logical_volumes() else ''))
     ours = {CONF.host, CONF.my_ip, CONF.libvirt.migration_inbound_addr}
     source = check.Source(CONF.host, settings)
     with contextlib.closing(source):

@@ -49,8 +49,8 @@ disks into the instance directory.
 Related options:
 
 * ``images_type`` must be one of ``default``, ``raw``, ``flat`` and ``qcow2``.
-  With ``rbd``, leave this option off: disks in Ceph need no storage pool of
-  libvirt to migrate without SSH.
+  With ``rbd`` or ``lvm``, leave this option off: disks in Ceph or LVM need no
+  storage pool of this kind to migrate without SSH.
 * ``vol_upload_migration``: without it, a server with disks in a pool cannot
   be cold migrated or resized to another host.
 """),
@@ -131,12 +131,18 @@ destination host needs neither a storage pool nor this driver: Nova's own
 driver can finish the migration there. Neither host needs an SSH daemon, key or
 login for this.
 
-Disks of the image types ``lvm`` and ``ploop`` are left to Nova's own code.
+Servers with ``images_type = lvm``, which Nova's own driver does not migrate,
+are migrated from volume group to volume group. Both hosts need this driver and
+this option for that. If the user of nova-compute may read the devices of the
+volume group, the disks are copied while the server runs.
+
+Disks of the image type ``ploop`` are left to Nova's own code.
 
 Related options:
 
 * ``vol_upload_migration``
-* ``instances_path`` must be the same on all compute hosts.
+* ``instances_path`` must be the same on all compute hosts, and so must
+  ``images_volume_group`` with ``images_type = lvm``.
 """),
     cfg.StrOpt(
         'vol_upload_migration_uri',

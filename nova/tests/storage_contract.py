@@ -17,6 +17,7 @@ that the fake behaves as libvirt does.
 """
 
 import errno
+import struct
 import time
 import typing as ty
 
@@ -61,11 +62,34 @@ POOL = """\
 """
 
 
-class StorageContract:
-    """Tests for a host with a persistent, active pool that is empty.
+LOGICAL_POOL = """\
+<pool type='logical'>
+  <name>{name}</name>
+  <source><name>{group}</name></source>
+  <target><path>/dev/{group}</path></target>
+</pool>
+"""
+
+LOGICAL_VOLUME = """\
+<volume>
+  <name>{name}</name>
+  <capacity unit='bytes'>{size}</capacity>
+  <allocation unit='bytes'>{size}</allocation>
+  <target><permissions><mode>0660</mode></permissions></target>
+</volume>
+"""
+
+# A qcow2 header that names a backing file: what a guest may write.
+HOSTILE = struct.pack('>4sIQIIQ', b'QFI\xfb', 3, 512, 10, 16, 1 << 40).ljust(
+    512, b'\0') + b'/proc/kmsg'
+EXTENT = 4 * 1024 ** 2
+
+
+class Contract:
+    """What the tests share.
 
     :ivar connection: connection to the host
-    :ivar pool: the pool, a directory
+    :ivar pool: the pool
     :ivar path: path of the pool's directory
     """
     connection: ty.Any
@@ -170,6 +194,13 @@ class StorageContract:
 
     def xml(self, volume: ty.Any, tag: str) -> ty.Any:
         return etree.fromstring(volume.XMLDesc(0)).find(tag)
+
+
+class StorageContract(Contract):
+    """Tests for a host with a persistent, active pool that is empty.
+
+    The pool is a directory.
+    """
 
     # Downloads.
 
@@ -575,3 +606,175 @@ class StorageContract:
 
         self.assert_error(
             libvirt.VIR_ERR_INVALID_CONN, self.connection.isAlive)
+
+
+class LogicalContract(Contract):
+    """Tests for a host with an active pool of a volume group.
+
+    The group has no volumes, extents of LVM's default size, and 16 of them at
+    least, which are full of OLD from the second on.
+
+    :ivar group: name of the group
+    """
+    group: str
+    OLD = 0xa5
+
+    def make(self, name: str = 'disk', size: int = 2 * EXTENT) -> ty.Any:
+        return self.pool.createXML(
+            LOGICAL_VOLUME.format(name=name, size=size))
+
+    def read(self, start: int, length: int, name: str = 'disk') -> bytes:
+        data = self.get_file(f'/dev/{self.group}/{name}')
+        self.assertIsNotNone(data)
+        return data[start:start + length]
+
+    def test_volume_is_a_device_of_whole_extents(self):
+        volume = self.make(size=EXTENT + 1)
+
+        self.assertEqual(2 * EXTENT, volume.infoFlags(PHYSICAL)[2])
+        self.refresh()
+        self.assertEqual(
+            [libvirt.VIR_STORAGE_VOL_BLOCK, 2 * EXTENT, 2 * EXTENT],
+            volume.info())
+        self.assertEqual(f'/dev/{self.group}/disk', volume.path())
+        self.assertEqual(
+            'disk', self.connection.storageVolLookupByPath(
+                volume.path()).name())
+
+    def test_key_of_a_volume_is_its_own(self):
+        first, second = self.make('disk'), self.make('disk2')
+        key = first.key()
+
+        self.assertNotIn(key, (second.key(), first.path()))
+        self.refresh()
+        self.assertEqual(
+            key, self.pool.storageVolLookupByName('disk').key())
+        first.delete()
+        self.assertNotEqual(key, self.make('disk').key())
+
+    def test_new_volume_shows_what_was_on_the_disk(self):
+        self.make()
+
+        self.assertEqual(
+            {self.OLD}, set(self.read(EXTENT + UNIT, EXTENT - UNIT)))
+
+    def test_hole_of_an_upload_is_written_as_zeros(self):
+        volume = self.make()
+
+        self.upload(volume, '--A-', EXTENT, flags=SPARSE_UPLOAD)
+
+        self.assertEqual(
+            bytes(2 * UNIT) + b'A' * UNIT + bytes(UNIT),
+            self.read(EXTENT, 4 * UNIT))
+
+    def test_hole_at_the_end_of_an_upload_spares_the_rest(self):
+        volume = self.make()
+
+        self.upload(volume, 'A-', EXTENT, flags=SPARSE_UPLOAD)
+
+        self.assertEqual(2 * EXTENT, volume.infoFlags(PHYSICAL)[2])
+        self.assertEqual(
+            {self.OLD}, set(self.read(EXTENT + 2 * UNIT, UNIT)))
+
+    def test_upload_that_goes_on_where_another_one_ended(self):
+        volume = self.make()
+
+        self.upload(volume, 'A-', EXTENT, flags=SPARSE_UPLOAD)
+        self.upload(volume, '-B', EXTENT + 2 * UNIT, flags=SPARSE_UPLOAD)
+
+        self.assertEqual(
+            b'A' * UNIT + bytes(2 * UNIT) + b'B' * UNIT,
+            self.read(EXTENT, 4 * UNIT))
+
+    def test_download_has_no_holes(self):
+        volume = self.make()
+        self.upload(volume, 'A--B', flags=SPARSE_UPLOAD)
+
+        self.assertEqual(
+            [('A', UNIT), ('\0', 2 * UNIT), ('B', UNIT)],
+            self.receive(volume, 0, 4 * UNIT))
+
+    def test_upload_of_more_than_there_is_room_for_fails(self):
+        volume = self.make(size=EXTENT)
+        stream = self.begin_upload(volume, EXTENT - UNIT, 0)
+
+        error = self.assertRaises(
+            libvirt.libvirtError, self.send_until_refused, stream)
+        self.assertEqual(errno.ENOSPC, error.get_int1())
+
+    def send_until_refused(self, stream: ty.Any) -> None:
+        for _index in range(4):
+            self.send(stream, 'a')
+        stream.finish()
+
+    def test_nothing_is_probed(self):
+        volume = self.make()
+        stream = self.begin_upload(volume, 0, len(HOSTILE))
+        stream.send(HOSTILE)
+        stream.finish()
+
+        self.refresh()
+
+        xml = etree.fromstring(volume.XMLDesc(0))
+        self.assertIsNone(xml.find('target/format'))
+        self.assertIsNone(xml.find('backingStore'))
+        self.assertEqual(2 * EXTENT, volume.info()[1])
+
+    def test_volumes_take_up_the_group(self):
+        before = self.pool.info()[3]
+        self.make(size=3 * EXTENT)
+        self.refresh()
+
+        self.assertEqual(before - 3 * EXTENT, self.pool.info()[3])
+
+    def test_no_room_in_the_group(self):
+        self.refresh()
+        error = self.assert_error(
+            libvirt.VIR_ERR_INTERNAL_ERROR, self.make, 'disk',
+            self.pool.info()[3] + EXTENT)
+
+        # That of a pool with jobs has the same code.
+        self.assertNotEqual(
+            libvirt.VIR_FROM_STORAGE, error.get_error_domain())
+        self.assertEqual([], self.pool.listVolumes())
+
+    def test_name_that_is_taken(self):
+        self.make()
+
+        self.assert_error(libvirt.VIR_ERR_STORAGE_VOL_EXIST, self.make)
+
+    def test_deleted_volume_is_gone(self):
+        volume = self.make()
+
+        volume.delete()
+
+        self.assertIsNone(self.get_file(f'/dev/{self.group}/disk'))
+        self.assert_error(libvirt.VIR_ERR_NO_STORAGE_VOL, volume.info)
+
+    def test_group_has_one_pool_which_its_devices_name(self):
+        found = self.connection.storagePoolLookupByTargetPath(
+            f'/dev/{self.group}')
+        self.assertEqual(self.pool.name(), found.name())
+        self.assert_error(
+            libvirt.VIR_ERR_OPERATION_FAILED,
+            self.connection.storagePoolCreateXML,
+            LOGICAL_POOL.format(name='second', group=self.group))
+
+    def test_end_of_the_pool_deactivates_the_group(self):
+        self.make()
+
+        self.pool.destroy()
+        self.assertIsNone(self.get_file(f'/dev/{self.group}/disk'))
+
+        self.pool = self.connection.storagePoolCreateXML(
+            LOGICAL_POOL.format(name='again', group=self.group))
+        self.assertIsNotNone(self.get_file(f'/dev/{self.group}/disk'))
+
+    def test_group_that_is_missing(self):
+        self.assert_error(
+            libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+            self.connection.storagePoolCreateXML,
+            LOGICAL_POOL.format(name='missing', group='missing'))
+        self.assert_error(
+            libvirt.VIR_ERR_NO_STORAGE_POOL,
+            self.connection.storagePoolLookupByName, 'missing')

@@ -51,6 +51,7 @@ from nova import context as nova_context
 from nova import exception
 from nova.i18n import _
 from nova import objects
+import nova.privsep.fs
 import nova.privsep.utils
 from nova.scheduler.client import report
 from nova import version
@@ -69,6 +70,7 @@ from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt.storage import leftovers
 from nova.virt.libvirt.storage import live
 from nova.virt.libvirt.storage import local
+from nova.virt.libvirt.storage import lvm
 from nova.virt.libvirt.storage import nvram
 from nova.virt.libvirt.storage import place
 from nova.virt.libvirt.storage import progress
@@ -84,8 +86,8 @@ from nova.virt.libvirt import utils as libvirt_utils
 CONF = nova.conf.CONF
 LOG = logging.getLogger(__name__)
 
-# Image types whose disks are not plain files in the instance directory.
-NOT_STREAMED = ('lvm', 'ploop')
+# Image types whose disks are directories.
+NOT_STREAMED = ('ploop',)
 
 # The first libvirt that can undefine a domain and keep the state of its vTPM.
 # Nova undefines a domain whenever it starts a server.
@@ -217,7 +219,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         if CONF.libvirt.use_storage_pools:
             self._init_disks_pool()
             self._warn_of_clear_text()
-        _native(local.tell_place, self._wants_files())
+        _native(local.tell_place, self._mark())
         if _is_switched_on():
             self._look_at_servers(host)
         if CONF.libvirt.vol_upload_migration:
@@ -246,6 +248,12 @@ class LibvirtDriver(driver.LibvirtDriver):
         return (CONF.libvirt.vol_upload_migration and
                 not CONF.libvirt.use_storage_pools and
                 CONF.libvirt.images_type in image.IMAGE_TYPES)
+
+    def _mark(self) -> str | None:
+        """Name of the file that tells where disks are, None for the pool."""
+        if takes_logical_volumes():
+            return layout.GROUP_MARK + CONF.libvirt.images_volume_group
+        return layout.NO_POOL if self._wants_files() else None
 
     def _mend_migrations(self, host) -> None:
         """Put right what Nova leaves of migrations that it ended in.
@@ -390,7 +398,22 @@ class LibvirtDriver(driver.LibvirtDriver):
         LOG.info('Deleting what a migration left here of the server',
                  instance=instance)
         self._end_transient_pool(places)
+        self._delete_all(instance, places)
+
+    def _delete_all(self, instance, places) -> None:
+        """Delete all disks and files of a server here, the claims last."""
+        self._delete_logical_volumes(instance)
         _native(local.delete_all, places)
+
+    def _delete_logical_volumes(self, instance) -> None:
+        """Delete a server's volumes in the volume group, as Nova does.
+
+        Nova wipes them as [libvirt]volume_clear says.
+
+        :raises: VolumesNotRemoved
+        """
+        if takes_logical_volumes():
+            lvm.remove_volumes(self._lvm_disks(instance))
 
     def _end_transient_pool(self, places) -> None:
         """Let libvirt forget an instance directory.
@@ -482,7 +505,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         local.add_heads(moved, move.heads)
         return jsonutils.dumps(moved)
 
-    def _plan(self, server, places, dest, enters_pool) -> tuple[
+    def _plan(self, server, places, dest, flavor, enters_pool) -> tuple[
             list[dict[str, ty.Any]], list[layout.File], str | None]:
         """List what goes along: every disk is in it, or it is refused.
 
@@ -498,7 +521,8 @@ class LibvirtDriver(driver.LibvirtDriver):
                 place = layout.DIRECTORY
             bases = self._bases_to_send(server, disk_info, move)
         files = places.moved(places.plan(disk_info, bases), place)
-        return disk_info, files, place
+        return disk_info, [_grown(file, flavor, server.block_device_info)
+                           for file in files], place
 
     def _begin_copy(
         self, instance, places, stack,
@@ -530,15 +554,16 @@ class LibvirtDriver(driver.LibvirtDriver):
             self._check_enabled()
             self._check_request(server, flavor)
             disk_info, files, place = self._plan(
-                server, places, dest, enters_pool)
+                server, places, dest, flavor, enters_pool)
             variables = self._read_nvram(server.instance)
             move = self._new_transfer(
                 places, dest, files, server.instance.name, place=place,
                 has_variables=variables is not None)
             stack.callback(_native, move.close)
             self._check_vtpm(places)
-            _native(move.check)
+            _native(move.check, flavor.swap * units.Mi)
             if not move.there.is_shared:
+                _check_files(files, move)
                 self._check_raw(files, move)
         return disk_info, files, move
 
@@ -552,6 +577,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         :raises: MigrationPreCheckError
         """
         raw = [file.name for file in files if file.format == 'raw' and
+               file.place != layout.GROUP and
                file.name not in layout.COMPANIONS]
         if raw and CONF.use_cow_images and not _native(move.has_driver):
             raise exception.MigrationPreCheckError(reason=_(
@@ -693,9 +719,12 @@ class LibvirtDriver(driver.LibvirtDriver):
         places = layout.Layout.of(instance)
         self._check_root(migration, instance, disks, block_device_info)
         try:
+            for path in places.logical_volumes():
+                nova.privsep.fs.blockdev_flush(path)
             _native(local.adopt, places, disks)
             _native(local.delete_unknown, places, disks)
-        except (errors.StorageError, OSError) as error:
+        except (errors.StorageError, OSError,
+                processutils.ProcessExecutionError) as error:
             raise exception.MigrationError(reason=str(error)) from error
         others = [info for info in disks if self._is_novas(places, info)]
         super().finish_migration(
@@ -721,7 +750,9 @@ class LibvirtDriver(driver.LibvirtDriver):
         if (not CONF.libvirt.vol_upload_migration or
                 self._is_booted_from_volume(block_device_info)):
             return
-        if self.image_backend.backend().is_shared_block_storage():
+        backend = self.image_backend.backend()
+        if (backend.is_shared_block_storage() or
+                backend is imagebackend.Lvm):
             is_here = self.image_backend.by_name(instance, 'disk').exists()
         else:
             places = layout.Layout.of(instance)
@@ -740,7 +771,8 @@ class LibvirtDriver(driver.LibvirtDriver):
         It makes qcow2 of raw disks where use_cow_images is set, also where
         the server's domain goes on to call them raw.
         """
-        keeps_raw = self.image_backend.backend() is imagebackend.Flat
+        keeps_raw = self.image_backend.backend() in (
+            imagebackend.Flat, imagebackend.Lvm)
         return not local.is_volume(places, info) and not (
             keeps_raw and info['type'] == 'raw')
 
@@ -749,6 +781,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         places = layout.Layout.of(instance)
         _native(local.delete_kept, places)
         if instance.host != CONF.host and local.has_kept_directory(places):
+            self._delete_logical_volumes(instance)
             _native(local.delete_kept_volumes, places)
         super().confirm_migration(context, migration, instance, network_info)
         if instance.host != CONF.host and _is_switched_on():
@@ -1600,8 +1633,9 @@ class LibvirtDriver(driver.LibvirtDriver):
 
         :raises: InstanceFaultRollback if the other host does not say
         """
-        places = layout.Layout(
-            os.path.basename(path), CONF.libvirt.disks_pool_path, path)
+        places = dataclasses.replace(
+            layout.Layout.of(objects.Instance(uuid=os.path.basename(path))),
+            directory=path)
         if not _avoids_ssh(places):
             return super()._is_path_shared_with(dest, path)
         if dest == self.get_host_ip_addr():
@@ -1636,9 +1670,15 @@ class LibvirtDriver(driver.LibvirtDriver):
     def _check_request(self, server, flavor):
         """Refuse what cannot be done, whatever the destination is.
 
-        :raises: ResizeError
+        :raises: ResizeError, MigrationPreCheckError
         """
         instance, block_device_info = server.instance, server.block_device_info
+        if instance.get('ephemeral_key_uuid', None):
+            raise exception.MigrationPreCheckError(reason=_(
+                'The disks of the server are encrypted, as '
+                '[ephemeral_storage_encryption]enabled asks for, and cannot '
+                'be migrated. Shelve and unshelve the server to move all but '
+                'its ephemeral disks.'))
         root_shrinks = (
             flavor.root_gb < instance.flavor.root_gb and
             not self._is_booted_from_volume(block_device_info))
@@ -1717,9 +1757,10 @@ class LibvirtDriver(driver.LibvirtDriver):
         uses_pool = (not self._streams_files(places) if place is None else
                      place == layout.POOL)
         enters_pool = place == layout.POOL and not places.volumes()
+        uses_group = any(file.place == layout.GROUP for file in files)
         here, there = (
             site.Site(daemon.Daemon(host, uri), places,
-                      CONF.libvirt.disks_pool, claim, uses)
+                      CONF.libvirt.disks_pool, claim, uses, uses_group)
             for host, uri, uses in (
                 (CONF.host, self._uri(), uses_pool and not enters_pool),
                 (dest, destination_uri(dest), uses_pool)))
@@ -1875,7 +1916,7 @@ class LibvirtDriver(driver.LibvirtDriver):
                 _is_abandoned(instance, places)):
             LOG.info('Deleting the copy here of the server, which is not '
                      'needed any more', instance=instance)
-            _native(local.delete_all, places)
+            self._delete_all(instance, places)
 
     def _refuse_domain(self, instance) -> None:
         """Refuse a server that has a domain on this host.
@@ -2060,10 +2101,54 @@ def _avoids_ssh(places: layout.Layout) -> bool:
     """Whether a server without disks in a pool is to migrate without SSH.
 
     One whose disks are all in Ceph or in Cinder is: hardly a file goes along.
-    Disks in the instance directory have an option of their own.
+    Disks in the instance directory or in LVM have an option of their own.
     """
     return CONF.libvirt.vol_upload_migration and (
-        CONF.libvirt.vol_upload_migration_legacy or not places.has_files())
+        CONF.libvirt.vol_upload_migration_legacy or not (
+            places.has_files() or places.logical_volumes()))
+
+
+def takes_logical_volumes() -> bool:
+    """Whether servers come here, and leave, with their disks in LVM."""
+    return (CONF.libvirt.vol_upload_migration and
+            CONF.libvirt.vol_upload_migration_legacy and
+            CONF.libvirt.images_type == 'lvm' and
+            bool(CONF.libvirt.images_volume_group))
+
+
+def _check_files(files: list[layout.File], move: transfer.Transfer) -> None:
+    """Refuse disks in files where Nova has none.
+
+    It would make new ones in its volume group.
+
+    :raises: MigrationPreCheckError
+    """
+    disks = [file.name for file in files
+             if file.place == layout.DIRECTORY and file.format and
+             file.name not in layout.COMPANIONS]
+    if disks and _native(move.groups):
+        raise exception.MigrationPreCheckError(reason=_(
+            'The destination host has its disks in LVM, and disk %s of the '
+            'server is a file. Choose a host with the same [libvirt]'
+            'images_type.') % disks[0])
+
+
+def _grown(file: layout.File, flavor, block_device_info) -> layout.File:
+    """A logical volume as large as a flavor says, any other file as it is.
+
+    Nova's backend does not resize what it finds on the destination. Of several
+    ephemeral disks nobody knows which is to grow.
+    """
+    if file.place != layout.GROUP:
+        return file
+    ephemerals = virt_driver.block_device_info_get_ephemerals(
+        block_device_info)
+    gigabytes = {'disk': flavor.root_gb, 'disk.local': flavor.ephemeral_gb}
+    if len(ephemerals) == 1:
+        gigabytes[blockinfo.get_eph_disk(0)] = flavor.ephemeral_gb
+    disk = file.name.partition('_')[2]
+    return dataclasses.replace(file, size=max(
+        file.size, gigabytes.get(disk, 0) * units.Gi))
 
 
 def _refuse_unknown(instance, disk) -> None:

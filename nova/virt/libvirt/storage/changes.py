@@ -835,7 +835,8 @@ class _File:
 
     @property
     def length(self) -> int:
-        return os.fstat(self.descriptor).st_size
+        # That of a block device is not in its status.
+        return os.lseek(self.descriptor, 0, os.SEEK_END)
 
     @property
     def allocated(self) -> int:

@@ -163,6 +163,8 @@ class Settings:
     :ivar options: names of the options that are set, of use_storage_pools and
         vol_upload_migration
     :ivar bandwidth: limit in bytes per second, 0 for none
+    :ivar group_path: directory of the devices of the volume group that has
+        the disks, empty if none has
     """
     uri: str
     pool: str | None
@@ -170,6 +172,7 @@ class Settings:
     instances_path: str
     options: tuple[str, ...]
     bandwidth: int
+    group_path: str = ''
 
 
 class Source(Checks):
@@ -311,12 +314,15 @@ class Destination(Checks):
         uuid = uuidutils.generate_uuid()
         self._places = layout.Layout(
             uuid, source.pool_path,
-            os.path.join(settings.instances_path, uuid))
+            os.path.join(settings.instances_path, uuid), settings.group_path)
         self._site = server_site.Site(
             daemon.Daemon(host, uri), self._places, settings.pool or '',
-            layout.Claim.new(self._places.uuid), bool(settings.pool))
+            layout.Claim.new(self._places.uuid), bool(settings.pool),
+            bool(settings.group_path))
         # A migration copies most bytes to there.
-        self._place = layout.POOL if settings.pool else layout.DIRECTORY
+        self._place = (layout.POOL if settings.pool else
+                       layout.GROUP if settings.group_path else
+                       layout.DIRECTORY)
 
     def run(self) -> ty.Iterator[Finding]:
         """Yield what is found, one after the other."""
@@ -476,7 +482,8 @@ class Destination(Checks):
 
     def _probe(self) -> str:
         """Copy a file as a migration does: under a claim."""
-        prefix = self._places.prefix if self._settings.pool else ''
+        prefix = ('' if self._place == layout.DIRECTORY else
+                  self._places.prefix)
         file = layout.File(f'{prefix}disk', self._place, '')
         self._site.claim()
         volume = self._site.create(file, PROBE_BYTES).libvirt_volume

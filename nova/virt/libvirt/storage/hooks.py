@@ -202,6 +202,9 @@ HOOKS = {
     'instance_exists': Hook(
         ('instance',), 'Tells whether a server has a domain on this host.',
         overridden=False),
+    '_lvm_disks': Hook(
+        ('instance',), 'Lists the disks of a server in a volume group.',
+        False),
     'get_host_ip_addr': Hook(
         (), 'Tells whether the destination is this host.', False),
     '_live_migration_uri': Hook(

@@ -238,7 +238,20 @@ class Qcow2File(_File, imagebackend.Qcow2):
     """A disk of Nova's qcow2 backend."""
 
 
-_FILES = {imagebackend.Flat: FlatFile, imagebackend.Qcow2: Qcow2File}
+class LogicalVolume(imagebackend.Lvm):
+    """A disk in a volume group, which a migration brings along.
+
+    Where the image cache lacks its base image, Nova would make it once more,
+    and delete it because that fails.
+    """
+
+    def cache(self, fetch_func, filename, size=None, *args, **kwargs):
+        if not self.exists():
+            super().cache(fetch_func, filename, size, *args, **kwargs)
+
+
+_FILES = {imagebackend.Flat: FlatFile, imagebackend.Qcow2: Qcow2File,
+          imagebackend.Lvm: LogicalVolume}
 
 
 class Backend(imagebackend.Backend):

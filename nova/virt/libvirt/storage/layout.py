@@ -21,6 +21,7 @@ The names on disk are a protocol between hosts and between releases:
 * ``{uuid}_arrived-...``: a complete copy in an instance directory
 * ``nova-{uuid}``: the transient pool of an instance directory
 * ``nova-no-pool``: among the instance directories, where disks are files
+* ``nova-group-{group}``: the same where disks are in a volume group of LVM
 
 This module knows files and nothing of libvirt.
 """
@@ -36,6 +37,7 @@ from urllib import parse
 
 from oslo_serialization import jsonutils
 from oslo_utils import fileutils
+from oslo_utils import units
 from oslo_utils import uuidutils
 
 import nova.conf
@@ -45,9 +47,11 @@ from nova.virt.libvirt import utils as libvirt_utils
 
 CONF = nova.conf.CONF
 
-# The two places of a server's files.
+# The places of a server's files: the disks pool, the instance directory, and
+# the volume group that Nova's LVM backend has its disks in.
 POOL = 'pool'
 DIRECTORY = 'directory'
+GROUP = 'group'
 
 # Prefix of the claim's name. While the claim exists, the server's other files
 # on the host belong to an incomplete copy, running or abandoned.
@@ -66,6 +70,16 @@ HEAD_BYTES = 64 * 1024
 # Name of the file among the instance directories of a host on which servers
 # are to have their disks in files, and not in a pool.
 NO_POOL = 'nova-no-pool'
+
+# Prefix of the name of the file that tells, in the same way, the volume group
+# in which servers have their disks.
+GROUP_MARK = 'nova-group-'
+
+# The directory in which volume groups have theirs.
+DEVICES = '/dev'
+
+# LVM's default for the unit in which volumes take up a group, in bytes.
+EXTENT_BYTES = 4 * units.Mi
 
 RECORD = 'disk.info'
 
@@ -112,13 +126,15 @@ class File:
 
     :ivar name: its name in its place, the same on both hosts; may begin with
         directories
-    :ivar place: POOL or DIRECTORY
+    :ivar place: POOL, DIRECTORY or GROUP
     :ivar path: path on the source host
     :ivar format: recorded format of a disk, None for any other file
     :ivar data: the bytes of a file that is made, None for one that is read
     :ivar mode: permission bits on the destination
     :ivar is_directory: whether it is a directory
-    :ivar has_hostile_head: whether a guest may have chosen its first bytes
+    :ivar has_hostile_head: whether libvirt might probe first bytes that a
+        guest may have chosen
+    :ivar size: bytes that a logical volume has on the destination at least
     """
     name: str
     place: str
@@ -128,6 +144,7 @@ class File:
     mode: int = FILE_MODE
     is_directory: bool = False
     has_hostile_head: bool = False
+    size: int = 0
 
     @property
     def head_bytes(self) -> int:
@@ -141,9 +158,15 @@ class File:
             tuple(BASE + prefix for prefix in OWN_BASES))
 
     def allocation(self) -> int:
-        """Bytes that the file takes up on the source host."""
+        """Bytes that the file takes up on the source host.
+
+        A logical volume takes up all its bytes, on the destination those that
+        it has there.
+        """
         if self.data is not None:
             return len(self.data)
+        if self.place == GROUP:
+            return -(-self.size // EXTENT_BYTES) * EXTENT_BYTES
         return os.stat(self.path).st_blocks * 512
 
 
@@ -202,16 +225,22 @@ class Layout:
     :ivar uuid: of the server
     :ivar pool_path: directory of the disks pool
     :ivar directory: the instance directory
+    :ivar group_path: directory of the devices of the volume group; empty if
+        servers do not have their disks in one
     """
     uuid: str
     pool_path: str
     directory: str
+    group_path: str = ''
 
     @classmethod
     def of(cls, instance) -> 'Layout':
         """Where this host has, or would have, the files of a server."""
+        group = CONF.libvirt.images_volume_group
         return cls(instance.uuid, CONF.libvirt.disks_pool_path.rstrip('/'),
-                   libvirt_utils.get_instance_path(instance))
+                   libvirt_utils.get_instance_path(instance),
+                   group_path(group)
+                   if group and CONF.libvirt.images_type == 'lvm' else '')
 
     # Names and paths.
 
@@ -288,9 +317,15 @@ class Layout:
         """Whether a path is that of a file in the instance directory."""
         return _is_same(os.path.dirname(path), self.directory)
 
+    def is_in_group(self, path: str) -> bool:
+        """Whether a path is that of a volume of the volume group."""
+        return bool(self.group_path) and (
+            os.path.dirname(path) == self.group_path)
+
     def path(self, file: File) -> str:
         """Where a file is, or would be."""
-        place = self.pool_path if file.place == POOL else self.directory
+        place = {POOL: self.pool_path, DIRECTORY: self.directory,
+                 GROUP: self.group_path}[file.place]
         return os.path.join(place, file.name)
 
     # Look-ups.
@@ -298,6 +333,10 @@ class Layout:
     def volumes(self) -> list[str]:
         """Paths of the server's volumes, claims included."""
         return _list(self.pool_path, self.prefix)
+
+    def logical_volumes(self) -> list[str]:
+        """Paths of the server's volumes in the volume group."""
+        return _list(self.group_path, self.prefix) if self.group_path else []
 
     def bases(self) -> dict[str, str]:
         """Base images that came along, by the path that each is to get."""
@@ -386,8 +425,10 @@ class Layout:
                    for path, disk_format in self.formats().items()
                    if os.path.dirname(path) == self.directory and
                    os.path.basename(path) not in moved}
+        # Nova records no format of a logical volume, which is always raw.
         return formats | {there.path(disk): str(disk.format)
-                          for disk in disks if disk.format}
+                          for disk in disks
+                          if disk.format and disk.place != GROUP}
 
     # The plan.
 
@@ -452,10 +493,12 @@ class Layout:
             place, disk = POOL, name.removeprefix(self.prefix)
         elif self.is_in_directory(path):
             place, disk = DIRECTORY, name
+        elif self.is_in_group(path):
+            place, disk = GROUP, name.removeprefix(self.prefix)
         else:
             raise errors.Refused(
                 f'disk {path} is neither in {self.pool_path} nor in '
-                f'{self.directory}',
+                f'{self.group_path or self.directory}',
                 'If the pool moved, hard reboot the server.')
         if not _DISK_NAME.fullmatch(disk):
             raise errors.Refused(
@@ -465,11 +508,12 @@ class Layout:
         disk_format = self._checked_format(info, disk)
         return File(name, place, path, disk_format,
                     has_hostile_head=place == DIRECTORY and
-                    disk_format != 'qcow2')
+                    disk_format != 'qcow2',
+                    size=info['virt_disk_size'] if place == GROUP else 0)
 
     def _checked_format(self, info: dict[str, ty.Any], disk: str) -> str:
         path = info['path']
-        recorded = self.format(path)
+        recorded = 'raw' if self.is_in_group(path) else self.format(path)
         if recorded is None and disk == 'disk.config':
             # An image that Nova wrote; of some ages it is not recorded.
             return info['type']
@@ -491,9 +535,10 @@ def room(files: list[File]) -> dict[str, int]:
     A base image of the source host's own is there for a while beside its copy
     in the disk that stands on it.
     """
+    places = {POOL, DIRECTORY, *(file.place for file in files)}
     return {place: sum(file.allocation() for file in files
                        if file.place == place or file.is_own_base)
-            for place in (POOL, DIRECTORY)}
+            for place in places}
 
 
 def may_enter_pool(file: File) -> bool:
@@ -506,6 +551,20 @@ def without_swap(
 ) -> list[dict[str, ty.Any]]:
     """The disks that have to be copied: a swap disk is made anew."""
     return [info for info in disk_info if not info['path'].endswith(_SWAP)]
+
+
+def group_path(group: str) -> str:
+    """The directory of the devices of a volume group."""
+    return os.path.join(DEVICES, group)
+
+
+def length(path: str) -> int:
+    """Bytes of a file or of a block device, holes included.
+
+    :raises: OSError
+    """
+    with open(path, 'rb') as file:
+        return file.seek(0, os.SEEK_END)
 
 
 def backing_file(path: str) -> str | None:

@@ -206,10 +206,14 @@ def is_volume(places: layout.Layout, info: dict[str, ty.Any]) -> bool:
     """Whether a disk was a volume of a pool on its source."""
     path = info['path']
     return (os.path.basename(path).startswith(places.prefix) and
-            not path.startswith('/dev/'))
+            not path.startswith(layout.DEVICES + os.sep))
 
 
 def _check_arrived(places: layout.Layout, info: dict[str, ty.Any]) -> None:
+    if places.is_in_group(info['path']):
+        # Its format is always raw, and recorded nowhere.
+        _check_device(info['path'])
+        return
     if is_volume(places, info):
         path = places.volume_path(places.disk_name(info['path']))
     else:
@@ -225,6 +229,13 @@ def _check_arrived(places: layout.Layout, info: dict[str, ty.Any]) -> None:
             f'disk {path} was {info["type"]} on its source and is '
             f'{recorded or "not recorded"} in {places.record_path}',
             'Revert the migration.')
+
+
+def _check_device(path: str) -> None:
+    if not os.path.exists(path):
+        raise errors.StorageError(
+            f'volume {path} of the server is not here',
+            'Activate its volume group: vgchange -ay.')
 
 
 def _flush(places: layout.Layout) -> None:
@@ -279,7 +290,7 @@ def drop_lone_claims(places: layout.Layout) -> None:
 
     :raises: OSError
     """
-    if not (_volumes(places) or places.kept() or
+    if not (_volumes(places) or places.kept() or places.logical_volumes() or
             os.path.exists(places.directory) or
             os.path.exists(places.kept_directory)):
         drop_claims(places)
@@ -495,18 +506,21 @@ def ensure_pool(uri: str, name: str, path: str, autostart: bool) -> str:
                 os.getuid(), os.getgid(), layout.DIRECTORY_MODE)).path
 
 
-def tell_place(in_files: bool) -> None:
+def tell_place(mark: str | None) -> None:
     """Tell other hosts where servers have their disks on this one.
 
-    :param in_files: whether in files of their instance directories
+    :param mark: name of the file that tells it, None where they are in a pool
     :raises: OSError
     """
-    path = os.path.join(CONF.instances_path, layout.NO_POOL)
-    if in_files:
+    for path in [os.path.join(CONF.instances_path, layout.NO_POOL),
+                 *glob.glob(os.path.join(glob.escape(CONF.instances_path),
+                                         f'{layout.GROUP_MARK}*'))]:
+        if os.path.basename(path) != mark:
+            fileutils.delete_if_exists(path)
+    if mark:
         fileutils.ensure_tree(CONF.instances_path)
-        os.close(os.open(path, os.O_CREAT, layout.FILE_MODE))
-    else:
-        fileutils.delete_if_exists(path)
+        os.close(os.open(os.path.join(CONF.instances_path, mark),
+                         os.O_CREAT, layout.FILE_MODE))
 
 
 def end_pool(uri: str, name: str) -> None:

@@ -60,6 +60,10 @@ LONGEST_WAIT = 2
 RESERVED_NAME = 'nova-reserved'
 
 
+# Mode of the device of a new logical volume, as udev makes it. Its owner and
+# group are udev's too.
+DEVICE_MODE = 0o660
+
 # Reads what a daemon says, which may be another host's: no entity of it may
 # name a file of this host.
 _PARSER = etree.XMLParser(resolve_entities=False, no_network=True)
@@ -150,6 +154,14 @@ class Volume:
         self.path: str = volume.path()
 
     @property
+    def key(self) -> str:
+        """An id of the volume; of a logical volume the one that LVM gave it.
+
+        One that is made anew under the same name has another.
+        """
+        return self.libvirt_volume.key()
+
+    @property
     def length(self) -> int:
         """Bytes of the volume's file, which a stream would carry.
 
@@ -185,7 +197,12 @@ class Volume:
 
 
 class Pool:
-    """A directory storage pool (virStoragePool) that is active."""
+    """A storage pool (virStoragePool) that is active.
+
+    Its volumes are the files of a directory or the volumes of a group of LVM.
+
+    :ivar permissions: of the directory, -1 where libvirt knows of none
+    """
 
     def __init__(self, pool: 'libvirt.virStoragePool'):
         self.libvirt_pool = pool
@@ -193,9 +210,9 @@ class Pool:
         target = _parse(pool.XMLDesc(0)).find('target')
         self.path: str = target.findtext('path')
         self.permissions = Permissions(
-            owner=int(target.findtext('permissions/owner')),
-            group=int(target.findtext('permissions/group')),
-            mode=int(target.findtext('permissions/mode'), 8))
+            owner=int(target.findtext('permissions/owner', '-1')),
+            group=int(target.findtext('permissions/group', '-1')),
+            mode=int(target.findtext('permissions/mode', '-1'), 8))
 
     @classmethod
     def lookup(cls, connection: 'libvirt.virConnect', name: str) -> 'Pool':
@@ -328,14 +345,31 @@ class Pool:
         """Create a directory in that of the pool."""
         self._create(name, 'dir', 0, permissions)
 
+    @_retry_busy
+    def create_logical_volume(self, name: str, length: int) -> Volume:
+        """Create a volume in a group; it shows what was on the disk before.
+
+        All of it is allocated. A sparse one is a snapshot, which is lost when
+        more than a part of it has been written.
+
+        :param length: bytes; LVM makes whole extents of them
+        """
+        return self._create_xml(E.volume(
+            E.name(name),
+            E.capacity(str(length), unit='bytes'),
+            E.allocation(str(length), unit='bytes'),
+            E.target(E.permissions(E.mode(f'{DEVICE_MODE:04o}')))))
+
     def _create(
         self, name: str, kind: str, length: int, permissions: Permissions,
     ) -> Volume:
-        xml = E.volume(
+        return self._create_xml(E.volume(
             E.name(name),
             E.capacity(str(length), unit='bytes'),
             E.allocation('0', unit='bytes'),
-            E.target(E.format(type=kind), permissions.xml()))
+            E.target(E.format(type=kind), permissions.xml())))
+
+    def _create_xml(self, xml: etree._Element) -> Volume:
         return Volume(self.libvirt_pool.createXML(_text(xml), 0))
 
     @_retry_busy
@@ -383,6 +417,25 @@ def _is_shared_pool(error: BaseException) -> bool:
 
 
 _retry_shared = _retrying(_is_shared_pool, SHARED_TIMEOUT)
+
+
+@_retry_shared
+def of_group(connection: 'libvirt.virConnect', group: str, path: str) -> Pool:
+    """The pool of a volume group, which is made if there is none.
+
+    Nobody ends it: libvirt then deactivates all volumes of the group, and a
+    server that is off would have no disks any more. libvirt does not probe
+    what is in a logical volume.
+
+    :param path: directory of the devices of the group
+    :raises: libvirtError
+    """
+    pool = _lookup_path(connection, path)
+    if pool is None:
+        pool = connection.storagePoolCreateXML(_text(E.pool(
+            E.name(f'nova-group-{group}'), E.source(E.name(group)),
+            E.target(E.path(path)), type='logical')), 0)
+    return Pool(pool)
 
 
 @_retry_shared

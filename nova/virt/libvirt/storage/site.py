@@ -14,8 +14,10 @@
 """The places of one server on one libvirt daemon, and the claim on them.
 
 A server has two places on a host: its volumes in the disks pool, and its
-instance directory. The claim is an empty file that stands for a copy which is
-not complete. It is made when nothing of anybody else's is there, and before
+instance directory. Where Nova has its disks in LVM, a volume group takes the
+place of the pool, and the claim on the instance directory is that on the
+volumes too. The claim is an empty file that stands for a copy which is not
+complete. It is made when nothing of anybody else's is there, and before
 anything of ours; it goes last. Right before anything is deleted the claim is
 read again, and the daemon is asked for a domain of the server.
 
@@ -38,6 +40,8 @@ import errno
 import os
 import tempfile
 import typing as ty
+
+from oslo_utils import units
 
 import nova.conf
 from nova.virt.libvirt.storage import daemon as libvirt_daemon
@@ -194,6 +198,58 @@ class Place:
             self.owner.owner, self.owner.group, mode)
 
 
+class Group(Place):
+    """The volume group of a host, as a place of files.
+
+    Whoever deletes a volume wipes it: the next one that is made there would
+    show its content.
+    """
+
+    def __init__(self, pool: storage_pool.Pool):
+        super().__init__(pool, pool.permissions)
+
+    def keys(self, prefix: str) -> set[str]:
+        """The keys of the volumes whose names begin with ``prefix``."""
+        return {volume.key for volume in self.files(prefix)}
+
+    def room(self) -> int:
+        """Bytes that volumes may take up."""
+        self._pool.refresh()
+        return self._pool.available
+
+    def make(self, name: str, length: int,
+             again: bool = False) -> storage_pool.Volume:
+        """Create a volume that shows what was on the disk before.
+
+        :param length: bytes; the volume may have more
+        :param again: whether this attempt may have created it before; it is
+            written as a whole again
+        """
+        self._pool.refresh()
+        found = self._pool.volumes(name) if again else []
+        return next((volume for volume in found if volume.name == name), None
+                    ) or self._pool.create_logical_volume(name, length)
+
+    def clear(self, prefix: str = '',
+              spare: ty.Callable[[str], bool] = lambda name: False) -> None:
+        for volume in self.files(prefix):
+            if spare(volume.name):
+                continue
+            self._wipe(volume)
+            volume.delete()
+
+    @staticmethod
+    def _wipe(volume: storage_pool.Volume) -> None:
+        """Overwrite as much of a volume with zeros as Nova would."""
+        if CONF.libvirt.volume_clear == 'none':
+            return
+        size = CONF.libvirt.volume_clear_size * units.Mi
+        stream.wipe(
+            volume.libvirt_volume, 0, min(size or volume.length,
+                                          volume.length),
+            stall_seconds=CONF.libvirt.vol_upload_migration_stall_timeout)
+
+
 class Site:
     """One server's places on one libvirt daemon; of either host.
 
@@ -209,12 +265,14 @@ class Site:
         pool_name: str,
         claim: server_layout.Claim,
         uses_pool: bool = True,
+        uses_group: bool = False,
     ):
         """Name the host and the server; nothing happens yet.
 
         :param pool_name: of the disks pool
         :param claim: of this attempt
         :param uses_pool: whether any file of the server is in the pool
+        :param uses_group: whether any is in the volume group
         """
         self.daemon = daemon
         self.layout = layout
@@ -222,7 +280,9 @@ class Site:
         self._pool_name = pool_name
         self._claim = claim
         self._uses_pool = uses_pool
+        self._uses_group = uses_group
         self._pool: Place | None = None
+        self._group: Group | None = None
         self._directory: Place | None = None
         self._state: Place | None = None
         self._parent: storage_pool.Directory | None = None
@@ -244,6 +304,8 @@ class Site:
             self._pool = Place(pool, pool.permissions)
             self.layout = dataclasses.replace(
                 self.layout, pool_path=pool.path)
+        if self._uses_group:
+            self._group = Group(self._find_group())
 
     def close(self) -> None:
         """Let go of the vTPM's state and close the connection."""
@@ -269,6 +331,8 @@ class Site:
         if file.place == server_layout.POOL and (
                 self.layout.is_in_pool(file.path)):
             volume = self._disks.find(file.name)
+        elif file.place == server_layout.GROUP:
+            volume = self._place(file).find(file.name)
         elif self._state and file.path.startswith(self._state.path):
             volume = self._state.find(
                 os.path.relpath(file.path, self._state.path))
@@ -335,6 +399,12 @@ class Site:
             return
         found = self._find()
         self._check_names(found)
+        if self._group is not None:
+            self._check_driver()
+            _check_room(f'volume group {self._group_name}',
+                        self._group.room(),
+                        self._group.sizes(self.layout.prefix),
+                        needed.get(server_layout.GROUP, 0))
         if self._pool is not None:
             self._check_owner(self._pool)
             _check_room(f'storage pool {self._pool_name}', self._pool.room(),
@@ -345,6 +415,23 @@ class Site:
         # without a pool of it: claim() looks when it is gone.
         if not found.has_directory:
             self._check_room()
+
+    def group_keys(self) -> set[str]:
+        """The keys of the server's volumes in the volume group."""
+        return self._group.keys(self.layout.prefix) if self._group else set()
+
+    def check_group(self, keys: set[str]) -> None:
+        """Check that the source host has a volume group of its own.
+
+        The server's disks would be taken for leftovers of an earlier attempt.
+
+        :param keys: of the server's volumes on the source host
+        :raises: Refused, libvirtError, TimeoutError
+        """
+        if keys & self.group_keys():
+            raise errors.Refused(
+                f'both hosts share volume group {self._group_name}',
+                'Give each host a group of its own.')
 
     def claim(self) -> None:
         """Take possession of the names in both places.
@@ -438,10 +525,15 @@ class Site:
                again: bool = False) -> storage_pool.Volume:
         """Create an empty file under the claim.
 
+        A logical volume is not empty: all of its bytes have to be written. It
+        may have more of them than the file.
+
         :param length: bytes that will be written to it
         :param again: whether this attempt may have created it before
         """
         place = self._place(file)
+        if isinstance(place, Group):
+            return place.make(file.name, max(length, file.size), again)
         if again:
             place.delete(file.name)
         return place.create(file.name, length, file.mode)
@@ -449,6 +541,23 @@ class Site:
     def make_directory(self, file: server_layout.File) -> None:
         """Create a directory under the claim."""
         self._place(file).make_directory(file.name, file.mode)
+
+    def wipe_rest(self, file: server_layout.File, length: int, wiped: str = '',
+                  cancel: stream.CancelEvent | None = None) -> str:
+        """Overwrite what a logical volume has beyond what is copied.
+
+        Its guest could read there what was on the disk before.
+
+        :param length: bytes that are copied
+        :param wiped: key of a volume for which this was done before
+        :returns: the key of the volume
+        :raises: CopyError, Cancelled, libvirtError, TimeoutError
+        """
+        volume = self._place(file).find(file.name)
+        if volume.key != wiped:
+            stream.wipe(volume.libvirt_volume, length, volume.length, cancel,
+                        self.daemon.answer_seconds())
+        return volume.key
 
     def verify(self, file: server_layout.File, length: int) -> None:
         """Check that a file is there, of the right size, under the claim.
@@ -460,7 +569,8 @@ class Site:
         """
         self.check_claim()
         actual = self._place(file).find(file.name).length
-        if actual != length:
+        if actual < length or (
+                actual > length and file.place != server_layout.GROUP):
             raise errors.StorageError(
                 f'it has {actual} bytes after {length} were written',
                 'Find out what else writes there, and try again.')
@@ -557,8 +667,45 @@ class Site:
     def _place(self, file: server_layout.File) -> Place:
         if file.place == server_layout.POOL:
             return self._disks
+        if file.place == server_layout.GROUP:
+            assert self._group is not None
+            return self._group
         assert self._directory is not None
         return self._directory
+
+    @property
+    def _group_name(self) -> str:
+        return os.path.basename(self.layout.group_path)
+
+    def _find_group(self) -> storage_pool.Pool:
+        """The pool of the volume group there.
+
+        :raises: Refused, TimeoutError
+        """
+        try:
+            return storage_pool.of_group(
+                self.daemon.connection, self._group_name,
+                self.layout.group_path)
+        except libvirt.libvirtError as error:
+            raise errors.Refused(
+                f'libvirt cannot use volume group {self._group_name}: {error}',
+                "Check that the group is there, that libvirt's driver for "
+                'logical pools is installed, and that its pool is '
+                'active.') from error
+
+    def _check_driver(self) -> None:
+        """Check that nova-compute there has its disks in the group, too.
+
+        Nova's own driver would make new disks, and delete those that came.
+
+        :raises: Refused
+        """
+        if self._group_name not in self.groups():
+            raise errors.Refused(
+                f'nova-compute there does not take servers into volume group '
+                f'{self._group_name}',
+                'Set images_type, images_volume_group, compute_driver and '
+                'vol_upload_migration_legacy there as here, and restart it.')
 
     def _instances(self) -> storage_pool.Directory:
         """The directory of the instance directories there.
@@ -649,6 +796,16 @@ class Site:
         return self._on_parent(
             lambda parent: bool(parent.volumes(server_layout.NO_POOL)))
 
+    def groups(self) -> set[str]:
+        """Volume groups in which servers have their disks there.
+
+        :raises: Refused, libvirtError, TimeoutError
+        """
+        mark = server_layout.GROUP_MARK
+        self._instances()
+        return self._on_parent(lambda parent: {
+            file.name.removeprefix(mark) for file in parent.volumes(mark)})
+
     def has_driver(self) -> bool:
         """Whether nova-compute there has this driver.
 
@@ -656,8 +813,8 @@ class Site:
 
         :raises: Refused, libvirtError, TimeoutError
         """
-        return self.wants_files() or storage_pool.exists(
-            self.daemon.connection, self._pool_name)
+        return self.wants_files() or bool(self.groups()) or (
+            storage_pool.exists(self.daemon.connection, self._pool_name))
 
     def has_base(self, name: str) -> bool:
         """Whether a base image is in the image cache there.
@@ -731,25 +888,28 @@ class Site:
                 'Delete it if the server is whole on this host.')
         if found.claims:
             return
+        if self._group is not None:
+            for volume in self._group.files(self.layout.prefix):
+                raise _occupied(volume.path)
         for prefix in self.layout.prefix, self.layout.kept_prefix:
             volumes = self._pool.sizes(prefix) if self._pool else {}
             for name, allocation in volumes.items():
                 # Ignore empty volumes: a create request sent while the link
                 # was down may take effect after the attempt was abandoned.
                 if allocation:
-                    raise errors.Refused(
-                        f'volume {os.path.join(self._disks.path, name)} is in '
-                        f'the way', 'Find out whose it is, and delete it if '
-                        'it is not needed.')
+                    raise _occupied(os.path.join(self._disks.path, name))
 
     def room(self, place: str) -> int:
         """Bytes that files may take up in a place.
 
-        :param place: POOL or DIRECTORY
+        :param place: POOL, DIRECTORY or GROUP
         :raises: Refused, libvirtError, TimeoutError
         """
         if place == server_layout.POOL:
             return self._disks.room()
+        if place == server_layout.GROUP:
+            assert self._group is not None
+            return self._group.room()
         return self._instances().available
 
     def _in_the_way(self) -> errors.Refused:
@@ -873,6 +1033,8 @@ class Site:
             directory.clear()
             directory.release()
             self._remove_directory()
+        if self._group is not None:
+            self._group.clear(self.layout.prefix)
         if self._pool is not None:
             self._pool.clear(
                 self.layout.prefix,
@@ -936,6 +1098,12 @@ def _refused_if_denied(path: str) -> ty.Iterator[None]:
         raise errors.Refused(
             f'libvirt there may not write to {path}: {error}',
             'If it is on NFS, export it with no_root_squash.') from error
+
+
+def _occupied(path: str) -> errors.Refused:
+    return errors.Refused(
+        f'volume {path} is in the way',
+        'Find out whose it is, and delete it if it is not needed.')
 
 
 def _superseded(claims: ty.Collection[server_layout.Claim],

@@ -67,6 +67,11 @@ QUEUE_BYTES = 8 * 1024 * 1024
 # twice as long as without holes, with 64 KiB up to a seventh longer.
 ZERO_BYTES = 32 * 1024
 
+# A block device gets zeros written where a file has a hole. So many of them
+# take a second or so, and end a section: whoever waits for its end, libvirtd
+# included, does not wait for more.
+HOLE_BYTES = 64 * 1024 * 1024
+
 # Default for the seconds without progress after which a copy fails.
 STALL_SECONDS = 60
 
@@ -156,9 +161,12 @@ class Sink(ty.Protocol):
     :ivar path: path of the file, for errors
     :ivar sparse: whether the sink takes holes. If not, hole() is never
         called, and data() gets zeros instead.
+    :ivar most_hole: bytes of the longest hole that it takes, 0 for no limit.
+        A hole of that length may be followed by another one.
     """
     path: str
     sparse: bool
+    most_hole: int
 
     def data(self, data: bytes) -> None:
         """Write the next bytes, at least one.
@@ -170,7 +178,7 @@ class Sink(ty.Protocol):
     def hole(self, length: int) -> None:
         """Leave out the next bytes, which read as zeros; ``length`` > 0.
 
-        Two holes never follow each other.
+        Two holes never follow each other, but for ``most_hole``.
 
         :raises: CopyError; an error of earlier bytes may come this late
         """
@@ -348,6 +356,16 @@ class MemorySource:
             yield self._data[start:min(start + MESSAGE_BYTES, length)]
 
 
+class _Zeros:
+    """Nothing but zeros."""
+    path = kind = 'memory'
+
+    def chunks(self, length: int) -> Chunks:
+        """Yield holes, ``length`` bytes in all."""
+        for start in range(0, length, HOLE_BYTES):
+            yield min(HOLE_BYTES, length - start)
+
+
 class FileSource:
     """A file of this host, read without libvirt.
 
@@ -484,6 +502,7 @@ class VolumeSink:
 
     :ivar kept: bytes that the daemon has written for certain
     """
+    most_hole = 0
 
     def __init__(
         self,
@@ -595,6 +614,28 @@ class VolumeSink:
             'destination', self.path, self._done, reason, self.kept)
 
 
+class DeviceSink(VolumeSink):
+    """A block device, or a range of it, that is written through libvirt.
+
+    A new logical volume shows what was on the disk before, which may be
+    another tenant's. libvirt writes zeros over it where a hole comes.
+    """
+    most_hole = HOLE_BYTES
+
+    def __init__(self, volume: 'libvirt.virStorageVol', offset: int = 0,
+                 length: int = 0):
+        super().__init__(volume, offset, length)
+        self._zeros = 0
+
+    def hole(self, length: int) -> None:
+        """Have zeros written; wait for them once there are many."""
+        super().hole(length)
+        self._zeros += length
+        if self._zeros >= self.most_hole:
+            self._zeros = 0
+            self._end_section()
+
+
 class _Sections:
     """Tells when to end a section; see SECTION_BYTES."""
 
@@ -632,6 +673,7 @@ class RangesSink:
     beyond it. libvirtd takes 1 ms for each range.
     """
     sparse = False
+    most_hole = 0
 
     def __init__(
         self, volume: 'libvirt.virStorageVol',
@@ -670,6 +712,27 @@ class RangesSink:
         self._sink.abort()
 
 
+def wipe(
+    volume: 'libvirt.virStorageVol',
+    start: int,
+    end: int,
+    cancel: CancelEvent | None = None,
+    stall_seconds: float = STALL_SECONDS,
+) -> None:
+    """Write zeros over a range of a block device.
+
+    virStorageVolWipe() does all of it in one call, which has no bound.
+
+    :param start: offset of the first byte
+    :param end: offset behind the last byte
+    :raises: CopyError, Cancelled
+    """
+    length = end - start
+    if length > 0:
+        copy(_Zeros(), DeviceSink(volume, start, length), length, None,
+             cancel, stall_seconds)
+
+
 def set_length(
     volume: 'libvirt.virStorageVol',
     length: int,
@@ -697,6 +760,8 @@ def length_of(chunk: Chunk) -> int:
 def seek(file: int, offset: int, whence: int, end: int) -> int:
     """The next data or hole of a file, ``end`` if none is before that.
 
+    A block device has no holes.
+
     :param file: descriptor
     :param offset: where to begin, in bytes
     :param whence: SEEK_DATA or SEEK_HOLE
@@ -705,19 +770,21 @@ def seek(file: int, offset: int, whence: int, end: int) -> int:
     try:
         return min(os.lseek(file, offset, whence), end)
     except OSError as error:
-        if error.errno != errno.ENXIO:
+        if error.errno == errno.EINVAL and whence == os.SEEK_DATA:
+            return min(offset, end)
+        if error.errno not in (errno.ENXIO, errno.EINVAL):
             raise
         return end
 
 
 def _is_readable(path: str, length: int) -> bool:
-    """Whether this process may read a file, and it is of that length."""
+    """Whether this process may read a file or device of that length."""
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode) or status.st_size != length:
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             return False
-        with open(path, 'rb', buffering=0):
-            return True
+        with open(path, 'rb', buffering=0) as file:
+            return file.seek(0, os.SEEK_END) == length
     except OSError:
         return False
 
@@ -950,7 +1017,8 @@ def _write(
 ) -> int:
     """Write the chunks of the queue; return the bytes of data among them."""
     done = wire = 0
-    chunks = _merged(queue) if sink.sparse else _filled(queue)
+    chunks = (_merged(queue, sink.most_hole) if sink.sparse else
+              _filled(queue))
     chunks = _with_long_message(chunks)
     if bandwidth:
         chunks = bandwidth.limit(chunks, queue.wait_until)
@@ -971,16 +1039,22 @@ def _write(
     return wire
 
 
-def _merged(chunks: ty.Iterable[Chunk]) -> ty.Iterator[Chunk]:
+def _merged(chunks: ty.Iterable[Chunk],
+            most: int = 0) -> ty.Iterator[Chunk]:
     """Merge holes in a row.
 
     Windows cut holes into pieces, and several holes in a row could hang a
     daemon older than libvirt 10.1.0.
+
+    :param most: bytes of the longest hole to yield, 0 for no limit
     """
     hole = 0
     for chunk in chunks:
         if isinstance(chunk, int):
             hole += chunk
+            while most and hole >= most:
+                yield most
+                hole -= most
             continue
         if hole:
             yield hole

@@ -193,6 +193,8 @@ class Transfer:
         self._name = name
         self._bandwidth = bandwidth
         self._early: dict[str, _Early] = {}
+        # Keys of logical volumes whose rest was wiped, by name.
+        self._wiped: dict[str, str] = {}
         self._is_closed = False
         # All disks may be in Ceph or in Cinder. Whatever is in the instance
         # directory there is in nobody's way then, as with Nova's own driver.
@@ -202,11 +204,13 @@ class Transfer:
         there.daemon.patience = (
             CONF.libvirt.vol_upload_migration_reconnect_timeout)
 
-    def check(self) -> None:
+    def check(self, swap: int = 0) -> None:
         """Connect to both hosts; check that the other can take the server.
 
         Changes nothing on either.
 
+        :param swap: bytes of a swap disk that the destination makes anew,
+            where disks take up all their bytes
         :raises: HostError
         """
         with self._located(self._here.daemon):
@@ -214,8 +218,12 @@ class Transfer:
             # libvirt may spell the path of the pool another way.
             self._here.layout = self._places
             needed = {} if self._is_empty else layout.room(self._files)
+            if layout.GROUP in needed:
+                needed[layout.GROUP] += swap
+            keys = self._here.group_keys()
         with self._located(self.there.daemon):
             self.there.connect()
+            self.there.check_group(keys)
             self.there.check(self._places, self._name, needed)
 
     def shares_directory(self) -> bool:
@@ -252,6 +260,14 @@ class Transfer:
                 return []
             return [path for path in paths
                     if not self.there.has_base(os.path.basename(path))]
+
+    def groups(self) -> set[str]:
+        """Volume groups in which servers have their disks on the destination.
+
+        :raises: HostError
+        """
+        with self._asking():
+            return self.there.groups()
 
     def has_driver(self) -> bool:
         """Whether the destination host has this driver.
@@ -303,9 +319,11 @@ class Transfer:
         if watch:
             watch.begin(total)
         for file in self._files:
-            if _can_go_early(file):
-                with self._located(self.there.daemon, file.name):
+            with self._located(self.there.daemon, file.name):
+                if _can_go_early(file):
                     self._copy_early(file, cancel, watch)
+                elif file.place == layout.GROUP:
+                    self._make_early(file, cancel)
         # A copy that was lost is found out while the server still runs.
         for file in self._files:
             early = self._early.get(file.name)
@@ -423,7 +441,8 @@ class Transfer:
         length = self._here.length(file)
         copy = self._copy(
             file, length, lambda rest: self._open(file, length - rest.total),
-            cancel, watch, again=early is not None)
+            cancel, watch,
+            again=early is not None or file.name in self._wiped)
         self._verify(file, copy.path, length, cancel)
 
     def _open(self, file: layout.File, offset: int) -> stream.Source:
@@ -484,30 +503,53 @@ class Transfer:
                 copy.path = self.there.create(
                     file, length, next(attempts, True)).path
             if whole.total:
-                result = self._upload(copy, length, read, cancel)
+                result = self._upload(copy, file, length, read, cancel)
                 if watch:
                     watch.end(file.name, copy.result(result))
 
         self._persist(go_on, cancel, copy)
+        if file.place == layout.GROUP:
+            self._wipe_rest(file, length, cancel)
         return copy
 
+    def _make_early(self, file: layout.File,
+                    cancel: stream.CancelEvent | None) -> None:
+        """Make a logical volume while the server runs, if only that can be.
+
+        A resize may add more to it than has to be copied.
+        """
+        length = self._here.length(file)
+        attempts = iter([False])
+        self._persist(lambda: self.there.create(
+            file, length, next(attempts, True)), cancel)
+        self._wipe_rest(file, length, cancel)
+
+    def _wipe_rest(self, file: layout.File, length: int,
+                   cancel: stream.CancelEvent | None) -> None:
+        """Overwrite what a logical volume has beyond what is copied, once."""
+        self._wiped[file.name] = self._persist(functools.partial(
+            self.there.wipe_rest, file, length,
+            self._wiped.get(file.name, ''), cancel), cancel)
+
     def _upload(
-        self, copy: _Copy, length: int,
+        self, copy: _Copy, file: layout.File, length: int,
         read: ty.Callable[[changes.Ranges], stream.Source],
         cancel: stream.CancelEvent | None,
     ) -> stream.Result:
         """Copy the rest of a file to the end of its volume."""
         left = copy.rest.total
+        is_device = file.place == layout.GROUP
+        sink_class = stream.DeviceSink if is_device else stream.VolumeSink
         with self._writing(copy.path, left) as (target, paused):
-            if copy.done:
+            if copy.done and not is_device:
                 # Data of the rest that an earlier attempt has sent may be
                 # there, and would stay where there are holes now.
                 stream.set_length(
                     target, length - left, cancel, self._stall_seconds())
             return stream.copy(
                 read(copy.rest),
-                stream.VolumeSink(target, length - left, left), left,
-                copy.note, cancel, bandwidth=self._bandwidth, paused=paused,
+                sink_class(target, length - left, left), left, copy.note,
+                cancel, bandwidth=self._bandwidth, paused=paused,
                 stall_seconds=self._stall_seconds())
 
     def _copy_early(
@@ -719,7 +761,7 @@ def _can_go_early(file: layout.File) -> bool:
     return ((file.format is not None or file.name.startswith(layout.BASE)) and
             CONF.libvirt.vol_upload_migration_direct_read and
             os.access(file.path, os.R_OK) and
-            os.path.getsize(file.path) > SHORT_BYTES)
+            layout.length(file.path) > SHORT_BYTES)
 
 
 def _stall_seconds() -> int:

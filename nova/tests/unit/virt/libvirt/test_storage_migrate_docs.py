@@ -75,7 +75,8 @@ def read_tests():
     """The names of tests with Nova's services, inherited ones included."""
     bases = collections.defaultdict(list)
     found = collections.defaultdict(set)
-    for kind in ('live', 'cloud', 'cloud_full', 'functional/libvirt'):
+    for kind in ('live', 'cloud', 'cloud_full', 'stock',
+                 'functional/libvirt'):
         for path in (ROOT / 'nova/tests' / kind).glob('test_*.py'):
             for node in ast.parse(path.read_text()).body:
                 if isinstance(node, ast.ClassDef):

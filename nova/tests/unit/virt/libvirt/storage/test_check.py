@@ -24,6 +24,7 @@ from nova.tests.fixtures import libvirt_storage
 from nova.virt.libvirt.storage import access
 from nova.virt.libvirt.storage import check
 from nova.virt.libvirt.storage import errors
+from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt.storage import place
 from nova.virt.libvirt.storage import site
 from nova.virt.libvirt.storage import threads
@@ -207,6 +208,25 @@ class DestinationTestCase(_CheckTestCase):
         self.assertRegex(
             findings[-1].finding, r'^16 MiB written at \d+ MiB/s, read back, '
             r'deleted; 1\.0 GiB take about 0 h \d+ min \d+ s$')
+
+    def test_host_with_a_volume_group(self):
+        mark = f'{self.instances}/{layout.GROUP_MARK}vg'
+        self.dest.add_file(mark)
+        self.dest.add_group('vg')
+        self.settings |= dict(pool=None, pool_path=None, group_path='/dev/vg')
+        self.checked_source.pool = None
+        findings = list(self._destination(size=40 * units.Mi).run())
+        self.assertEqual({check.OK}, set(self._statuses(findings).values()))
+        self.assertIn('256 MiB free', str(findings[-3]))
+        self.assertIn('read back, deleted', str(findings[-1]))
+        self.assertEqual({}, self.dest.logical_volumes('vg'))
+        self.assertEqual(['nova-disks', 'nova-group-vg'],
+                         sorted(self.dest.pools))
+        self._only_failure(
+            list(self._destination(size=units.Gi).run()),
+            'preflight: 268435456 bytes available in volume group vg')
+        self.dest.remove_file(mark)
+        self._only_failure(list(self._destination().run()), 'does not take')
 
     def test_estimate_keeps_to_the_bandwidth(self):
         self.settings['bandwidth'] = 2 * units.Mi

@@ -155,9 +155,8 @@ class MigrateTestCase(DirectoryTestCase):
             found.permissions)
         self.assertEqual(['theirs'], list(self.dest.pools))
 
-    @ddt.data('lvm', 'ploop')
-    def test_images_that_are_no_files_are_nova_s(self, images_type):
-        self.flags(images_type=images_type, group='libvirt')
+    def test_images_that_are_directories_are_nova_s(self):
+        self.flags(images_type='ploop', group='libvirt')
         self.assertEqual(self.nova.return_value, self._migrate())
         self.assertEqual([], self.hosts.opened)
 
@@ -230,6 +229,11 @@ class RefusalTestCase(DirectoryTestCase):
         self.before = self._state()
         self._assert_refused("Nova's own driver", 'converts raw disk '
                              'disk.eph0', 'use_cow_images = False')
+
+    def test_host_with_its_disks_in_lvm(self):
+        self.dest.add_file(f'{self.instances}/{layout.GROUP_MARK}vg')
+        self.before = self._state()
+        self._assert_refused('has its disks in LVM', 'disk disk of the server')
 
     def test_raw_disk_to_a_host_that_does_not_convert_it(self):
         del self.dest.files[f'{self.instances}/{layout.NO_POOL}']

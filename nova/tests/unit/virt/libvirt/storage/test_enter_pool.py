@@ -323,9 +323,9 @@ class TellPlaceTestCase(test_storage_migrate.DriverTestCase):
 
     def test_it_is_told_and_taken_back(self):
         path = os.path.join(self.instances, layout.NO_POOL)
-        for wanted in (True, True, False, False):
-            local.tell_place(wanted)
-            self.assertEqual(wanted, os.path.exists(path))
+        for mark in (layout.NO_POOL, layout.NO_POOL, None, None):
+            local.tell_place(mark)
+            self.assertEqual(bool(mark), os.path.exists(path))
 
 
 class ArrivedFilesTestCase(test_storage_migrate.DriverTestCase):

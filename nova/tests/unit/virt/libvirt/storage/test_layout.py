@@ -48,6 +48,19 @@ class NamesTestCase(test.NoDBTestCase):
                          self.places.volume_path('disk.eph0'))
         self.assertEqual(f'{UUID}_', self.places.prefix)
 
+    def test_disk_in_a_volume_group(self):
+        # As Nova's own LVM backend calls it.
+        places = dataclasses.replace(
+            self.places, group_path=layout.group_path('vg'))
+        file, = places.plan([{
+            'path': f'/dev/vg/{UUID}_disk.eph0', 'type': 'raw',
+            'virt_disk_size': 5}])
+        self.assertEqual(
+            layout.File(f'{UUID}_disk.eph0', layout.GROUP,
+                        f'/dev/vg/{UUID}_disk.eph0', 'raw', size=5), file)
+        self.assertEqual(file.path, places.path(file))
+        self.assertEqual('nova-group-', layout.GROUP_MARK)
+
     def test_what_a_resize_on_the_same_host_keeps(self):
         self.assertEqual(f'{UUID}-resize_', self.places.kept_prefix)
         self.assertEqual(

@@ -17,16 +17,13 @@ from nova.tests.fixtures import libvirt_storage
 from nova.tests import storage_contract
 
 
-class FakeContractTestCase(
-        storage_contract.StorageContract, test.NoDBTestCase):
-    """The same tests run on real daemons in nova/tests/live."""
+class FakeMixin:
+    """The host of the tests is the fake."""
 
     def setUp(self) -> None:
         super().setUp()
         self.host = libvirt_storage.FakeHost()
-        self.path = self.host.add_pool().path
         self.connection = self.host.connect()
-        self.pool = self.connection.storagePoolLookupByName('disks')
 
     def put_file(self, path: str, data: bytes) -> None:
         self.host.add_file(path, data)
@@ -42,3 +39,26 @@ class FakeContractTestCase(
 
     def begin_job(self) -> None:
         self.host.pools['disks'].async_jobs = 2
+
+
+class FakeContractTestCase(
+        FakeMixin, storage_contract.StorageContract, test.NoDBTestCase):
+    """The same tests run on real daemons in nova/tests/live."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.path = self.host.add_pool().path
+        self.pool = self.connection.storagePoolLookupByName('disks')
+
+
+class FakeLogicalContractTestCase(
+        FakeMixin, storage_contract.LogicalContract, test.NoDBTestCase):
+    """The same tests run on a real daemon in nova/tests/stock."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.group = 'disks'
+        self.host.add_group(self.group)
+        self.pool = self.connection.storagePoolCreateXML(
+            storage_contract.LOGICAL_POOL.format(
+                name='pool', group=self.group))

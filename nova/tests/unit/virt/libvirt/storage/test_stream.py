@@ -447,6 +447,21 @@ class CopyContentTestCase(ContentTests, _CopyTestCase):
         self.assertLessEqual(max(size for _, _, size in self.events()),
                              stream.MESSAGE_BYTES)
 
+    @ddt.data(
+        ('----------', [('hole', 4), ('hole', 4), ('hole', 2)]),
+        ('A--------B', [('data', 1), ('hole', 4), ('hole', 4), ('data', 1)]),
+        ('---A-----', [('hole', 3), ('data', 1), ('hole', 4), ('hole', 1)]))
+    @ddt.unpack
+    def test_long_holes_come_in_pieces(self, picture, expected):
+        self.sink.most_hole = 4 * UNIT
+        content = Content.draw(picture, UNIT)
+
+        self.copy(content)
+
+        self.assertEqual(expected, [
+            (kind, length // UNIT) for kind, _offset, length in self.events()])
+        self.assertEqual(content, self.copied())
+
 
 @ddt.ddt
 class CopyVolumeContentTestCase(VolumeMixin, ContentTests, _CopyTestCase):
