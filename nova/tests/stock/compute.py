@@ -19,7 +19,8 @@ arguments, and answers with what that returns, or with the error.
 
 The driver, libvirt and QEMU are real. The conductor is not: it knows the one
 migration that is under way, and forgets what it is told to save. Glance has
-the one image that lies on the host. Servers have what describe() was told.
+the image that lies on the host, and the snapshot that was made last. Servers
+have what describe() was told.
 """
 
 from concurrent import futures
@@ -57,6 +58,8 @@ from nova.virt.libvirt import storage_migrate
 CONF = nova.conf.CONF
 IMAGE = '/var/lib/nova/image.raw'
 IMAGE_ID = '155d900f-4e14-4e4c-a73d-069cbf4541e6'
+SNAPSHOT = '/var/lib/nova/snapshot.raw'
+SNAPSHOT_ID = '7d0c3a52-91be-4f0e-8f27-0a5b6c1d9e38'
 MIGRATION_ID = 1
 MEMORY_MIB = 64
 
@@ -69,11 +72,13 @@ class Server:
     :ivar root_gb: GiB of the root disk, 0 for those of the image
     :ivar swap: MiB of the swap disk
     :ivar properties: of the image
+    :ivar image: id of the image
     """
     ephemerals: list[int] = dataclasses.field(default_factory=list)
     root_gb: int = 1
     swap: int = 0
     properties: dict[str, str] = dataclasses.field(default_factory=dict)
+    image: str = IMAGE_ID
 
 
 SERVER = Server()
@@ -109,16 +114,26 @@ class Conductor:
 
 
 class Glance:
-    """Has one image, of raw format."""
+    """Has one image of raw format, and a snapshot once it is made."""
+
+    paths = {IMAGE_ID: IMAGE, SNAPSHOT_ID: SNAPSHOT}
 
     def get(self, context: Any, image_id: str, **kwargs: Any) -> dict:
-        return {'id': image_id, 'disk_format': 'raw', 'status': 'active',
-                'container_format': 'bare', 'properties': {},
-                'size': os.path.getsize(IMAGE), 'min_disk': 0, 'min_ram': 0}
+        path = self.paths[image_id]
+        return {'id': image_id, 'name': 'image', 'disk_format': 'raw',
+                'status': 'active', 'container_format': 'bare',
+                'properties': {}, 'min_disk': 0, 'min_ram': 0,
+                'size': os.path.getsize(path) if os.path.exists(path) else 0}
 
     def download(self, context: Any, image_id: str, dest_path: str,
                  *args: Any, **kwargs: Any) -> None:
-        shutil.copyfile(IMAGE, dest_path)
+        shutil.copyfile(self.paths[image_id], dest_path)
+
+    def update(self, context: Any, image_id: str, metadata: dict,
+               data: Any) -> None:
+        """Upload an image."""
+        with open(self.paths[image_id], 'wb') as image:
+            shutil.copyfileobj(data, image)
 
 
 class Network:
@@ -136,6 +151,7 @@ class Compute:
         self.driver = storage_migrate.LibvirtDriver(fake.FakeVirtAPI())
         self.driver.init_host(source)
         self.driver._network_api = Network()
+        self.driver._image_api = images.IMAGE_API
         self._pool = futures.ThreadPoolExecutor(1)
         self._live: futures.Future
         if not self.driver._host.has_min_version((9, 2, 0)):
@@ -200,6 +216,44 @@ class Compute:
     def stop(self, uuid: str) -> None:
         """Power a server off."""
         self.driver.power_off(make_instance(self.context, uuid))
+
+    def start(self, uuid: str) -> str:
+        """Power a server on."""
+        self.driver.power_on(
+            self.context, make_instance(self.context, uuid), network_info(),
+            block_devices())
+        return self.state(uuid)
+
+    def suspend(self, uuid: str) -> str:
+        """Save a server's memory, and power it off."""
+        self.driver.suspend(self.context, make_instance(self.context, uuid))
+        return self.state(uuid)
+
+    def resume(self, uuid: str) -> str:
+        """Let it go on from there."""
+        self.driver.resume(
+            self.context, make_instance(self.context, uuid), network_info(),
+            block_devices())
+        return self.state(uuid)
+
+    def rescue(self, uuid: str) -> str:
+        """Start a server from a new disk of its image."""
+        self.driver.rescue(
+            self.context, make_instance(self.context, uuid), network_info(),
+            image_meta(), 'password', block_devices(), [])
+        return self.state(uuid)
+
+    def unrescue(self, uuid: str) -> str:
+        """Start it from its own disk again."""
+        self.driver.unrescue(self.context, make_instance(self.context, uuid))
+        return self.state(uuid)
+
+    def snapshot(self, uuid: str) -> str:
+        """Make the snapshot of a server's root disk."""
+        self.driver.snapshot(
+            self.context, make_instance(self.context, uuid), SNAPSHOT_ID,
+            lambda *args, **kwargs: None)
+        return self.state(uuid)
 
     def hard_reboot(self, uuid: str) -> str:
         """Define a server anew and start it."""
@@ -363,8 +417,8 @@ def make_instance(context: Any, uuid: str,
     return objects.Instance(
         context, id=int(uuid[:7], 16), uuid=uuid, host=host or CONF.host,
         node=CONF.host, flavor=flavor, old_flavor=flavor, new_flavor=flavor,
-        image_ref=IMAGE_ID, kernel_id='', ramdisk_id='', display_name='tiny',
-        hostname='tiny', user_id='user',
+        image_ref=SERVER.image, kernel_id='', ramdisk_id='',
+        display_name='tiny', hostname='tiny', user_id='user',
         project_id='project', memory_mb=MEMORY_MIB, vcpus=1,
         root_gb=SERVER.root_gb,
         ephemeral_gb=ephemeral_gb, os_type=None, architecture=None,
@@ -407,8 +461,9 @@ def migration(context: Any) -> 'objects.Migration':
 def image_meta() -> 'objects.ImageMeta':
     """What Nova keeps of the image."""
     return objects.ImageMeta.from_dict({
-        'id': IMAGE_ID, 'disk_format': 'raw', 'container_format': 'bare',
-        'size': os.path.getsize(IMAGE), 'min_disk': 0, 'min_ram': 0,
+        'id': SERVER.image, 'disk_format': 'raw', 'container_format': 'bare',
+        'size': os.path.getsize(Glance.paths[SERVER.image]), 'min_disk': 0,
+        'min_ram': 0,
         'properties': SERVER.properties})
 
 

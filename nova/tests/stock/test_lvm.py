@@ -22,6 +22,7 @@ from pathlib import Path
 from oslo_utils import units
 
 from nova.tests.stock import base
+from nova.tests.stock import compute
 from nova.tests import storage_contract
 
 from tools.lab import image
@@ -127,6 +128,12 @@ class LvmTestCase(base.CountingMixin, base.StockTestCase):
         self.assertEqual('running', target.call(
             'finish', uuid=uuid, disk_info=disk_info))
 
+    def assert_goes_on(self, count, of, uuid):
+        """The guest counts on from where it was."""
+        now = self.count(of, uuid)
+        self.assertGreater(now, count)
+        return now
+
     def check_refused(self, uuid, *texts):
         """A migration is refused, and the guest goes on all the time."""
         before = self.source.run(['virsh', 'domid', uuid]).stdout
@@ -196,12 +203,6 @@ class TestLvm(LvmTestCase):
         return of.run(['test', '-r', self.path(uuid)], user='nova',
                       check=False).returncode == 0
 
-    def assert_goes_on(self, count, of, uuid):
-        """The guest counts on from where it was."""
-        now = self.count(of, uuid)
-        self.assertGreater(now, count)
-        return now
-
     def assert_raw(self, of, uuid):
         """Nothing has looked into a disk with the header of an image."""
         said = of.run_as_root(
@@ -241,7 +242,93 @@ class TestLvm(LvmTestCase):
         self.here.call('confirm', uuid=uuid)
 
 
+class TestLvmLife(LvmTestCase):
+    """What operators do with a server, apart from migrations."""
+
+    def setUp(self):
+        super().setUp()
+        self.uuid = self.spawn(self.here)
+        self.last = self.count(self.source, self.uuid)
+
+    def act(self, name, state='running', **arguments):
+        self.assertEqual(
+            state, self.here.call(name, uuid=self.uuid, **arguments))
+
+    def assert_counts_on(self):
+        """The guest runs, and counts on from where it was."""
+        self.last = self.assert_goes_on(self.last, self.source, self.uuid)
+
+    def test_stop_start_reboot_rescue_suspend(self):
+        self.here.call('stop', uuid=self.uuid)
+        self.act('start')
+        self.assert_counts_on()
+        self.act('hard_reboot')
+        self.assert_counts_on()
+        self.act('suspend', 'shutdown')
+        self.act('resume')
+        self.assert_counts_on()
+        self.act('rescue')
+        self.assertEqual({'disk', 'disk.rescue'},
+                         set(self.volumes(self.source, self.uuid)))
+        self.act('unrescue')
+        self.assertEqual({'disk'}, set(self.volumes(self.source, self.uuid)))
+        self.assert_counts_on()
+
+    def test_snapshot_rebuild_shelve(self):
+        self.act('snapshot')
+        self.assert_counts_on()
+        self.here.call('stop', uuid=self.uuid)
+        self.act('snapshot', 'shutdown')
+        # A rebuild, as the compute manager does it.
+        self.here.call('destroy', uuid=self.uuid)
+        self.describe(ephemerals=[], root_gb=0, swap=0,
+                      image=compute.SNAPSHOT_ID)
+        self.act('spawn')
+        self.assert_counts_on()
+        # Shelved: nothing of the server stays.
+        self.act('snapshot')
+        self.here.call('destroy', uuid=self.uuid)
+        self.assertEqual({}, self.volumes(self.source, self.uuid))
+        self.assertEqual([], self.files(self.source, self.uuid))
+        self.forget_images(self.source)
+        self.act('spawn')
+        self.assert_counts_on()
+
+    def test_evacuate(self):
+        self.source.run(['virsh', 'destroy', self.uuid])
+        self.addCleanup(self.there.call, 'destroy', uuid=self.uuid)
+        self.assertEqual('running', self.there.call(
+            'evacuate', uuid=self.uuid, source=self.source.name))
+        self.count(self.destination, self.uuid)
+        # nova-compute of the source does it when it is back.
+        self.here.call('destroy', uuid=self.uuid)
+        self.assertEqual({}, self.volumes(self.source, self.uuid))
+        self.assertEqual([], self.files(self.source, self.uuid))
+        self.assertEqual({'disk'}, set(
+            self.volumes(self.destination, self.uuid)))
+
+
 class TestLvmRefused(LvmTestCase):
+
+    def test_live_migration(self):
+        uuid = self.spawn(self.here)
+        data = self.there.call(
+            'check_destination', uuid=uuid, source=self.source.name,
+            resources=self.here.call('resources'))
+        error = self.assertRaises(
+            AssertionError, self.here.call, 'check_source', uuid=uuid,
+            data=data)
+        self.there.call('end_check', data=data)
+        self.assertIn('cannot be live migrated', str(error))
+
+    def test_resize_on_the_same_host(self):
+        uuid = self.spawn(self.here)
+        error = self.assertRaises(
+            AssertionError, self.here.call, 'migrate', uuid=uuid, root_gb=1,
+            dest=self.source.address)
+        self.assertIn('not supported for LVM', str(error))
+        self.assertEqual({'disk': 16 * units.Mi},
+                         self.volumes(self.source, uuid))
 
     def test_no_room_in_the_group(self):
         uuid = self.spawn(self.here)

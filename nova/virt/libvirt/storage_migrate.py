@@ -1015,6 +1015,11 @@ class LibvirtDriver(driver.LibvirtDriver):
         :raises: MigrationPreCheckError
         """
         places = layout.Layout.of(instance)
+        if places.logical_volumes():
+            # Nova would make files for them, which no domain there has.
+            raise exception.MigrationPreCheckError(reason=_(
+                'The disks of the server are in LVM, and cannot be live '
+                'migrated. Cold migrate the server.'))
         if not places.volumes():
             data = super().check_can_live_migrate_source(
                 context, instance, dest_check_data, block_device_info)

@@ -468,6 +468,13 @@ class RefusalTestCase(LvmTestCase):
         self.instance.ephemeral_key_uuid = uuids.key
         self._assert_refused('[ephemeral_storage_encryption]')
 
+    def test_live_migration(self):
+        error = self.assertRaises(
+            exception.MigrationPreCheckError,
+            self.driver.check_can_live_migrate_source, self.context,
+            self.instance, objects.LibvirtLiveMigrateData(), {})
+        self.assertIn('Cold migrate the server', str(error))
+
     def test_disk_that_is_not_novas(self):
         self.disk_info.return_value.append(dict(
             self.disk_info.return_value[0], path=self._path('snapshot')))
