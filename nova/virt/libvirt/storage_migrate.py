@@ -1015,7 +1015,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         :raises: MigrationPreCheckError
         """
         places = layout.Layout.of(instance)
-        if places.logical_volumes():
+        if takes_logical_volumes() and places.logical_volumes():
             # Nova would make files for them, which no domain there has.
             raise exception.MigrationPreCheckError(reason=_(
                 'The disks of the server are in LVM, and cannot be live '

@@ -475,6 +475,14 @@ class RefusalTestCase(LvmTestCase):
             self.instance, objects.LibvirtLiveMigrateData(), {})
         self.assertIn('Cold migrate the server', str(error))
 
+    @mock.patch.object(driver.LibvirtDriver, 'check_can_live_migrate_source')
+    def test_live_migration_is_novas_with_the_options_off(self, nova):
+        self.flags(vol_upload_migration=False, group='libvirt')
+        data = objects.LibvirtLiveMigrateData()
+        self.assertEqual(
+            nova.return_value, self.driver.check_can_live_migrate_source(
+                self.context, self.instance, data, {}))
+
     def test_disk_that_is_not_novas(self):
         self.disk_info.return_value.append(dict(
             self.disk_info.return_value[0], path=self._path('snapshot')))
