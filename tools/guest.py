@@ -13,8 +13,8 @@
 """A guest that counts its boots on its own disk.
 
 The image is Debian's kernel and busybox in one ext4 partition, started by
-GRUB. At each boot the guest adds one to a counter on its root disk and says
-on its serial console::
+GRUB, from the boot sector or from a partition for UEFI. At each boot the guest
+adds one to a counter on its root disk and says on its serial console::
 
     BOOT-COUNTER 2
     DISK vda 131072
@@ -25,6 +25,11 @@ with the size of each virtio disk in sectors of 512 bytes, and a counter for
 each further disk that holds a file system. A server that prints the next
 numbers after a migration has brought its disks along. It powers off when
 ACPI tells it to.
+
+With UEFI the guest also adds a variable at each boot, and says how many it
+has::
+
+    EFI-COUNTER 2
 
 An image with beats also writes to every disk once a second, and says at its
 next boot whether all of it is there::
@@ -53,9 +58,12 @@ SECTOR = 512
 BLOCK = 4096
 # GRUB's core image goes between the MBR and the first partition.
 PARTITION_START = 2048 * SECTOR
+# The EFI system partition is the end of the image.
+ESP_SIZE = 2048 * SECTOR
 LABEL = 'guest-root'
 
-PACKAGES = ('busybox-static', 'grub-common', 'grub-pc-bin')
+PACKAGES = ('busybox-static', 'grub-common', 'grub-efi-amd64-bin',
+            'grub-pc-bin', 'mtools')
 KERNEL = 'linux-image-cloud-amd64'
 
 # ext4, the serial port and evdev's core are built into the kernel.
@@ -64,7 +72,7 @@ MODULES = ('virtio_ring', 'virtio', 'virtio_pci_modern_dev',
            'button')
 
 GRUB_CFG = """\
-set root=(hd0,msdos1)
+{find_root}
 linux /boot/vmlinuz {parameters}
 initrd /boot/initrd
 boot
@@ -139,7 +147,21 @@ beat() {
     done
 }
 
+# A variable for each boot: efivarfs makes each immutable.
+count_in_firmware() {
+    variables=/sys/firmware/efi/efivars
+    vendor=5b1cf3a2-0d58-4e5c-9a60-7f2a6c1de944
+    insmod /boot/efivarfs.ko
+    mount -t efivarfs efivarfs $variables
+    n=$(($(ls $variables | grep -c '^GuestBoot') + 1))
+    # The attributes: kept when off, and seen by firmware and system.
+    printf '\\7\\0\\0\\0%s' $n > $variables/GuestBoot$n-$vendor
+    umount $variables
+    echo "EFI-COUNTER $n"
+}
+
 mounts=/
+[ -e /sys/firmware/efi ] && count_in_firmware
 count /boot-counter
 echo "BOOT-COUNTER $n"
 for disk in /sys/block/vd*; do
@@ -200,13 +222,18 @@ def build(path: str | os.PathLike, size: int = SIZE,
     with tempfile.TemporaryDirectory(prefix='guest-') as name:
         work = pathlib.Path(name)
         system = unpack(work)
-        core = make_core(work, system)
+        core = make_grub(
+            work, system, 'i386-pc', 'set root=(hd0,msdos1)', 'biosdisk')
+        loader = make_grub(
+            work, system, 'x86_64-efi', f'search.fs_label {LABEL} root',
+            'search_label')
         tree = make_tree(work, system)
         if beats:
             (tree / 'beating').touch()
         partial = path.with_name(path.name + '.partial')
         try:
             write_image(partial, size, system, core, tree)
+            write_esp(partial, size, work, system, loader)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
@@ -234,15 +261,21 @@ def kernel_package() -> str:
     raise GuestError('apt knows no %s: run apt-get update' % KERNEL)
 
 
-def make_core(work: pathlib.Path, system: pathlib.Path) -> bytes:
-    """GRUB with its configuration inside: it asks nothing and waits not."""
-    config = work / 'grub.cfg'
-    config.write_text(GRUB_CFG.format(parameters=KERNEL_PARAMETERS))
-    core = work / 'core.img'
-    execute(system / 'usr/bin/grub-mkimage', '-O', 'i386-pc',
-            '-d', system / 'usr/lib/grub/i386-pc', '-p', '/boot',
+def make_grub(work: pathlib.Path, system: pathlib.Path, platform: str,
+              find_root: str, module: str) -> bytes:
+    """GRUB with its configuration inside: it asks nothing and waits not.
+
+    :param find_root: the command that finds the partition of the guest
+    :param module: what GRUB needs besides on this platform
+    """
+    config = work / f'{platform}.cfg'
+    config.write_text(GRUB_CFG.format(
+        find_root=find_root, parameters=KERNEL_PARAMETERS))
+    core = work / f'{platform}.img'
+    execute(system / 'usr/bin/grub-mkimage', '-O', platform,
+            '-d', system / 'usr/lib/grub' / platform, '-p', '/boot',
             '-c', config, '-o', core,
-            'biosdisk', 'part_msdos', 'ext2', 'linux')
+            module, 'part_msdos', 'ext2', 'linux')
     return core.read_bytes()
 
 
@@ -259,6 +292,7 @@ def make_tree(work: pathlib.Path, system: pathlib.Path) -> pathlib.Path:
     write_script(tree / 'sbin/init', INIT)
     kernel, = system.glob('boot/vmlinuz-*')
     shutil.copy(kernel, tree / 'boot/vmlinuz')
+    shutil.copy(find_module(system, 'efivarfs'), tree / 'boot')
     (tree / 'boot/initrd').write_bytes(make_initramfs(work, system))
     return tree
 
@@ -270,10 +304,7 @@ def make_initramfs(work: pathlib.Path, system: pathlib.Path) -> bytes:
         (tree / name).mkdir(parents=True)
     shutil.copy(system / 'bin/busybox', tree / 'bin/busybox')
     for module in MODULES:
-        found = list(system.glob('lib/modules/*/**/%s.ko' % module))
-        if not found:
-            raise GuestError('the kernel has no module %s' % module)
-        shutil.copy(found[0], tree / 'modules')
+        shutil.copy(find_module(system, module), tree / 'modules')
     write_script(tree / 'init', INITRAMFS_INIT.format(
         modules=' '.join(MODULES), label=LABEL))
     names = sorted(str(p.relative_to(tree)) for p in tree.rglob('*'))
@@ -281,6 +312,12 @@ def make_initramfs(work: pathlib.Path, system: pathlib.Path) -> bytes:
                       '-R', '0:0', cwd=tree, data='\n'.join(names).encode())
     # Unpacking is cheap and reading through the BIOS is not.
     return gzip.compress(archive, mtime=0)
+
+
+def find_module(system: pathlib.Path, module: str) -> pathlib.Path:
+    for found in system.glob(f'lib/modules/*/**/{module}.ko'):
+        return found
+    raise GuestError(f'the kernel has no module {module}')
 
 
 def write_script(path: pathlib.Path, text: str) -> None:
@@ -300,7 +337,7 @@ def write_image(path: pathlib.Path, size: int, system: pathlib.Path,
         image.write(core)
     # GRUB 2.06 cannot read what newer mke2fs turn on, and takes its time
     # per block: with 4 KiB the kernel loads in half the time.
-    blocks = (size - PARTITION_START) // BLOCK
+    blocks = (size - ESP_SIZE - PARTITION_START) // BLOCK
     execute('mke2fs', '-q', '-F', '-t', 'ext4',
             '-L', LABEL, '-b', str(BLOCK),
             '-O', '^metadata_csum,^metadata_csum_seed,^orphan_file,^64bit',
@@ -308,12 +345,32 @@ def write_image(path: pathlib.Path, size: int, system: pathlib.Path,
             '-d', tree, path, str(blocks))
 
 
+def write_esp(path: pathlib.Path, size: int, work: pathlib.Path,
+              system: pathlib.Path, loader: bytes) -> None:
+    """Make the file system that a UEFI firmware looks for, with GRUB in it."""
+    mtools = system / 'usr/bin/mtools'
+    where = f'{path}@@{size - ESP_SIZE}'
+    file = work / 'BOOTX64.EFI'
+    file.write_bytes(loader)
+    execute(mtools, '-c', 'mformat', '-i', where,
+            '-T', str(ESP_SIZE // SECTOR), '::')
+    execute(mtools, '-c', 'mmd', '-i', where, '::/EFI', '::/EFI/BOOT')
+    execute(mtools, '-c', 'mcopy', '-i', where, file, '::/EFI/BOOT')
+
+
 def master_boot_record(boot: bytes, size: int) -> bytes:
-    """GRUB's boot sector with one active Linux partition in its table."""
-    start = PARTITION_START // SECTOR
-    entry = struct.pack('<B3sB3sII', 0x80, b'\xfe\xff\xff', 0x83,
-                        b'\xfe\xff\xff', start, size // SECTOR - start)
-    return boot[:440] + bytes(6) + entry + bytes(48) + b'\x55\xaa'
+    """GRUB's boot sector with two partitions: Linux, which is active, EFI."""
+    esp = size - ESP_SIZE
+    return (boot[:440] + bytes(6) +
+            partition_entry(0x80, 0x83, PARTITION_START, esp) +
+            partition_entry(0, 0xef, esp, size) + bytes(32) + b'\x55\xaa')
+
+
+def partition_entry(active: int, kind: int, start: int, end: int) -> bytes:
+    """An entry of the partition table, without cylinders."""
+    return struct.pack('<B3sB3sII', active, b'\xfe\xff\xff', kind,
+                       b'\xfe\xff\xff', start // SECTOR,
+                       (end - start) // SECTOR)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,7 +22,7 @@ DOMAIN = """\
 <domain type='qemu'>
   <name>counter</name>
   <memory unit='MiB'>128</memory>
-  <os><type arch='x86_64'>hvm</type></os>
+  {os}
   <features><acpi/></features>
   <devices>
     <disk type='file' device='disk'>
@@ -40,6 +40,13 @@ DOMAIN = """\
 </domain>
 """
 DIRECTORY = '/var/lib/nova/instances'
+BIOS = "<os><type arch='x86_64'>hvm</type></os>"
+UEFI = f"""\
+<os firmware='efi'>
+    <type arch='x86_64' machine='q35'>hvm</type>
+    <firmware><feature enabled='no' name='secure-boot'/></firmware>
+    <nvram>{DIRECTORY}/counter.nvram</nvram>
+  </os>"""
 
 
 class TestGuest(base.LiveTestCase):
@@ -55,11 +62,12 @@ class TestGuest(base.LiveTestCase):
         guest.build(self.disk)
         guest.execute('mke2fs', '-q', '-t', 'ext4', self.ephemeral)
 
-    def boot(self):
+    def boot(self, firmware=BIOS):
         """Boot to the end, press the power button, return the console."""
         self.log.write_bytes(b'')
         connection = self.connect_local(self.source)
-        domain = connection.createXML(DOMAIN.format(directory=DIRECTORY))
+        domain = connection.createXML(
+            DOMAIN.format(directory=DIRECTORY, os=firmware))
         try:
             self.wait_for(lambda: 'GUEST-READY' in self.console(), 120)
             domain.shutdown()
@@ -90,11 +98,25 @@ class TestGuest(base.LiveTestCase):
         self.assertIn('DISK vda %d' % (guest.SIZE // 512 + 2048), second)
         self.assertIn('DISK-COUNTER vdb 2', second)
 
-    def test_image_has_one_partition_and_holes(self):
+    def test_counts_its_boots_in_the_firmware_too(self):
+        variables = self.source.path(f'{DIRECTORY}/counter.nvram')
+        self.addCleanup(variables.unlink, missing_ok=True)
+        self.assertIn('EFI-COUNTER 1', self.boot(UEFI))
+        second = self.boot(UEFI)
+        self.assertIn('EFI-COUNTER 2', second)
+        self.assertIn('BOOT-COUNTER 2', second)
+        variables.unlink()
+        third = self.boot(UEFI)
+        self.assertIn('EFI-COUNTER 1', third)
+        self.assertIn('BOOT-COUNTER 3', third)
+        self.assertNotIn('EFI-COUNTER', ' '.join(self.boot()))
+
+    def test_image_has_two_partitions_and_holes(self):
         with open(self.disk, 'rb') as image:
             image.seek(446)
             table = image.read(66)
         self.assertEqual(b'\x80', table[:1])
-        self.assertEqual(bytes(48), table[16:64])
+        self.assertEqual(b'\xef', table[20:21])
+        self.assertEqual(bytes(32), table[32:64])
         self.assertEqual(b'\x55\xaa', table[64:])
         self.assertLess(self.allocated(self.disk), guest.SIZE // 2)
