@@ -68,7 +68,10 @@ CATALOGUE = {'placement': ('placement', ''),
              'glance': ('image', ''),
              'neutron': ('network', ''),
              'nova': ('compute', '/v2.1')}
-IMAGES = {'guest': 'raw', 'guest-qcow2': 'qcow2'}
+IMAGES = {'guest': 'raw', 'guest-qcow2': 'qcow2', 'guest-uefi': 'raw'}
+# What some have besides.
+PROPERTIES = {'guest-uefi': {'hw_firmware_type': 'uefi',
+                             'hw_machine_type': 'q35'}}
 # name -> root disk and ephemeral disk, GiB, and swap disk, MiB
 FLAVORS = {'small': (1, 0, 0), 'large': (2, 0, 0),
            'small-ephemeral': (1, 1, 0), 'large-ephemeral': (2, 2, 0),
@@ -523,7 +526,7 @@ class Cloud:
 
     def start_compute(self, host: 'lab_module.Host') -> None:
         """Start one nova-compute as user nova."""
-        argv = [venv.program('nova-compute'),
+        argv = [venv.program('python'), '-P', '-m', 'lab_compute',
                 '--config-file', '/etc/nova/nova.conf']
         path = f'{venv.ROOT}/bin:/usr/sbin:/usr/bin:/sbin:/bin'
         self.daemon(f'nova-compute-{host.name}').start(
@@ -564,7 +567,7 @@ class Cloud:
                     flavor, EXTRA_SPECS.get(name, {}))
 
     def make_images(self) -> None:
-        """Build the guest and upload it, raw and as qcow2, where missing."""
+        """Build the guest and upload it as each image, where missing."""
         from tools import guest
         image = self.connection().image
         known = {each.name for each in image.images()}
@@ -580,7 +583,8 @@ class Cloud:
                           str(path)])
             image.create_image(name=name, filename=str(path), wait=True,
                                disk_format=form, container_format='bare',
-                               visibility='public')
+                               visibility='public',
+                               **PROPERTIES.get(name, {}))
 
 
 def service_reports(compute: Any) -> dict[str, str]:

@@ -89,7 +89,8 @@ def install_project() -> None:
         pip('install', '--no-deps', '--no-build-isolation',
             '--force-reinstall', str(copy))
     packages = next(ROOT.glob('lib/python3*/site-packages'))
-    shutil.copy(TOOLS / 'lab_keys.py', packages)
+    for name in ('lab_compute.py', 'lab_keys.py'):
+        shutil.copy(TOOLS / name, packages)
 
 
 def pip(*arguments: str, root: Path = ROOT) -> None:

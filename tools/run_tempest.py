@@ -99,7 +99,8 @@ def configuration(cloud: cloud_module.Cloud) -> config.Options:
     """tempest.conf, as far as it is not of the workspace."""
     connection = cloud.connection()
     image, alternative = (
-        connection.image.find_image(name).id for name in cloud_module.IMAGES)
+        connection.image.find_image(name).id
+        for name in ('guest', 'guest-qcow2'))
     flavor, larger = (connection.compute.find_flavor(name).id
                       for name in ('small', 'large'))
     return {
