@@ -31,6 +31,7 @@ INSTANCES = '/var/lib/nova/instances'
 POOL = '/var/lib/libvirt/images/nova-disks'
 POOL_NAMES = ['nova-disks']
 VTPM = '/var/lib/libvirt/swtpm'
+NVRAM = '/var/lib/libvirt/qemu/nvram'
 # Tells other hosts how much of a file system is kept for root.
 RESERVED = 'nova-reserved'
 # Tells other hosts that disks are files.
@@ -194,12 +195,16 @@ class Server:
         return self.compute.get_server_console_output(self.id)['output'] or ''
 
     def counters(self) -> dict[str, int]:
-        """The guest's boot counters, by disk, as of its last boot."""
+        """The guest's boot counters, by disk, as of its last boot.
+
+        With UEFI it has one more, in the variables: efi.
+        """
         said = self.console()
         found = {name: int(count) for name, count in re.findall(
             r'DISK-COUNTER (\w+) (\d+)', said)}
-        found.update({'vda': int(count) for count in re.findall(
-            r'BOOT-COUNTER (\d+)', said)})
+        for name, word in (('vda', 'BOOT'), ('efi', 'EFI')):
+            found.update({name: int(count) for count in re.findall(
+                rf'{word}-COUNTER (\d+)', said)})
         return dict(sorted(found.items()))
 
     def sizes(self) -> dict[str, int]:
@@ -274,7 +279,8 @@ def leftovers(host: 'lab_module.Host') -> list[str]:
     for path, known in ((POOL, {RESERVED}), (INSTANCES, NOT_OF_SERVERS)):
         names = set(host.run(['ls', '-A', path]).stdout.split())
         found += [f'{path}/{name}' for name in sorted(names - known)]
-    found += [f'{VTPM}/{path.name}' for path in host.path(VTPM).glob('*')]
+    found += [f'{where}/{path.name}' for where in (VTPM, NVRAM)
+              for path in host.path(where).glob('*')]
     return [f'{host.name}: {what}' for what in found]
 
 

@@ -31,10 +31,12 @@ class LifeTestCase(base.CloudTestCase):
     :cvar counted: the disks on which the guest counts its boots
     :cvar given_up: those of them that go with their host: to a revert, or to
         an evacuation
+    :cvar made_anew: those of them that are not in a snapshot
     """
 
     flavor = 'small-ephemeral'
     counted = given_up = ('vda', 'vdb')
+    made_anew = ('vdb',)
 
     def setUp(self):
         super().setUp()
@@ -139,18 +141,19 @@ class LifeMixin:
         live = self._snapshot()
         self.server.stop()
         cold = self._snapshot()
+        new = dict.fromkeys(self.made_anew, 1)
         self.act('rebuild_server', cold.id, status='SHUTOFF')
         self.server.start()
-        self.assert_boots(vdb=1)
+        self.assert_boots(**new)
         self.act('rebuild_server', live.id)
-        self.assert_boots(vda=2, vdb=1)
+        self.assert_boots(vda=2, **new)
         self.act('shelve_server', status='SHELVED_OFFLOADED')
         for host in (base.SOURCE, base.DESTINATION):
             self.assert_no_disks(self.server, host)
         shelved = self.images.find_image(f'{self.id()}-shelved')
         self.assertIsNotNone(shelved)
         self.act('unshelve_server')
-        self.assert_boots(vda=3, vdb=1)
+        self.assert_boots(vda=3, **new)
 
     def _snapshot(self):
         image = self.server.compute.create_server_image(
@@ -213,6 +216,7 @@ class MoveMixin:
         self.assertEqual(self.larger_sizes, self.server.sizes())
         self.assert_kept(False)
         self.assert_no_disks(self.server, base.SOURCE)
+        self.assertEqual({}, self.vtpm(self.server, base.SOURCE))
         self.act('reboot_server', 'HARD')
         self.assert_boots()
 
@@ -252,8 +256,46 @@ class TestLifeRaw(TestLife):
             self.server, self.server.host, 'disk'))
 
 
-class TestLifeVtpm(LiveMixin, LifeMixin, LifeTestCase):
-    """A server with a vTPM, of which Nova refuses more than of others."""
+class UefiMixin:
+    """A server whose guest counts its boots in UEFI variables, too."""
+
+    counted = given_up = (*LifeTestCase.counted, 'efi')
+    made_anew = (*LifeTestCase.made_anew, 'efi')
+
+    def _server(self):
+        return {**super()._server(), 'image': 'guest-uefi'}
+
+    def test_resize_on_the_same_host(self):
+        # libvirt has the variables in the same place before and after.
+        self.given_up = LifeTestCase.given_up
+        super().test_resize_on_the_same_host()
+
+    def test_live_migration(self):
+        super().test_live_migration()
+        # libvirt leaves the variables on the source.
+        for path in self.source.path(servers.NVRAM).glob('*'):
+            path.unlink()
+
+
+class TestLifeUefi(UefiMixin, LiveMixin, MoveMixin, LifeMixin,
+                 LifeTestCase):
+    """A server with UEFI, whose disks are in the pool."""
+
+    def test_live_migration_of_a_server_that_was_migrated(self):
+        """Its variables are in its instance directory."""
+        self.server.migrate(base.DESTINATION)
+        self.server.confirm()
+        self.assert_boots()
+        self.server.live_migrate(base.SOURCE)
+        self.assertEqual(base.SOURCE, self.server.host)
+        self.assert_no_disks(self.server, base.DESTINATION)
+        self.act('reboot_server', 'HARD')
+        self.assert_boots()
+
+
+class TestLifeVtpm(UefiMixin, LiveMixin, MoveMixin, LifeMixin,
+                 LifeTestCase):
+    """The same with a vTPM, of which Nova refuses more than of others."""
 
     flavor = 'small-vtpm'
     larger_flavor = 'large-vtpm'
@@ -278,6 +320,7 @@ class TestLifeVtpm(LiveMixin, LifeMixin, LifeTestCase):
         self.assertIn('tpm2/tpm2-00.permall', state)
         self.server.start()
         self.assert_boots()
+        self._snapshot()
         self.act('reboot_server', 'HARD')
         self.assert_boots()
         for action, *arguments in (
