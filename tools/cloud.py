@@ -68,6 +68,9 @@ CATALOGUE = {'placement': ('placement', ''),
              'glance': ('image', ''),
              'neutron': ('network', ''),
              'nova': ('compute', '/v2.1')}
+NOVA_COMPUTE = ('nova-compute',)
+# The same where libvirt refuses what Nova writes for UEFI.
+COMPUTE_FOR_UEFI = ('python', '-P', '-m', 'lab_compute')
 IMAGES = {'guest': 'raw', 'guest-qcow2': 'qcow2', 'guest-uefi': 'raw'}
 # What some have besides.
 PROPERTIES = {'guest-uefi': {'hw_firmware_type': 'uefi',
@@ -107,6 +110,7 @@ class Cloud:
     :param eventlet: run nova-compute under eventlet, not in native threads.
     :param options: added to the nova.conf of every compute host.
     :param say: takes a line of progress.
+    :ivar compute_program: what a compute host runs, with its arguments.
     """
 
     def __init__(self, lab: 'lab_module.Lab', eventlet: bool = False,
@@ -116,6 +120,7 @@ class Cloud:
         self.eventlet = eventlet
         self.options = options or {}
         self.host_options: dict[str, config.Options] = {}
+        self.compute_program = NOVA_COMPUTE
         self.directory = Path(lab.directory) / 'cloud'
         self.secrets = self.directory / 'secrets'
         self.site = config.Site(lab.address, self.directory)
@@ -526,7 +531,8 @@ class Cloud:
 
     def start_compute(self, host: 'lab_module.Host') -> None:
         """Start one nova-compute as user nova."""
-        argv = [venv.program('python'), '-P', '-m', 'lab_compute',
+        program, *arguments = self.compute_program
+        argv = [venv.program(program), *arguments,
                 '--config-file', '/etc/nova/nova.conf']
         path = f'{venv.ROOT}/bin:/usr/sbin:/usr/bin:/sbin:/bin'
         self.daemon(f'nova-compute-{host.name}').start(

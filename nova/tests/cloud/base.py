@@ -57,12 +57,14 @@ class CloudTestCase(testtools.TestCase):
 
     :cvar options: of nova-compute, besides those that switch this on
     :cvar host_options: of one host's nova-compute, besides those
+    :cvar compute_program: what both hosts run, with its arguments
     :cvar ssh: whether the hosts have an ssh daemon and keys; where they have
         not, no program of ssh may have been tried in the end
     """
 
     options: cloud.config.Options = {}
     host_options: dict[str, cloud.config.Options] = {}
+    compute_program = cloud.NOVA_COMPUTE
     ssh = False
 
     def setUp(self) -> None:
@@ -79,8 +81,10 @@ class CloudTestCase(testtools.TestCase):
 
     def _set_options(self) -> None:
         options = cloud.config.merge(cloud.STREAMS, self.options)
-        if (self.cloud.options, self.cloud.host_options) != (
-                options, self.host_options):
+        wanted = options, self.host_options, self.compute_program
+        if wanted != (self.cloud.options, self.cloud.host_options,
+                      self.cloud.compute_program):
+            self.cloud.compute_program = self.compute_program
             self.cloud.restart_computes(
                 options, host_options=self.host_options)
 

@@ -259,6 +259,7 @@ class TestLifeRaw(TestLife):
 class UefiMixin:
     """A server whose guest counts its boots in UEFI variables, too."""
 
+    compute_program = base.cloud.COMPUTE_FOR_UEFI
     counted = given_up = (*LifeTestCase.counted, 'efi')
     made_anew = (*LifeTestCase.made_anew, 'efi')
 
