@@ -120,7 +120,7 @@ class Cloud:
         self.eventlet = eventlet
         self.options = options or {}
         self.host_options: dict[str, config.Options] = {}
-        self.compute_program = NOVA_COMPUTE
+        self.compute_program: tuple[str, ...] = NOVA_COMPUTE
         self.directory = Path(lab.directory) / 'cloud'
         self.secrets = self.directory / 'secrets'
         self.site = config.Site(lab.address, self.directory)
