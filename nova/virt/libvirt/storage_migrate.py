@@ -1638,9 +1638,7 @@ class LibvirtDriver(driver.LibvirtDriver):
 
         :raises: InstanceFaultRollback if the other host does not say
         """
-        places = dataclasses.replace(
-            layout.Layout.of(objects.Instance(uuid=os.path.basename(path))),
-            directory=path)
+        places = layout.Layout.at(path)
         if not _avoids_ssh(places):
             return super()._is_path_shared_with(dest, path)
         if dest == self.get_host_ip_addr():

@@ -236,9 +236,16 @@ class Layout:
     @classmethod
     def of(cls, instance) -> 'Layout':
         """Where this host has, or would have, the files of a server."""
+        return dataclasses.replace(
+            cls.at(libvirt_utils.get_instance_path(instance)),
+            uuid=instance.uuid)
+
+    @classmethod
+    def at(cls, directory: str) -> 'Layout':
+        """The same of the server that has an instance directory."""
         group = CONF.libvirt.images_volume_group
-        return cls(instance.uuid, CONF.libvirt.disks_pool_path.rstrip('/'),
-                   libvirt_utils.get_instance_path(instance),
+        return cls(os.path.basename(directory),
+                   CONF.libvirt.disks_pool_path.rstrip('/'), directory,
                    group_path(group)
                    if group and CONF.libvirt.images_type == 'lvm' else '')
 
