@@ -694,19 +694,6 @@ class LogicalContract(Contract):
             [('A', UNIT), ('\0', 2 * UNIT), ('B', UNIT)],
             self.receive(volume, 0, 4 * UNIT))
 
-    def test_upload_of_more_than_there_is_room_for_fails(self):
-        volume = self.make(size=EXTENT)
-        stream = self.begin_upload(volume, EXTENT - UNIT, 0)
-
-        error = self.assertRaises(
-            libvirt.libvirtError, self.send_until_refused, stream)
-        self.assertEqual(errno.ENOSPC, error.get_int1())
-
-    def send_until_refused(self, stream: ty.Any) -> None:
-        for _index in range(4):
-            self.send(stream, 'a')
-        stream.finish()
-
     def test_nothing_is_probed(self):
         volume = self.make()
         stream = self.begin_upload(volume, 0, len(HOSTILE))

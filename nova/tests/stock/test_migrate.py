@@ -13,7 +13,13 @@
 
 """Servers on hosts as Debian ships them."""
 
+import os
+
+from oslo_utils import units
+
 from nova.tests.stock import base
+
+FILL = '/var/lib/libvirt/images/fill'
 
 
 class TestStockHosts(base.StockTestCase):
@@ -80,3 +86,44 @@ class TestStockHosts(base.StockTestCase):
              self.destination.address], user='nova', check=False)
         self.assertEqual(0, said.returncode, said.stdout + said.stderr)
         self.assertNotIn('fail', said.stdout)
+
+
+class TestFull(base.StockTestCase):
+    """The file system of the destination fills up.
+
+    The upload ends libvirtd there, of this release; guests do not notice.
+    """
+
+    def test_server_runs_on(self):
+        here, there = base.get_computes()
+        uuid = self.spawn(here)
+        here.call('stop', uuid=uuid)
+        disk = self.disk_path(self.source, uuid)
+        self.source.run_as_root(
+            f"qemu-io -f qcow2 -c 'write -q -P 7 512M 256M' {disk}")
+        here.call('start', uuid=uuid)
+        self.fill_up(disk, left=32 * units.Mi)
+
+        error = self.assertRaises(
+            AssertionError, self.migrate, uuid, here, there)
+
+        self.assertRegex(str(error), 'is full|No space left')
+        self.assertEqual('running', here.call('state', uuid=uuid))
+        self.assertEqual('running', self.destination.run_as_root(
+            'systemctl show -P SubState libvirtd.service').strip())
+        self.destination.run_as_root(f'rm {FILL}')
+        self.migrate(uuid, here, there)
+        here.call('confirm', uuid=uuid)
+        self.assertEqual([], self.files(self.source, uuid))
+
+    def fill_up(self, path, left):
+        """Fill the destination's file system when a disk has begun to come.
+
+        :param left: bytes that are left
+        """
+        self.addCleanup(self.destination.run_as_root, f'rm -f {FILL}')
+        self.destination.run_as_root(
+            f'( until [ -e {path} ]; do sleep 0.1; done\n'
+            f'free=$(stat -f -c "%f * %S" {os.path.dirname(path)})\n'
+            f'fallocate -l $((free - {left})) {FILL}\n'
+            ') > /dev/null 2>&1 &')

@@ -227,8 +227,15 @@ class Group(Place):
         """
         self._pool.refresh()
         found = self._pool.volumes(name) if again else []
-        return next((volume for volume in found if volume.name == name), None
-                    ) or self._pool.create_logical_volume(name, length)
+        volume = next(
+            (volume for volume in found if volume.name == name), None
+        ) or self._pool.create_logical_volume(name, length)
+        # libvirt 11 ends when an upload goes beyond the end of a device.
+        if volume.length < length:
+            raise errors.StorageError(
+                f'volume {volume.path} has {volume.length} bytes, and '
+                f'{length} are needed', 'Find out what made it smaller.')
+        return volume
 
     def clear(self, prefix: str = '',
               spare: ty.Callable[[str], bool] = lambda name: False) -> None:
@@ -520,6 +527,20 @@ class Site:
                     f'a restart of the host', 'Migrate the server again.',
                 ) from error
             self._directory = Place(pool, self._directory.owner)
+
+    def check_not_full(self, file: server_layout.File) -> None:
+        """Check after a loss that it was not for want of room.
+
+        Some releases of libvirt end when an upload finds a file system full.
+        They would do so again at once, until systemd starts them no more.
+
+        :raises: StorageError, libvirtError, TimeoutError
+        """
+        # A logical volume has all its room from the start.
+        if file.place != server_layout.GROUP and not self._place(file).room():
+            raise errors.StorageError(
+                f'the file system of {self._place(file).path} is full',
+                'Make room there, and see whether libvirt answers.')
 
     def create(self, file: server_layout.File, length: int,
                again: bool = False) -> storage_pool.Volume:

@@ -117,18 +117,21 @@ class _Early:
 class _Copy:
     """A copy of some ranges of a file, which may take several attempts.
 
+    :ivar file: which one
     :ivar path: of the volume that it goes to
     :ivar rest: what to copy in this attempt
     :ivar done: bytes that earlier attempts have copied
     :ivar sent: bytes of data that all attempts have sent
     """
 
-    def __init__(self, ranges: changes.Ranges, block: int = 1,
+    def __init__(self, file: layout.File, ranges: changes.Ranges,
+                 block: int = 1,
                  progress: stream.Progress = lambda done, wire: None):
         """Begin with nothing.
 
         :param block: see Changes.block
         """
+        self.file = file
         self.path = ''
         self.rest = ranges
         self.done = 0
@@ -495,7 +498,7 @@ class Transfer:
             if watch:
                 watch.note(file.name, done, wire)
 
-        copy = _Copy(whole, block, note)
+        copy = _Copy(file, whole, block, note)
         attempts = iter([again])
 
         def go_on() -> None:
@@ -594,7 +597,7 @@ class Transfer:
             if watch:
                 watch.note(name, 0, wire)
 
-        copy = _Copy(ranges, early.tracked.block, note)
+        copy = _Copy(file, ranges, early.tracked.block, note)
 
         def go_on() -> stream.Result:
             with self._writing(early.path, copy.rest.total) as (
@@ -673,7 +676,7 @@ class Transfer:
                 seconds = self.there.daemon.reconnect_seconds()
                 if self._watch:
                     self._watch.lose(error, seconds)
-                self._reconnect(error, lost + seconds, cancel)
+                self._reconnect(error, lost + seconds, cancel, copy)
 
     def _may_go_on(self, error: BaseException) -> bool:
         """Whether a step that failed can be done again."""
@@ -683,11 +686,13 @@ class Transfer:
         return self.there.daemon.may_reconnect(error)
 
     def _reconnect(self, error: Exception, deadline: float,
-                   cancel: stream.CancelEvent | None) -> None:
+                   cancel: stream.CancelEvent | None,
+                   copy: _Copy | None) -> None:
         """Connect to the destination again, as soon as that is possible.
 
         :param error: what the loss of the connection looked like
         :param deadline: time.monotonic() at which to give up
+        :param copy: what is to go on
         :raises: ``error`` if it is too late
         :raises: StorageError, libvirtError if the destination refuses
         """
@@ -709,6 +714,8 @@ class Transfer:
             # the thread it is in.
             threads.within(left(), self.there.daemon.probe, is_cancelled)
             self.there.reconnect()
+            if copy:
+                self.there.check_not_full(copy.file)
 
         sleep(min(RECONNECT_SECONDS, left()))
         try:

@@ -133,6 +133,19 @@ class StoppedTestCase(ReconnectTestCase):
         self._assert_arrived()
         self._assert_sent_once()
 
+    def test_lost_for_want_of_room(self):
+        """Some releases of libvirt end where a file system is full."""
+        def fill():
+            self._lose()()
+            self.dest.used = self.dest.capacity
+
+        self.dest.call('stream.send', fill, after=SIZE // 2)
+
+        error = self.assertRaises(errors.HostError, self._move)
+
+        self.assertIn('the file system of /srv/disks is full', str(error))
+        self.assertEqual(1, len(self.lost))
+
     def test_lost_after_a_request_that_took_effect(self):
         create = site.Site.create
 
