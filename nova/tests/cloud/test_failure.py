@@ -27,6 +27,8 @@ from tools import servers
 # to happen meanwhile.
 NOISE_AT = 256 * units.Mi
 NOISE_BYTES = 512 * units.Mi
+# In MiB/s. On a busy machine it takes seconds to break something.
+SLOW = {'vol_upload_migration_bandwidth': 64}
 
 
 class FaultTestCase(base.CloudTestCase):
@@ -39,7 +41,7 @@ class FaultTestCase(base.CloudTestCase):
         'DEFAULT': {
             'use_cow_images': 'False', 'manager_shutdown_timeout': 20,
             'update_resources_interval': 10},
-        'libvirt': {'vol_upload_migration_precopy': 'False',
+        'libvirt': {**SLOW, 'vol_upload_migration_precopy': 'False',
                     'vol_upload_migration_reconnect_timeout': '0'}}
     boots = 1
 
@@ -108,7 +110,7 @@ class FaultTestCase(base.CloudTestCase):
 class ReconnectTestCase(FaultTestCase):
     """A copy goes on after its connection was lost."""
 
-    options = {**FaultTestCase.options, 'libvirt': {}}
+    options = {**FaultTestCase.options, 'libvirt': SLOW}
 
     def test_daemon_of_the_destination_is_restarted(self):
         def restart():
@@ -203,7 +205,7 @@ class PrecopyTestCase(FailureTestCase):
 
     options: cloud.config.Options = {
         'DEFAULT': FaultTestCase.options['DEFAULT'],
-        'libvirt': {'vol_upload_migration_reconnect_timeout': '0'}}
+        'libvirt': {**SLOW, 'vol_upload_migration_reconnect_timeout': '0'}}
     boots = 0
 
     def fail_when_copying(self, break_it) -> str:

@@ -21,7 +21,7 @@ from tools import waiting
 DOMAIN = """\
 <domain type='qemu'>
   <name>counter</name>
-  <memory unit='MiB'>128</memory>
+  <memory unit='MiB'>256</memory>
   {os}
   <features><acpi/></features>
   <devices>
