@@ -231,17 +231,24 @@ class MigrateTestCase(LvmTestCase):
         self._migrate()
         self.assertEqual(['theirs'], list(self.dest.pools))
 
+    def test_pool_of_the_operator_that_is_not_active_is_left_alone(self):
+        self._add_volume()
+        theirs = self.dest.connect().storagePoolDefineXML(
+            storage_contract.LOGICAL_POOL.format(name='theirs', group=GROUP))
+        self._migrate()
+        self.assertFalse(theirs.isActive())
+        self.assertTrue(self.dest.pools[POOL].active)
+
     def test_pool_that_another_migration_makes_meanwhile_is_used(self):
         self.useFixture(fixtures.MonkeyPatch(
-            'nova.virt.libvirt.storage.pool.BUSY_WAIT', 0))
+            'nova.virt.libvirt.storage.pool.FIRST_WAIT', 0))
         connection = self.dest.connect()
         self.dest.call(
             'conn.storagePoolCreateXML',
             lambda: connection.storagePoolCreateXML(
-                storage_contract.LOGICAL_POOL.format(
-                    name='theirs', group=GROUP)))
+                storage_contract.LOGICAL_POOL.format(name=POOL, group=GROUP)))
         found = pool.of_group(connection, GROUP, layout.group_path(GROUP))
-        self.assertEqual('theirs', found.name)
+        self.assertEqual(POOL, found.name)
 
     @ddt.data('size', 'checksum')
     def test_copy_is_checked(self, verify):
@@ -447,13 +454,6 @@ class RefusalTestCase(LvmTestCase):
                                   self._migrate)
         self.assertIn('cannot use volume group vg', str(error))
         self.assertEqual([], self.calls.mock_calls)
-
-    def test_pool_that_is_not_active(self):
-        self.useFixture(fixtures.MonkeyPatch(
-            'nova.virt.libvirt.storage.pool.BUSY_TIMEOUT', 0))
-        self.dest.connect().storagePoolDefineXML(
-            storage_contract.LOGICAL_POOL.format(name='theirs', group=GROUP))
-        self._assert_refused('cannot use volume group vg')
 
     def test_destination_that_has_its_disks_elsewhere(self):
         self.dest.remove_file(f'{self.instances}/{layout.GROUP_MARK}{GROUP}')
