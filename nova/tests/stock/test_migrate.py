@@ -124,6 +124,6 @@ class TestFull(base.StockTestCase):
         self.addCleanup(self.destination.run_as_root, f'rm -f {FILL}')
         self.destination.run_as_root(
             f'( until [ -e {path} ]; do sleep 0.1; done\n'
-            f'free=$(stat -f -c "%f * %S" {os.path.dirname(path)})\n'
+            f'free=$(($(stat -f -c "%f * %S" {os.path.dirname(path)})))\n'
             f'fallocate -l $((free - {left})) {FILL}\n'
             ') > /dev/null 2>&1 &')
