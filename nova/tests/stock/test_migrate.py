@@ -107,7 +107,7 @@ class TestFull(base.StockTestCase):
         error = self.assertRaises(
             AssertionError, self.migrate, uuid, here, there)
 
-        self.assertRegex(str(error), 'is full|No space left')
+        self.assertRegex(str(error), 'bytes available|No space left')
         self.assertEqual('running', here.call('state', uuid=uuid))
         self.assertEqual('running', self.destination.run_as_root(
             'systemctl show -P SubState libvirtd.service').strip())

@@ -59,6 +59,9 @@ CONF = nova.conf.CONF
 
 _T = ty.TypeVar('_T')
 
+# A file system that is full may still have as much for itself.
+KEPT_BYTES = 64 * units.Mi
+
 
 class Place:
     """One directory of files on one libvirt daemon.
@@ -528,19 +531,22 @@ class Site:
                 ) from error
             self._directory = Place(pool, self._directory.owner)
 
-    def check_not_full(self, file: server_layout.File) -> None:
+    def check_room_left(self) -> None:
         """Check after a loss that it was not for want of room.
 
         Some releases of libvirt end when an upload finds a file system full.
         They would do so again at once, until systemd starts them no more.
 
-        :raises: StorageError, libvirtError, TimeoutError
+        :raises: Refused, libvirtError, TimeoutError
         """
         # A logical volume has all its room from the start.
-        if file.place != server_layout.GROUP and not self._place(file).room():
-            raise errors.StorageError(
-                f'the file system of {self._place(file).path} is full',
-                'Make room there, and see whether libvirt answers.')
+        for place, name in ((self._pool, server_layout.POOL),
+                            (self._directory, server_layout.DIRECTORY)):
+            needed = self._needed.get(name, 0)
+            if place is not None and needed:
+                prefix = (self.layout.prefix if place is self._pool else '')
+                _check_room(place.path, max(0, place.room() - KEPT_BYTES),
+                            place.sizes(prefix), needed)
 
     def create(self, file: server_layout.File, length: int,
                again: bool = False) -> storage_pool.Volume:

@@ -117,21 +117,18 @@ class _Early:
 class _Copy:
     """A copy of some ranges of a file, which may take several attempts.
 
-    :ivar file: which one
     :ivar path: of the volume that it goes to
     :ivar rest: what to copy in this attempt
     :ivar done: bytes that earlier attempts have copied
     :ivar sent: bytes of data that all attempts have sent
     """
 
-    def __init__(self, file: layout.File, ranges: changes.Ranges,
-                 block: int = 1,
+    def __init__(self, ranges: changes.Ranges, block: int = 1,
                  progress: stream.Progress = lambda done, wire: None):
         """Begin with nothing.
 
         :param block: see Changes.block
         """
-        self.file = file
         self.path = ''
         self.rest = ranges
         self.done = 0
@@ -498,7 +495,7 @@ class Transfer:
             if watch:
                 watch.note(file.name, done, wire)
 
-        copy = _Copy(file, whole, block, note)
+        copy = _Copy(whole, block, note)
         attempts = iter([again])
 
         def go_on() -> None:
@@ -597,7 +594,7 @@ class Transfer:
             if watch:
                 watch.note(name, 0, wire)
 
-        copy = _Copy(file, ranges, early.tracked.block, note)
+        copy = _Copy(ranges, early.tracked.block, note)
 
         def go_on() -> stream.Result:
             with self._writing(early.path, copy.rest.total) as (
@@ -676,7 +673,8 @@ class Transfer:
                 seconds = self.there.daemon.reconnect_seconds()
                 if self._watch:
                     self._watch.lose(error, seconds)
-                self._reconnect(error, lost + seconds, cancel, copy)
+                self._reconnect(
+                    error, lost + seconds, cancel, copy is not None)
 
     def _may_go_on(self, error: BaseException) -> bool:
         """Whether a step that failed can be done again."""
@@ -687,12 +685,12 @@ class Transfer:
 
     def _reconnect(self, error: Exception, deadline: float,
                    cancel: stream.CancelEvent | None,
-                   copy: _Copy | None) -> None:
+                   is_copying: bool) -> None:
         """Connect to the destination again, as soon as that is possible.
 
         :param error: what the loss of the connection looked like
         :param deadline: time.monotonic() at which to give up
-        :param copy: what is to go on
+        :param is_copying: whether there is more to write
         :raises: ``error`` if it is too late
         :raises: StorageError, libvirtError if the destination refuses
         """
@@ -714,8 +712,8 @@ class Transfer:
             # the thread it is in.
             threads.within(left(), self.there.daemon.probe, is_cancelled)
             self.there.reconnect()
-            if copy:
-                self.there.check_not_full(copy.file)
+            if is_copying:
+                self.there.check_room_left()
 
         sleep(min(RECONNECT_SECONDS, left()))
         try:
