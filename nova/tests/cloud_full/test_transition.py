@@ -137,6 +137,7 @@ class TestThereAndBack(TransitionTestCase):
         self.assert_disks(server, base.SOURCE, directory)
         self.assert_no_disks(server, base.DESTINATION)
         server.migrate(base.DESTINATION)
+        self.assert_counts(server, vda=boots + 2, vdb=boots + 2)
         server.confirm()
         server.migrate(base.SOURCE)
         server.revert()
