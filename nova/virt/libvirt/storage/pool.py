@@ -59,7 +59,6 @@ LONGEST_WAIT = 2
 # it, since libvirt counts this space as available.
 RESERVED_NAME = 'nova-reserved'
 
-
 # Mode of the device of a new logical volume, as udev makes it. Its owner and
 # group are udev's too.
 DEVICE_MODE = 0o660
@@ -293,12 +292,8 @@ class Pool:
 
     def _reserved(self) -> int:
         """Bytes that only root may use, as nova-compute there tells."""
-        try:
-            return self.volume(RESERVED_NAME).length * units.Mi
-        except libvirt.libvirtError as error:
-            if error.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_VOL:
-                raise
-            return 0
+        reserved = self.find(RESERVED_NAME)
+        return reserved.length * units.Mi if reserved else 0
 
     @_retry_busy
     def refresh(self) -> None:
@@ -315,9 +310,18 @@ class Pool:
 
     def delete(self, name: str) -> None:
         """Delete a volume, unless it is gone already."""
-        for volume in self.volumes(name):
-            if volume.name == name:
-                volume.delete()
+        volume = self.find(name)
+        if volume:
+            volume.delete()
+
+    def find(self, name: str) -> Volume | None:
+        """Look a volume up by its name, None if there is none."""
+        try:
+            return self.volume(name)
+        except libvirt.libvirtError as error:
+            if error.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_VOL:
+                raise
+            return None
 
     @_retry_busy
     def volume(self, name: str) -> Volume:

@@ -59,7 +59,7 @@ CONF = nova.conf.CONF
 
 _T = ty.TypeVar('_T')
 
-# A file system that is full may still have as much for itself.
+# A full file system may keep as many bytes for itself.
 KEPT_BYTES = 64 * units.Mi
 
 
@@ -114,11 +114,10 @@ class Place:
 
     def delete(self, name: str) -> None:
         """Delete a file, if it is there."""
-        try:
-            self.find(name).delete()
-        except libvirt.libvirtError as error:
-            if error.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_VOL:
-                raise
+        directory, base = os.path.split(name)
+        pool = self._at(directory)
+        pool.refresh()
+        pool.delete(base)
 
     def make_directory(self, name: str, mode: int) -> None:
         """Create a directory, in one that exists."""
@@ -229,10 +228,8 @@ class Group(Place):
             written as a whole again
         """
         self._pool.refresh()
-        found = self._pool.volumes(name) if again else []
-        volume = next(
-            (volume for volume in found if volume.name == name), None
-        ) or self._pool.create_logical_volume(name, length)
+        volume = (again and self._pool.find(name)) or (
+            self._pool.create_logical_volume(name, length))
         # libvirt 11 ends when an upload goes beyond the end of a device.
         if volume.length < length:
             raise errors.StorageError(
@@ -540,11 +537,11 @@ class Site:
         :raises: Refused, libvirtError, TimeoutError
         """
         # A logical volume has all its room from the start.
-        for place, name in ((self._pool, server_layout.POOL),
-                            (self._directory, server_layout.DIRECTORY)):
+        for place, name, prefix in (
+                (self._pool, server_layout.POOL, self.layout.prefix),
+                (self._directory, server_layout.DIRECTORY, '')):
             needed = self._needed.get(name, 0)
             if place is not None and needed:
-                prefix = (self.layout.prefix if place is self._pool else '')
                 _check_room(place.path, max(0, place.room() - KEPT_BYTES),
                             place.sizes(prefix), needed)
 

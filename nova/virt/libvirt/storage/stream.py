@@ -361,9 +361,8 @@ class _Zeros:
     path = kind = 'memory'
 
     def chunks(self, length: int) -> Chunks:
-        """Yield holes, ``length`` bytes in all."""
-        for start in range(0, length, HOLE_BYTES):
-            yield min(HOLE_BYTES, length - start)
+        """Yield one hole of ``length`` bytes."""
+        yield length
 
 
 class FileSource:
