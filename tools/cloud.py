@@ -72,7 +72,7 @@ NOVA_COMPUTE = ('nova-compute',)
 # The same where libvirt refuses what Nova writes for UEFI.
 COMPUTE_FOR_UEFI = ('python', '-P', '-m', 'lab_compute')
 IMAGES = {'guest': 'raw', 'guest-qcow2': 'qcow2', 'guest-uefi': 'raw'}
-# What some have besides.
+# Further properties of some images.
 PROPERTIES = {'guest-uefi': {'hw_firmware_type': 'uefi',
                              'hw_machine_type': 'q35'}}
 # name -> root disk and ephemeral disk, GiB, and swap disk, MiB
@@ -80,7 +80,7 @@ FLAVORS = {'small': (1, 0, 0), 'large': (2, 0, 0),
            'small-ephemeral': (1, 1, 0), 'large-ephemeral': (2, 2, 0),
            'small-swap': (1, 1, 64), 'large-swap': (2, 2, 128),
            'small-vtpm': (1, 1, 64), 'large-vtpm': (2, 2, 128)}
-# What some have besides.
+# Extra specifications of some flavors.
 EXTRA_SPECS = {name: {'hw:tpm_version': '2.0', 'hw:tpm_model': 'tpm-tis'}
                for name in ('small-vtpm', 'large-vtpm')}
 MEMORY_MIB = 256

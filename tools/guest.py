@@ -266,7 +266,7 @@ def make_grub(work: pathlib.Path, system: pathlib.Path, platform: str,
     """GRUB with its configuration inside: it asks nothing and waits not.
 
     :param find_root: the command that finds the partition of the guest
-    :param module: what GRUB needs besides on this platform
+    :param module: a module of GRUB that only this platform needs
     """
     config = work / f'{platform}.cfg'
     config.write_text(GRUB_CFG.format(

@@ -197,7 +197,7 @@ class Server:
     def counters(self) -> dict[str, int]:
         """The guest's boot counters, by disk, as of its last boot.
 
-        With UEFI it has one more, in the variables: efi.
+        A guest with UEFI has one more counter, in the variables: efi.
         """
         said = self.console()
         found = {name: int(count) for name, count in re.findall(

@@ -79,14 +79,14 @@ LOGICAL_VOLUME = """\
 </volume>
 """
 
-# A qcow2 header that names a backing file: what a guest may write.
+# A qcow2 header that names a backing file. A guest may write one.
 HOSTILE = struct.pack('>4sIQIIQ', b'QFI\xfb', 3, 512, 10, 16, 1 << 40).ljust(
     512, b'\0') + b'/proc/kmsg'
 EXTENT = 4 * 1024 ** 2
 
 
 class Contract:
-    """What the tests share.
+    """Helpers for the tests of a pool.
 
     :ivar connection: connection to the host
     :ivar pool: the pool
@@ -724,7 +724,7 @@ class LogicalContract(Contract):
             libvirt.VIR_ERR_INTERNAL_ERROR, self.make, 'disk',
             self.pool.info()[3] + EXTENT)
 
-        # That of a pool with jobs has the same code.
+        # The error of a pool with jobs has the same code.
         self.assertNotEqual(
             libvirt.VIR_FROM_STORAGE, error.get_error_domain())
         self.assertEqual([], self.pool.listVolumes())

@@ -43,7 +43,7 @@ class DaemonLogicalContractTestCase(
 
     @classmethod
     def setUpClass(cls) -> None:
-        # One extent more, for the description of the group.
+        # LVM takes one more extent for the description of the group.
         run(f'truncate -s {(EXTENTS + 1) * 4}M {FILE}')
         cls.loop = run(f'losetup --find --show {FILE}')
         run(f'vgcreate -q {GROUP} {cls.loop} >&2')

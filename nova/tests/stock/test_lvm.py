@@ -41,7 +41,7 @@ OPTIONS = {
 # QEMU asks of any device whether it has zones. libvirt's profile for AppArmor
 # does not let it, and nothing comes of that.
 HARMLESS = re.compile(r'name="/sys/devices/virtual/block/dm-\d+/queue/zoned"')
-# What must not be read by whoever gets the room next.
+# Content of a guest's disk: the next owner of the space must not read it.
 SECRET = 'the-secret-of-a-guest-'
 
 
@@ -171,7 +171,7 @@ class TestLvm(LvmTestCase):
         sizes = {'disk': 16 * units.Mi, 'disk.eph0': units.Gi,
                  'disk.swap': 16 * units.Mi}
         self.assertEqual(sizes, self.volumes(self.source, uuid))
-        # What a guest may write: it must stay data on every host.
+        # A guest may write the header of an image: no host may probe it.
         self.write(self.source, self.path(uuid, 'disk.eph0'),
                    storage_contract.HOSTILE + SECRET.encode())
         drive = f'/var/lib/nova/instances/{uuid}/disk.config'
@@ -257,7 +257,7 @@ class TestLvm(LvmTestCase):
 
 
 class TestLvmLife(LvmTestCase):
-    """What operators do with a server, apart from migrations."""
+    """Operations on a server other than migrations."""
 
     def setUp(self):
         super().setUp()

@@ -113,7 +113,7 @@ class LvmTestCase(test_storage_migrate.DriverTestCase):
             device.write(data)
 
     def _arrived(self):
-        """What is of the server in the group there, by disk."""
+        """Content of the server's volumes on the destination, by disk."""
         return {name.partition('_')[2]: file.content
                 for name, file in self.dest.logical_volumes(GROUP).items()
                 if name.startswith(uuids.instance)}
