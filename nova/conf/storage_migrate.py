@@ -108,9 +108,11 @@ Cinder, no disk is copied. Its kernel, ramdisk, config drive and vTPM state go
 over libvirt, if it has any of them in files.
 
 Servers with disks in the instance directory are migrated over SSH, unless
-``vol_upload_migration_legacy`` is set too. In a live migration of these
-servers, the config drive and other files that QEMU does not copy go over
-libvirt if both hosts set this option.
+``vol_upload_migration_legacy`` is set too, or all the disks are copy-on-write
+images, which can go into the storage pool of the destination host. In a live
+migration of servers with disks in the instance directory, the config drive and
+other files that QEMU does not copy go over libvirt if both hosts set this
+option.
 
 Related options:
 
@@ -127,9 +129,10 @@ Migrate servers with disks in the instance directory over libvirt too.
 With this option and ``vol_upload_migration``, the disks in the instance
 directory of a server are copied to the same directory on the destination host
 through libvirt's volume streams, instead of with ``scp`` or ``rsync``. The
-destination host needs neither a storage pool nor this driver: Nova's own
-driver can finish the migration there. Neither host needs an SSH daemon, key or
-login for this.
+destination host needs no storage pool. Nova's own driver can finish the
+migration there, but not for raw disks with ``use_cow_images``, and it takes
+neither UEFI variables nor base images that the source host made. Neither host
+needs an SSH daemon, key or login for this.
 
 Servers with ``images_type = lvm``, which Nova's own driver does not migrate,
 are migrated from volume group to volume group. Both hosts need this driver and
@@ -236,7 +239,8 @@ How many cold migrations and resizes from this host copy disks at once.
 Further ones wait in the order in which they came. A server that waits keeps
 running and has nothing on the destination host, and its migration has the
 status ``queued``. Only migrations over libvirt that have disks to copy count,
-and resizes on the host itself. 0 means unlimited.
+and resizes on the host itself of servers with disks in a storage pool. 0 means
+unlimited.
 
 Each server that waits or copies takes one of the threads in which nova-compute
 handles requests: see ``[DEFAULT]executor_thread_pool_size``.
@@ -318,8 +322,9 @@ Interval of the keepalive messages to the destination host, in seconds.
 
 When 5 messages in a row get no answer, the connection is considered lost, and
 all requests that wait for it fail. With the default, this takes about half a
-minute. With ``vol_upload_migration_reconnect_timeout``, a connection is not
-considered lost before that timeout.
+minute. A connection over which a copy runs is not considered lost before
+``vol_upload_migration_reconnect_timeout`` and
+``vol_upload_migration_stall_timeout`` are over.
 
 Related options:
 

@@ -1572,7 +1572,8 @@ class LibvirtDriver(driver.LibvirtDriver):
             LOG.warning(
                 'Volumes in storage pool %(pool)s are raw disks of an earlier '
                 'release: %(raw)s. A guest can write into one what makes '
-                'libvirtd hang. Shelve and unshelve their servers',
+                'libvirtd hang. Cold migrate their servers to a host without '
+                '[libvirt]use_storage_pools',
                 {'pool': CONF.libvirt.disks_pool, 'raw': ', '.join(raw)})
         return bool(raw)
 

@@ -124,7 +124,8 @@ class Peer:
             raise Unusable(
                 f'port {self._port} of {self._host} does not speak TLS as '
                 f'libvirt does: {error}',
-                'Set listen_tls = 1 in its libvirtd.conf')
+                'Start libvirtd-tls.socket there, or set listen_tls = 1 in '
+                'its libvirtd.conf')
         assert data is not None
         return x509.load_der_x509_certificate(data)
 

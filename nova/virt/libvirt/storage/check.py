@@ -252,7 +252,8 @@ class Source(Checks):
             self.pool = storage_pool.Pool.lookup(self._connection, name)
         except (errors.PoolNotFound, errors.PoolInactive):
             raise Problem(f'there is no active storage pool {name}',
-                          'Restart nova-compute on this host')
+                          'Set [libvirt]use_storage_pools, and restart '
+                          'nova-compute on this host')
         path = self._settings.pool_path
         if path is not None and self.pool.path != path.rstrip('/'):
             raise Problem(
@@ -384,8 +385,10 @@ class Destination(Checks):
     def _no_listener(self) -> Problem:
         reason = f'nothing listens on port {self._port} of {self._name}'
         if self._transport != 'tls':
-            return Problem(reason, 'Start libvirtd there with --listen')
-        remedy = ('Start virtproxyd-tls.socket there, or libvirtd with '
+            return Problem(reason, 'Start libvirtd-tcp.socket there, or '
+                           'libvirtd with --listen')
+        remedy = ('Start libvirtd-tls.socket there (virtproxyd-tls.socket '
+                  'with modular daemons), or without systemd libvirtd with '
                   '--listen')
         try:
             _reach(self._name, PORTS['tcp'])

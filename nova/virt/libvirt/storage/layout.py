@@ -96,6 +96,9 @@ OWN_BASES = ('ephemeral', 'swap')
 
 # Files in the instance directory that go along as they are.
 COMPANIONS = ('disk.config', *BOOT_FILES)
+# The way out of a pool for a disk that does not belong in one.
+TAKE_OUT = ('Cold migrate the server to a host with [libvirt]'
+            'vol_upload_migration and without use_storage_pools.')
 
 # Directory in the instance directory in which Nova looks for the state of a
 # server's vTPM.
@@ -477,7 +480,7 @@ class Layout:
                 raise errors.Refused(
                     f'disk {file.path} is a raw disk in a pool, as only an '
                     f'early release made them',
-                    'Shelve and unshelve the server.')
+                    TAKE_OUT)
         return files
 
     def _into_pool(self, file: File) -> File:

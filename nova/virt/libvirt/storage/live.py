@@ -253,7 +253,7 @@ def check(places: layout.Layout, migrate_data,
                 file.format != 'qcow2'):
             raise errors.Refused(
                 f'disk {file.path} is {file.format}, as an early release '
-                f'made it', 'Shelve and unshelve the server.')
+                f'made it', layout.TAKE_OUT)
     return notice
 
 

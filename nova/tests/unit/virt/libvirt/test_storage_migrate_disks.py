@@ -137,7 +137,7 @@ class PlanTestCase(base.DriverTestCase):
 
     def test_raw_disk_in_the_pool(self):
         self._add_disk(disk_format='raw')
-        self._assert_refused('is a raw disk in a pool', 'Shelve and unshelve')
+        self._assert_refused('is a raw disk in a pool', 'Cold migrate the server to')
 
     def test_instances_of_the_destination_are_elsewhere(self):
         self._add_disk()

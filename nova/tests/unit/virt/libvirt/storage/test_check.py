@@ -124,7 +124,7 @@ class SourceTestCase(_CheckTestCase):
     def test_pool_that_is_not_there(self):
         self.source.pools.clear()
         self._only_failure(self._run(), 'no active storage pool nova-disks',
-                           'Restart nova-compute')
+                           'restart nova-compute')
 
     def test_pool_of_another_path(self):
         self.settings['pool_path'] = '/other'

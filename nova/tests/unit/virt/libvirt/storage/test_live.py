@@ -303,7 +303,7 @@ class CheckAtSourceTestCase(SourceTestCase):
     def test_raw_volume_is_refused(self):
         self._add_disk('disk', 'raw')
         self.notice()
-        self.refused('is raw', 'Shelve and unshelve')
+        self.refused('is raw', 'Cold migrate the server to')
 
     def test_disk_that_is_elsewhere_is_refused(self):
         self.add_image()
