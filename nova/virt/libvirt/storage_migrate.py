@@ -34,6 +34,7 @@ import threading
 import time
 import typing as ty
 
+from oslo_concurrency import lockutils
 from oslo_concurrency import processutils
 from oslo_log import log as logging
 from oslo_serialization import jsonutils
@@ -117,12 +118,6 @@ class _Server(ty.NamedTuple):
     block_device_info: ty.Any
 
 
-# Nova could not tell what to delete.
-_HALF_SHARED = _(
-    'Both hosts share either the storage pool or the instance directory of '
-    'the server. Share both or neither.')
-
-
 class _Copy:
     """A migration of a server from this host that is under way.
 
@@ -160,6 +155,7 @@ class _Operation:
     """A live migration of a server from this host that is under way.
 
     :ivar is_stopped: whether it has to end before QEMU begins
+    :ivar has_begun: whether there is a thread that sends, or waits for QEMU
     :ivar is_qemus: whether QEMU may have begun
     :ivar is_known: whether Nova knows how it ended
     :ivar over: set when QEMU does no more
@@ -168,6 +164,7 @@ class _Operation:
 
     def __init__(self):
         self.is_stopped = False
+        self.has_begun = False
         self.is_qemus = False
         self.is_known = False
         self.over = threading.Event()
@@ -989,7 +986,8 @@ class LibvirtDriver(driver.LibvirtDriver):
         if tells:
             try:
                 notice = live.introduce(
-                    layout.Layout.of(instance), CONF.libvirt.use_storage_pools)
+                    layout.Layout.of(instance), instance.host,
+                    CONF.libvirt.use_storage_pools)
             except OSError as error:
                 super().cleanup_live_migration_destination_check(context, data)
                 raise exception.MigrationPreCheckError(
@@ -1028,8 +1026,14 @@ class LibvirtDriver(driver.LibvirtDriver):
             return data
         try:
             disks = self._read_disk_info(instance, block_device_info)
-            sent = self._list_sent(context, instance, places, disks)
-            notice = live.check(places, dest_check_data, disks)
+            notice = live.find_notice(dest_check_data)
+            is_shared = live.shares_pool(places, notice)
+            if is_shared != self._check_shared_storage_test_file(
+                    dest_check_data.filename, instance):
+                raise live.half_shared()
+            live.check(places, notice, disks, is_shared)
+            sent = ([] if is_shared else
+                    self._list_sent(context, instance, places, disks))
             if sent:
                 destination_uri('destination')
         except errors.StorageError as error:
@@ -1063,9 +1067,9 @@ class LibvirtDriver(driver.LibvirtDriver):
             LOG.info("Nova's own code live migrates the server: %s", error,
                      instance=instance)
             return
-        if live.shares_pool(places, notice):
-            raise exception.MigrationPreCheckError(reason=_HALF_SHARED)
         try:
+            if live.shares_pool(places, notice):
+                raise live.half_shared()
             live.check_names(notice)
         except errors.Refused as error:
             raise exception.MigrationPreCheckError(
@@ -1092,20 +1096,13 @@ class LibvirtDriver(driver.LibvirtDriver):
     def _is_shared_block_storage(
         self, instance, dest_check_data, block_device_info=None,
     ):
-        """Whether the destination host sees the server's disks.
-
-        :raises: MigrationPreCheckError if it sees the pool or the instance
-            directory only
-        """
+        """Whether the destination host sees the server's disks."""
         notice = live.Notice.read(dest_check_data)
-        if notice is None or not layout.Layout.of(instance).volumes():
+        places = layout.Layout.of(instance)
+        if notice is None or not places.volumes():
             return super()._is_shared_block_storage(
                 instance, dest_check_data, block_device_info)
-        places = layout.Layout.of(instance)
-        is_shared = live.shares_pool(places, notice)
-        if is_shared != dest_check_data.is_shared_instance_path:
-            raise exception.MigrationPreCheckError(reason=_HALF_SHARED)
-        return is_shared
+        return live.shares_pool(places, notice)
 
     def pre_live_migration(
         self, context, instance, block_device_info, network_info, disk_info,
@@ -1115,6 +1112,15 @@ class LibvirtDriver(driver.LibvirtDriver):
 
         :raises: MigrationPreCheckError
         """
+        with _deciding(instance):
+            return self._pre_live_migration(
+                context, instance, block_device_info, network_info, disk_info,
+                migrate_data)
+
+    def _pre_live_migration(
+        self, context, instance, block_device_info, network_info, disk_info,
+        migrate_data,
+    ):
         places = layout.Layout.of(instance)
         disks = jsonutils.loads(disk_info or '[]')
         notice = None
@@ -1134,11 +1140,10 @@ class LibvirtDriver(driver.LibvirtDriver):
         except Exception:
             with excutils.save_and_reraise_exception():
                 if notice and notice.claim:
-                    # The source host does not learn of the claim.
                     notice.write(migrate_data)
-                    self.rollback_live_migration_at_destination(
+                    self._rollback_live_migration(
                         context, instance, network_info, block_device_info,
-                        migrate_data=migrate_data)
+                        True, migrate_data)
         if notice:
             notice.write(migrate_data)
         return migrate_data
@@ -1165,7 +1170,11 @@ class LibvirtDriver(driver.LibvirtDriver):
         if places.claims():
             self._delete_leftovers(instance, places)
         has_pool = CONF.libvirt.use_storage_pools
-        claim = live.claim(places, instance.host, has_pool)
+        try:
+            claim = live.claim(places, notice, instance.host, has_pool)
+        except errors.Refused as error:
+            raise exception.MigrationPreCheckError(
+                reason=str(error)) from error
         return live.Notice(
             places.pool_path if has_pool else '', sent=notice.sent,
             claim=claim.name, paths=live.paths_here(places, disks, has_pool))
@@ -1185,11 +1194,11 @@ class LibvirtDriver(driver.LibvirtDriver):
                 block_migration, migrate_data)
             return
         operation = self._operations[instance.uuid] = _Operation()
+        address = migrate_data.target_connect_addr or dest
 
         def let_go(*args):
             operation.is_known = True
-            if self._has_left(instance, operation,
-                              migrate_data.target_connect_addr or dest):
+            if self._has_left(instance, operation, address):
                 post_method(*args)
             else:
                 LOG.warning('The server was powered off before it had moved',
@@ -1201,11 +1210,7 @@ class LibvirtDriver(driver.LibvirtDriver):
 
         def take_back(*args, **kwargs):
             operation.is_known = True
-            if operation.has_moved or live.is_in_post_copy(
-                    self._host.get_guest(instance)):
-                raise exception.MigrationError(reason=_(
-                    'A domain of the server is on both hosts. Find out on '
-                    'which one it runs.'))
+            self._check_stayed(instance, operation, address)
             recover_method(*args, **kwargs)
 
         try:
@@ -1214,19 +1219,51 @@ class LibvirtDriver(driver.LibvirtDriver):
                 block_migration, migrate_data)
         except Exception:
             with excutils.save_and_reraise_exception() as ending:
-                if self._has_stayed(instance, operation):
-                    # libvirt did not report in time. The server runs as
-                    # before, and Nova would set its status to ERROR.
-                    take_back(context, instance, dest, migrate_data)
-                    ending.reraise = False
+                # libvirt or the database did not answer in time. Nova would
+                # set the status of the server to ERROR, wherever it runs.
+                if self._is_out_of_sight(operation):
+                    if operation.has_moved:
+                        let_go(context, instance, dest, block_migration,
+                               migrate_data)
+                        ending.reraise = False
+                    elif self._is_active(instance):
+                        take_back(context, instance, dest, migrate_data)
+                        ending.reraise = False
         finally:
             del self._operations[instance.uuid]
 
-    def _has_stayed(self, instance, operation) -> bool:
-        """Whether a server still runs here that Nova has lost sight of."""
-        return (not operation.is_known and
-                operation.over.wait(LIVE_END_SECONDS) and
-                not operation.has_moved and self._is_active(instance))
+    @staticmethod
+    def _is_out_of_sight(operation) -> bool:
+        """Whether Nova does not know how a live migration ended, which did.
+
+        One that has not begun does not begin any more.
+        """
+        if operation.is_known:
+            return False
+        operation.is_stopped = True
+        return not operation.has_begun or operation.over.wait(LIVE_END_SECONDS)
+
+    def _check_stayed(self, instance, operation, dest) -> None:
+        """Check that a server whose live migration failed is here alone.
+
+        If the libvirt daemon here ends in the last moment, it leaves the
+        domain paused, and does not know whether the server has moved.
+
+        :raises: HostError, MigrationError if nobody can tell
+        """
+        guest = self._host.get_guest(instance)
+        has_moved = operation.has_moved or live.is_in_post_copy(guest)
+        if not has_moved and live.is_held(guest):
+            operation.over.wait(LIVE_END_SECONDS)
+            if live.is_held(guest):
+                with self._asking(layout.Layout.of(instance), dest) as move:
+                    has_moved = _native(move.has_moved)
+                if not has_moved:
+                    guest.resume()
+        if has_moved:
+            raise exception.MigrationError(reason=_(
+                'A domain of the server is on both hosts. Find out on which '
+                'one it runs.'))
 
     def _has_left(self, instance, operation, dest) -> bool:
         """Whether nothing here is needed any more of a server that is off.
@@ -1270,7 +1307,11 @@ class LibvirtDriver(driver.LibvirtDriver):
                 context, instance, dest, block_migration, migrate_data, guest,
                 device_names)
             return
-        operation = self._operations[instance.uuid]
+        operation = self._operations.get(instance.uuid)
+        if operation is None:
+            # Nova gave up before this thread began.
+            return
+        operation.has_begun = True
         try:
             if notice.claim and notice.sent:
                 self._send(instance, operation, places, notice,
@@ -1292,6 +1333,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         :raises: MigrationPreCheckError, HostError, Cancelled
         """
         claim = layout.Claim.parse(places.uuid, notice.claim)
+        live.check_sent(notice, self._list_disks(instance))
         with self._copying(instance) as copy, contextlib.ExitStack() as stack:
             operation.check()
             files = stack.enter_context(live.files_to_send(
@@ -1328,6 +1370,15 @@ class LibvirtDriver(driver.LibvirtDriver):
         The call may be late. By then the server may run here, or another
         attempt may be under way.
         """
+        with _deciding(instance):
+            self._rollback_live_migration(
+                context, instance, network_info, block_device_info,
+                destroy_disks, migrate_data)
+
+    def _rollback_live_migration(
+        self, context, instance, network_info, block_device_info,
+        destroy_disks, migrate_data,
+    ) -> None:
         places = layout.Layout.of(instance)
         notice = live.Notice.read(migrate_data)
         if notice and notice.sent is not None and not (
@@ -1914,13 +1965,14 @@ class LibvirtDriver(driver.LibvirtDriver):
         if not _is_abandoned(instance, places) or self._has_domain(instance):
             return
         self._end_transient_pool(places)
-        # While libvirt answered, another attempt may have come under way.
-        instance.refresh()
-        if (places.claims().keys() == claims.keys() and
-                _is_abandoned(instance, places)):
-            LOG.info('Deleting the copy here of the server, which is not '
-                     'needed any more', instance=instance)
-            self._delete_all(instance, places)
+        with _deciding(instance):
+            # While libvirt answered, another attempt may have come under way.
+            instance.refresh()
+            if (places.claims().keys() == claims.keys() and
+                    _is_abandoned(instance, places)):
+                LOG.info('Deleting the copy here of the server, which is not '
+                         'needed any more', instance=instance)
+                self._delete_all(instance, places)
 
     def _refuse_domain(self, instance) -> None:
         """Refuse a server that has a domain on this host.
@@ -2053,6 +2105,14 @@ def _list_new_disks(instance) -> list[str]:
         return []
     return [name for name, size in (('disk.local', old.ephemeral_gb),
                                     ('disk.swap', old.swap)) if not size]
+
+
+def _deciding(instance):
+    """A lock for what makes or deletes files of a server that is to come.
+
+    A late rollback would delete the files of the next attempt.
+    """
+    return lockutils.lock(f'storage-migrate-{instance.uuid}')
 
 
 def _is_abandoned(instance, places) -> bool:

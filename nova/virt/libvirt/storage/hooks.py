@@ -89,6 +89,10 @@ HOOKS = {
         ('context', 'instance', 'dest_check_data', 'block_device_info'),
         'Refuses a live migration to a host that cannot take the disks, and '
         'lists the files that QEMU does not copy.'),
+    '_check_shared_storage_test_file': Hook(
+        ('filename', 'instance'),
+        'Finds out whether the destination host sees the instances '
+        'directory.', overridden=False),
     '_is_shared_block_storage': Hook(
         ('instance', 'dest_check_data', 'block_device_info'),
         'Finds out whether the destination host sees disks in the pool.'),

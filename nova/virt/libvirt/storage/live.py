@@ -71,7 +71,7 @@ class Notice:
     :ivar sent: names of the files that the source host sends; None if it has
         not told
     :ivar claim: name of the claim on the server's files on the destination
-        host
+        host, before it is made too
     :ivar paths: where the destination host has the disks, by the names of
         their files on the source host
     """
@@ -113,26 +113,29 @@ def _devices(migrate_data) -> list[ty.Any]:
 
 # The destination host.
 
-def introduce(places: layout.Layout, has_pool: bool) -> Notice:
+def introduce(places: layout.Layout, source: str, has_pool: bool) -> Notice:
     """Tell the source host what it has to know before it decides.
 
     Makes a file in the pool, to see whether the hosts share it. Its name is
     not that of a volume of the server, which may have none.
 
+    :param source: name of the source host
     :param has_pool: whether new servers have their disks in the pool here
     :raises: OSError
     """
+    claim = layout.Claim(places.uuid, uuidutils.generate_uuid(), source).name
     in_the_way = []
     if not places.claims():
         in_the_way = [path for path in [
             *places.volumes(), places.directory, places.kept_directory]
             if os.path.exists(path)]
     if not has_pool:
-        return Notice('', in_the_way=in_the_way)
+        return Notice('', in_the_way=in_the_way, claim=claim)
     descriptor, marker = tempfile.mkstemp(
         prefix=f'{places.uuid}-live-', dir=places.pool_path)
     os.close(descriptor)
-    return Notice(places.pool_path, os.path.basename(marker), in_the_way)
+    return Notice(places.pool_path, os.path.basename(marker), in_the_way,
+                  claim=claim)
 
 
 def delete_markers(pool_path: str) -> None:
@@ -152,7 +155,7 @@ def delete_markers(pool_path: str) -> None:
                     os.unlink(entry.path)
 
 
-def claim(places: layout.Layout, source: str,
+def claim(places: layout.Layout, notice: Notice, source: str,
           has_pool: bool) -> layout.Claim:
     """Take possession of the names of a server's files on this host.
 
@@ -161,11 +164,18 @@ def claim(places: layout.Layout, source: str,
     the guest says on its console. nova-compute here deletes the files if the
     attempt is abandoned.
 
+    :param notice: what introduce() made. The source host knows the claim from
+        it, whatever becomes of the answer to this step
     :param source: name of the source host
     :param has_pool: see introduce()
-    :raises: OSError
+    :raises: OSError, Refused
     """
-    made = layout.Claim(places.uuid, uuidutils.generate_uuid(), source)
+    made = layout.Claim.parse(places.uuid, notice.claim)
+    if made is None or made.source != source or not (
+            uuidutils.is_uuid_like(made.attempt)):
+        raise errors.Refused(
+            f'{source} names another claim than this host has told it',
+            'Repeat the live migration.')
     paths = [os.path.join(places.parent, made.arrived_name)]
     if has_pool:
         paths.insert(0, os.path.join(places.pool_path, made.name))
@@ -232,13 +242,10 @@ def record_shared(places: layout.Layout) -> None:
 
 # The source host.
 
-def check(places: layout.Layout, migrate_data,
-          disks: list[dict[str, ty.Any]]) -> Notice:
-    """Check that the server can be live migrated to the destination host.
+def find_notice(migrate_data) -> Notice:
+    """What the destination host of a server with volumes tells.
 
-    :param disks: what Nova's driver says of the disks of the domain
-    :returns: what the destination host tells
-    :raises: Refused
+    :raises: Refused if it tells nothing
     """
     notice = Notice.read(migrate_data)
     if notice is None:
@@ -246,7 +253,29 @@ def check(places: layout.Layout, migrate_data,
             'the disks of the server are in a storage pool, and the '
             'destination has none',
             'Set [libvirt]use_storage_pools there, with this driver.')
-    if not shares_pool(places, notice):
+    return notice
+
+
+def half_shared() -> errors.Refused:
+    """The refusal of hosts that share one place of disks, not the other.
+
+    Nova could not tell what to delete.
+    """
+    return errors.Refused(
+        'both hosts share either the storage pool or the instance directory '
+        'of the server', 'Share both or neither.')
+
+
+def check(places: layout.Layout, notice: Notice,
+          disks: list[dict[str, ty.Any]], is_shared: bool) -> None:
+    """Check that the server can be live migrated to the destination host.
+
+    :param notice: what the destination host tells
+    :param disks: what Nova's driver says of the disks of the domain
+    :param is_shared: whether both hosts see them
+    :raises: Refused
+    """
+    if not is_shared:
         check_names(notice)
     for file in places.plan(disks):
         if notice.path and file.place == layout.POOL and (
@@ -254,7 +283,6 @@ def check(places: layout.Layout, migrate_data,
             raise errors.Refused(
                 f'disk {file.path} is {file.format}, as an early release '
                 f'made it', layout.TAKE_OUT)
-    return notice
 
 
 def check_room(places: layout.Layout, bases: list[str]) -> None:
@@ -280,6 +308,32 @@ def is_in_post_copy(guest: libvirt_guest.Guest) -> bool:
     return state == libvirt.VIR_DOMAIN_PAUSED and reason in (
         libvirt.VIR_DOMAIN_PAUSED_POSTCOPY,
         libvirt.VIR_DOMAIN_PAUSED_POSTCOPY_FAILED)
+
+
+def is_held(guest: libvirt_guest.Guest) -> bool:
+    """Whether a domain here is paused until a migration has ended."""
+    return guest._domain.state() == [
+        libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION]
+
+
+def check_sent(notice: Notice, disks: ty.Iterable[ty.Any]) -> None:
+    """Check that the destination host asks for what it may have.
+
+    It repeats what list_sent() has told it. Another name may be the path of
+    another server's disk, and the head of a raw disk may name any file.
+
+    :param disks: of the domain here, as Nova reads its XML
+    :raises: Refused
+    """
+    known = {os.path.basename(disk.source_path) for disk in disks
+             if disk.source_path and (
+                 disk.readonly or disk.driver_format == 'qcow2')}
+    unknown = set(notice.sent or []) - known - set(layout.BOOT_FILES)
+    if unknown:
+        raise errors.Refused(
+            f'the destination host asks for {", ".join(sorted(unknown))}, '
+            f'which is nothing to send',
+            'Find out what runs as nova-compute there.')
 
 
 def check_names(notice: Notice) -> None:

@@ -11,10 +11,12 @@
 #    under the License.
 
 import contextlib
+import copy
 import errno
 import os
 import subprocess
 import tempfile
+import threading
 from unittest import mock
 
 import ddt
@@ -23,6 +25,7 @@ from lxml import etree
 from oslo_serialization import jsonutils
 from oslo_utils.fixture import uuidsentinel as uuids
 from oslo_utils import units
+from oslo_utils import uuidutils
 
 from nova.compute import task_states
 from nova.compute import vm_states
@@ -79,7 +82,8 @@ class LiveTestCase(test_storage_migrate.DriverTestCase):
             'task_state': task_states.MIGRATING})
         self.data = objects.LibvirtLiveMigrateData(
             is_shared_instance_path=False, is_shared_block_storage=False,
-            block_migration=True, instance_relative_path=uuids.instance)
+            block_migration=True, instance_relative_path=uuids.instance,
+            filename='test')
         self.exists = self.patch('instance_exists', return_value=False)
         self.has_domain = self.patch('_has_domain', return_value=False)
 
@@ -99,13 +103,18 @@ class LiveTestCase(test_storage_migrate.DriverTestCase):
 
     def notice(self, **about):
         live.Notice(**{'path': '/srv/disks', 'marker': 'elsewhere',
-                       **about}).write(self.data)
+                       'claim': self.claim_name(), **about}).write(self.data)
+
+    @staticmethod
+    def claim_name(attempt=uuids.attempt, source='source'):
+        return layout.Claim(uuids.instance, attempt, source).name
 
     def claims(self):
         return list(set(self.places.claims().values()))
 
     def add_claim(self, source='source'):
-        return live.claim(self.places, source, True)
+        return live.claim(self.places, live.Notice('', claim=self.claim_name(
+            uuidutils.generate_uuid(), source)), source, True)
 
 
 class NoticeTestCase(LiveTestCase):
@@ -124,7 +133,8 @@ class NoticeTestCase(LiveTestCase):
         carried = objects.LibvirtLiveMigrateData.obj_from_primitive(
             jsonutils.loads(jsonutils.dumps(self.data.obj_to_primitive())))
         self.assertEqual(
-            live.Notice('/srv/disks', 'elsewhere', sent=['b']),
+            live.Notice('/srv/disks', 'elsewhere', sent=['b'],
+                        claim=self.claim_name()),
             live.Notice.read(carried))
         self.assertEqual([uuids.volume, live.SERIAL],
                          [device.serial for device in carried.bdms])
@@ -212,7 +222,8 @@ class CheckAtDestinationTestCase(LiveTestCase):
 
     def test_without_a_pool_it_tells_that_it_has_files(self):
         self.flags(use_storage_pools=False, group='libvirt')
-        self.assertEqual(live.Notice(''), self.check())
+        notice = self.check()
+        self.assertEqual(live.Notice('', claim=notice.claim), notice)
         self.assertEqual([], self._volumes())
         with self.novas('cleanup_live_migration_destination_check'):
             self.driver.cleanup_live_migration_destination_check(
@@ -256,6 +267,8 @@ class SourceTestCase(LiveTestCase):
         self.disks = []
         self.patch('_list_read_only', return_value=set())
         self.lost = self.patch('_lost_bases', return_value=[])
+        self.shares_directory = self.patch(
+            '_check_shared_storage_test_file', return_value=False)
         self.useFixture(fixtures.MockPatchObject(
             layout, 'backing_file', return_value=None))
 
@@ -295,10 +308,20 @@ class CheckAtSourceTestCase(SourceTestCase):
         self.notice(in_the_way=['/srv/disks/a', '/instances/a'])
         self.refused('/srv/disks/a, /instances/a', 'delete')
 
-    def test_own_volumes_are_not_in_the_way_in_a_shared_pool(self):
+    def test_own_volumes_are_not_in_the_way_on_shared_storage(self):
         volume = self.add_image()
         self.notice(marker=volume, in_the_way=[volume])
+        self.shares_directory.return_value = True
         self.check()
+
+    def test_nothing_is_sent_on_shared_storage(self):
+        volume = self.add_image(base='abc')
+        self.lost.return_value = ['/nowhere/abc']
+        self.flags(vol_upload_migration_uri='qemu+tcp://%%s/system?%s',
+                   group='libvirt')
+        self.notice(marker=volume)
+        self.shares_directory.return_value = True
+        self.assertEqual([], self.sent())
 
     def test_raw_volume_is_refused(self):
         self._add_disk('disk', 'raw')
@@ -315,17 +338,17 @@ class CheckAtSourceTestCase(SourceTestCase):
     @ddt.data((False, False), (False, True), (True, False), (True, True))
     @ddt.unpack
     def test_both_places_are_shared_or_neither(self, directory, pool):
+        """The directory there that is in the way may be this host's own."""
         volume = self.add_image()
-        self.notice(marker=volume if pool else 'elsewhere')
-        self.data.is_shared_instance_path = directory
+        self.notice(marker=volume if pool else 'elsewhere',
+                    in_the_way=[self.directory] if directory else [])
+        self.shares_directory.return_value = directory
         if directory == pool:
+            self.check()
             self.assertEqual(pool, self.driver._is_shared_block_storage(
                 self.instance, self.data))
         else:
-            self.assertRaises(
-                exception.MigrationPreCheckError,
-                self.driver._is_shared_block_storage, self.instance,
-                self.data)
+            self.refused('both hosts share either')
 
     def test_raw_volume_may_leave_the_pool(self):
         self._add_disk('disk', 'raw')
@@ -514,6 +537,8 @@ class PrepareTestCase(LiveTestCase):
         notice = self.prepare((self.there('disk'), 'qcow2', ''))
         made, = self.claims()
         self.assertEqual('source', made.source)
+        # The source host knows it, also if this answer is lost.
+        self.assertEqual(self.claim_name(), made.name)
         self.assertEqual(made.name, notice.claim)
         self.assertEqual([made.name], self._volumes())
         self.assertEqual(
@@ -697,7 +722,8 @@ class EndTestCase(LiveTestCase):
     def test_files_are_flushed_where_there_is_no_pool(self):
         disk = self._add_file('disk', b'')
         self._add_record({disk: 'qcow2'})
-        live.claim(self.places, 'source', False)
+        live.claim(self.places, live.Notice('', claim=self.claim_name()),
+                   'source', False)
         os.rmdir(self.pool_path)
         with mock.patch.object(layout, 'flush') as flush:
             self.end()
@@ -803,6 +829,42 @@ class EndTestCase(LiveTestCase):
         self.assertEqual([True], self.roll_back(
             sent=[], claim=self.add_claim().name))
 
+    def test_next_attempt_waits_for_the_rollback_of_the_last(self):
+        """The deletion of large files takes its time."""
+        self.notice(sent=[], claim=self.add_claim().name)
+        last = copy.deepcopy(self.data)
+        self.notice(sent=[])
+        next_one = threading.Thread(
+            target=self.driver.pre_live_migration,
+            args=(self.context, self.instance, {}, [], '[]', self.data))
+
+        def delete(*_args):
+            next_one.start()
+            next_one.join(0.2)
+            local.delete_all(self.places)
+
+        with (self.novas('pre_live_migration', return_value=self.data),
+              self.novas('rollback_live_migration_at_destination',
+                         side_effect=delete)):
+            self.driver.rollback_live_migration_at_destination(
+                self.context, self.instance, [], {}, True, last)
+            next_one.join()
+        self.assertEqual([self.claim_name()],
+                         [claim.name for claim in self.claims()])
+
+    @ddt.data('', 'a', 'other', '../../tmp/a')
+    def test_source_that_names_another_claim_is_refused(self, claim):
+        self.notice(sent=[], claim={
+            '': '', 'other': self.claim_name(source='other')}.get(
+                claim, self.claim_name(claim)))
+        with self.novas('pre_live_migration') as nova:
+            self.assertRaises(
+                exception.MigrationPreCheckError,
+                self.driver.pre_live_migration, self.context, self.instance,
+                {}, [], '[]', self.data)
+        nova.assert_not_called()
+        self.assertEqual([], self.claims())
+
     def test_rollback_without_a_notice_keeps_volumes(self):
         self.assertEqual([False], self.roll_back())
 
@@ -847,6 +909,8 @@ class OperationTestCase(LiveTestCase):
     def operate(self, **nova):
         self.operation = storage_migrate._Operation()
         self.driver._operations[uuids.instance] = self.operation
+        self.driver._list_disks.return_value = (
+            guest.Guest(self.domain).get_all_disks())
         with self.novas('_live_migration_operation', **nova) as self.nova:
             self.driver._live_migration_operation(
                 self.context, self.instance, 'other', True, self.data,
@@ -905,6 +969,12 @@ class OperationTestCase(LiveTestCase):
     def add_destination(self):
         """What the destination has made, and told of it."""
         made = layout.Claim(uuids.instance, 'a', 'source')
+        self.domain.XMLDesc.return_value = (
+            self.domain.XMLDesc.return_value.replace('</devices>', '''
+                <disk type='file'>
+                  <driver name='qemu' type='qcow2'/>
+                  <source file='%s/%s_disk.eph0'/><target dev='vdc'/>
+                </disk></devices>''' % (self.pool_path, uuids.instance)))
         self.dest.add_volume('nova-disks', made.name, b'')
         self.dest.add_file(f'{self.directory}/disk.info', b'{}')
         self._add_file('disk.config', b'config')
@@ -956,10 +1026,15 @@ class OperationTestCase(LiveTestCase):
         self.assertEqual([], list(self.dest.pools))
         self.assertEqual(['disk.config'], os.listdir(self.directory))
 
-    @ddt.data('claim', 'host')
+    @ddt.data('claim', 'host', '/srv/other/disk', '../other/disk', 'vdb')
     def test_qemu_does_not_begin_without_them(self, what):
         self.add_destination()
-        if what == 'claim':
+        if what not in ('claim', 'host'):
+            # Whatever runs there may ask for anything.
+            notice = live.Notice.read(self.data)
+            notice.sent.append(what)
+            notice.write(self.data)
+        elif what == 'claim':
             self.dest.add_volume('nova-disks', layout.Claim(
                 uuids.instance, 'b', 'other').name, b'')
         else:
@@ -1009,6 +1084,7 @@ class OperationTestCase(LiveTestCase):
         self.add_destination()
         operation = storage_migrate._Operation()
         operation.is_stopped = True
+        self.notice(sent=['kernel'], claim=self.claim_name())
         self.assertRaises(
             errors.Cancelled, self.driver._send, self.instance, operation,
             self.places, live.Notice.read(self.data), 'dest')
@@ -1145,18 +1221,46 @@ class LeaveTestCase(LiveTestCase):
     @ddt.data((True, 'RUNNING_BOOTED', False),
               (False, 'PAUSED_POSTCOPY', False),
               (False, 'PAUSED_POSTCOPY_FAILED', False),
-              (False, 'PAUSED_USER', True), (False, 'RUNNING_BOOTED', True))
+              (False, 'PAUSED_USER', True), (False, 'RUNNING_BOOTED', True),
+              (False, 'PAUSED_MIGRATION', True))
     @ddt.unpack
     def test_destination_is_cleared_only_if_the_guest_is_here(
             self, has_moved, reason, cleared):
         """Nova takes a domain that is paused for one that runs."""
-        reasons = getattr(libvirt, f'VIR_DOMAIN_{reason}')
+        domain = self.let_fail(has_moved, reason)
+        self.assertEqual(cleared, self.recover.called)
+        self.assertEqual(
+            reason == 'PAUSED_MIGRATION', domain.resume.called)
+
+    @ddt.data(True, False, None)
+    def test_domain_that_a_dead_daemon_has_left_paused(self, active):
+        """Where libvirt ended in the last moment, only the other knows."""
+        if active is None:
+            self.data.target_connect_addr = 'nowhere'
+        else:
+            self.dest.add_domain(uuids.instance, active=active)
+        domain = self.let_fail(False, 'PAUSED_MIGRATION')
+        self.recover.assert_not_called()
+        domain.resume.assert_not_called()
+
+    def test_domain_goes_on_as_libvirt_ends_the_migration(self):
+        domain = self.let_fail(False, 'PAUSED_MIGRATION', 'RUNNING_BOOTED')
+        self.recover.assert_called_once()
+        domain.resume.assert_not_called()
+
+    def let_fail(self, has_moved, *reasons):
+        """Let a live migration fail, and the domain have states."""
+        states = [[getattr(libvirt, f'VIR_DOMAIN_{reason.partition("_")[0]}'),
+                   getattr(libvirt, f'VIR_DOMAIN_{reason}')]
+                  for reason in reasons]
         domain = mock.Mock()
-        domain.state.return_value = [getattr(
-            libvirt, f'VIR_DOMAIN_{reason.partition("_")[0]}'), reasons]
+        # The first of two states is asked for twice.
+        domain.state.side_effect = [states[0]] * 2 + [states[-1]] * 2
 
         def novas(context, instance, dest, post, recover, *others):
-            self.driver._operations[uuids.instance].has_moved = has_moved
+            operation = self.driver._operations[uuids.instance]
+            operation.has_moved = has_moved
+            operation.over.set()
             recover(context, instance, dest, self.data,
                     migration_status='failed')
 
@@ -1167,15 +1271,16 @@ class LeaveTestCase(LiveTestCase):
                 self.driver.live_migration(
                     self.context, self.instance, 'other', self.post,
                     self.recover, True, self.data)
-            except exception.MigrationError:
-                self.assertFalse(cleared)
-        self.assertEqual(cleared, self.recover.called)
+            except (exception.MigrationError, errors.HostError):
+                self.recover.assert_not_called()
+        return domain
 
-    def lose_sight(self, has_moved=False, over=True, active=True,
+    def lose_sight(self, has_moved=False, begun=True, over=True, active=True,
                    post=False):
         """Nova's monitor fails, as where libvirt does not answer in time."""
         def novas(*args):
             operation = self.driver._operations[uuids.instance]
+            operation.has_begun = begun
             operation.has_moved = has_moved
             if over:
                 operation.over.set()
@@ -1201,7 +1306,21 @@ class LeaveTestCase(LiveTestCase):
             self.context, self.instance, 'other', self.data)
         self.assertEqual({}, self.driver._operations)
 
-    @ddt.data({'has_moved': True}, {'over': False}, {'active': False},
+    def test_server_of_which_nova_lost_sight_has_moved(self):
+        self.lose_sight(has_moved=True)
+        self.assert_moved()
+
+    def test_live_migration_that_has_not_begun_does_not_begin(self):
+        self.lose_sight(begun=False, over=False)
+        self.recover.assert_called_once()
+        with self.novas('_live_migration_operation') as nova:
+            self.driver._live_migration_operation(
+                self.context, self.instance, 'other', True, self.data,
+                mock.Mock(), [])
+        nova.assert_not_called()
+
+    @ddt.data({'over': False}, {'active': False},
+              {'active': False, 'begun': False, 'over': False},
               {'has_moved': True, 'post': True})
     def test_server_that_may_be_elsewhere_is_novas(self, how):
         self.assertRaises(test.TestingException, self.lose_sight, **how)
@@ -1280,6 +1399,6 @@ class FilesToSendTestCase(LiveTestCase):
 
     def test_refusal_fits_into_what_nova_shows(self):
         error = self.assertRaises(
-            errors.Refused, live.check, self.places, self.data, [])
+            errors.Refused, live.find_notice, self.data)
         self.assertLessEqual(len(str(error)), errors.MESSAGE_LENGTH)
         self.assertTrue(str(error).endswith(error.remedy))
