@@ -436,7 +436,7 @@ class LibvirtDriver(driver.LibvirtDriver):
                 instance.host == CONF.host):
             # It came with a migration that failed before Nova moved it. The
             # server would start with a new vTPM.
-            _native(vtpm.put_back, places)
+            vtpm.put_back(places)
         super()._hard_reboot(context, instance, *args, **kwargs)
 
     def migrate_disk_and_power_off(
@@ -478,7 +478,7 @@ class LibvirtDriver(driver.LibvirtDriver):
             copy, turn = self._begin_copy(instance, places, stack)
             disk_info, files, move = prepare(stack)
             with _refused_on_error(instance):
-                _native(_delete_stale, places)
+                _delete_stale(places)
             if not disk_info or move.there.is_shared:
                 turn.leave()
             elif turn.ahead:
@@ -631,10 +631,10 @@ class LibvirtDriver(driver.LibvirtDriver):
         variables = self._read_nvram(instance)
         if move.there.is_shared:
             if variables is not None and hooks.keeps_nvram():
-                _native(nvram.write, places.nvram_path, variables)
+                nvram.write(places.nvram_path, variables)
             # The destination host takes it. The original is for a revert.
-            steps.push(_native, vtpm.drop_saved, places)
-            _native(vtpm.save, places, places.saved_vtpm_path)
+            steps.push(vtpm.drop_saved, places)
+            vtpm.save(places, places.saved_vtpm_path)
             _native(layout.write_record, places.record_path,
                     places.formats() | move.formats())
             return
@@ -655,7 +655,7 @@ class LibvirtDriver(driver.LibvirtDriver):
             copy, turn = self._begin_copy(instance, places, stack)
             disk_info = self._prepare_here(server, places, flavor)
             with _refused_on_error(instance):
-                _native(_delete_stale, places)
+                _delete_stale(places)
             if turn.ahead:
                 self._wait_for_turn(server, copy, turn, CONF.host)
                 disk_info = self._prepare_here(server, places, flavor)
@@ -671,8 +671,8 @@ class LibvirtDriver(driver.LibvirtDriver):
                              *(info['path'] for info in disk_info)]:
                     self._copy_here(copy, places.kept_path(path), path)
                 copy.check()
-                _native(vtpm.keep, places)
-                _native(_copy_kept_nvram, places)
+                vtpm.keep(places)
+                _copy_kept_nvram(places)
         return jsonutils.dumps(disk_info)
 
     def _copy_nvram_here(self, server, places, was_running) -> None:
@@ -685,7 +685,7 @@ class LibvirtDriver(driver.LibvirtDriver):
             copy.off_since = time.monotonic()
             steps.push(self._start_again, server, copy, was_running, steps)
             steps.push(self._restore, copy, places, local.restore_directory)
-            _native(_copy_kept_nvram, places)
+            _copy_kept_nvram(places)
 
     def _prepare_here(
         self, server, places, flavor,
@@ -823,7 +823,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         # the state that arrived.
         places = layout.Layout.of(instance)
         if _is_switched_on() and vtpm.is_saved(places):
-            _native(vtpm.delete, places)
+            vtpm.delete(places)
         super()._finish_migration_vtpm(context, instance)
 
     def _finish_revert_migration_vtpm(self, context, instance):
@@ -834,8 +834,8 @@ class LibvirtDriver(driver.LibvirtDriver):
         if _is_switched_on() or instance.old_flavor is None:
             places = layout.Layout.of(instance)
             if instance.task_state == task_states.RESIZE_MIGRATING:
-                _native(vtpm.drop_half, places)
-            _native(vtpm.put_back, places)
+                vtpm.drop_half(places)
+            vtpm.put_back(places)
         if instance.old_flavor is not None:
             super()._finish_revert_migration_vtpm(context, instance)
 
@@ -858,7 +858,7 @@ class LibvirtDriver(driver.LibvirtDriver):
 
     def _delete_reverted(self, instance) -> None:
         places = layout.Layout.of(instance)
-        _native(vtpm.delete, places)
+        vtpm.delete(places)
         _native(local.delete_disks, places, _list_new_disks(instance))
         # Where the source host kept it beside this one, Nova deletes it.
         if (CONF.libvirt.vol_upload_migration and
@@ -2008,7 +2008,7 @@ class LibvirtDriver(driver.LibvirtDriver):
             return
         try:
             _native(restore, places)
-            _native(vtpm.put_back, places)
+            vtpm.put_back(places)
         except Exception as error:
             raise errors.NotRestored(
                 f'The original disks could not be put back: {error}'
@@ -2278,9 +2278,9 @@ def _delete_stale(places: layout.Layout) -> None:
 
     :raises: OSError
     """
-    local.remove_stale_directory(places)
+    _native(local.remove_stale_directory, places)
     # A claim stays if Nova's own driver finished the migration to here.
-    local.drop_claims(places)
+    _native(local.drop_claims, places)
     if os.path.exists(places.vtpm_path):
         # An interrupted revert left it, and the next one would restore it.
         vtpm.drop_saved(places)

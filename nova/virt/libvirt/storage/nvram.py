@@ -16,6 +16,9 @@
 libvirt has them in a directory of QEMU's, which nova-compute cannot enter, and
 of which no pool may be made: guests write these files. Where a server comes
 to, they are in its instance directory, and its domain names them there.
+
+Nova's privsep reads them, in the calling green thread: it never wakes a native
+one up.
 """
 
 import os
@@ -27,6 +30,7 @@ from oslo_utils import units
 import nova.privsep.path
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import layout
+from nova.virt.libvirt.storage import threads
 
 # Where libvirt has them.
 DIRECTORY = '/var/lib/libvirt/qemu/nvram'
@@ -134,7 +138,7 @@ def write(path: str, content: bytes) -> None:
     :raises: StorageError, OSError; what was there is there
     """
     if not _has(path, content):
-        layout.replace(path, content, _MODE)
+        threads.off_hub(layout.replace, path, content, _MODE)
 
 
 def _has(path: str, content: bytes) -> bool:

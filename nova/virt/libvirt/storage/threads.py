@@ -177,7 +177,8 @@ def _record(
 ) -> None:
     try:
         outcome['result'] = function()
-    except Exception as error:
+    except BaseException as error:
+        # The caller waits for a result, whatever ends the thread.
         # Without the frames of libvirt's module: an error that is kept would
         # keep alive what these frames refer to.
         outcome['error'] = error.with_traceback(None)

@@ -20,6 +20,9 @@ to another file system.
 
 The server is off whenever one of these is called. libvirt gives the state to
 the user of the emulator as the server starts.
+
+What takes Nova's privsep runs in the calling green thread: privsep never wakes
+a native one up.
 """
 
 import filecmp
@@ -28,6 +31,7 @@ import shutil
 
 import nova.privsep.path
 from nova.virt.libvirt.storage import layout
+from nova.virt.libvirt.storage import threads
 from nova.virt.libvirt import utils as libvirt_utils
 
 # Directory beside a saved state in which a copy is made.
@@ -58,8 +62,9 @@ def save(places: layout.Layout, directory: str) -> None:
     if os.path.exists(places.vtpm_path):
         _own(places.vtpm_path)
         _remove(directory)
-        _copy(places.vtpm_path, os.path.join(directory, places.uuid),
-              os.path.join(directory, _PART))
+        threads.off_hub(
+            _copy, places.vtpm_path, os.path.join(directory, places.uuid),
+            os.path.join(directory, _PART))
 
 
 def is_saved(places: layout.Layout) -> bool:
@@ -95,7 +100,7 @@ def put_back(places: layout.Layout) -> None:
         delete(places)
         # Nova moves it, maybe to another file system.
         copy = os.path.join(part, places.uuid)
-        shutil.copytree(saved, copy)
+        threads.off_hub(shutil.copytree, saved, copy)
         libvirt_utils.restore_vtpm_dir(copy)
         os.rename(saved, copy)
         _remove(part)

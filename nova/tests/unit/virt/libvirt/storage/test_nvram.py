@@ -24,6 +24,7 @@ from oslo_utils.fixture import uuidsentinel as uuids
 from nova.compute import power_state
 from nova import exception
 from nova import test
+from nova.tests.fixtures import privileged
 from nova.tests.unit.virt.libvirt.storage import test_hostile
 from nova.tests.unit.virt.libvirt.storage import test_no_files
 from nova.tests.unit.virt.libvirt import test_storage_migrate
@@ -169,7 +170,8 @@ class NvramMixin:
         super().setUp()
         self.variables = b'before it was off'
         self.last_bytes = self.useFixture(fixtures.MockPatch(
-            'nova.privsep.path.last_bytes', self._read)).mock
+            'nova.privsep.path.last_bytes',
+            side_effect=privileged.privileged(self._read))).mock
         self.guest = self.useFixture(fixtures.MockPatchObject(
             self.driver._host, 'get_guest')).mock.return_value
         self.guest.get_xml_desc.return_value = DOMAIN.format(

@@ -31,6 +31,7 @@ from nova.compute import task_states
 from nova import exception
 from nova.tests import crashing
 from nova.tests.fixtures import libvirt_storage
+from nova.tests.fixtures import privileged
 from nova.tests.unit.virt.libvirt.storage import test_directory
 from nova.tests.unit.virt.libvirt import test_storage_migrate
 from nova.virt.libvirt import driver
@@ -197,7 +198,7 @@ class PrivilegedMixin:
         for name, function in (('chown', self.chown), ('rmdir', os.rmdir),
                                ('move_tree', shutil.move)):
             self.useFixture(fixtures.MonkeyPatch(
-                f'nova.privsep.path.{name}', function))
+                f'nova.privsep.path.{name}', privileged.privileged(function)))
         self.flags(swtpm_user=pwd.getpwuid(os.geteuid()).pw_name,
                    swtpm_group=grp.getgrgid(os.getegid()).gr_name,
                    group='libvirt')
