@@ -297,10 +297,10 @@ class LibvirtDriver(driver.LibvirtDriver):
         server next, and would leave the migration as one that is under way,
         and the server's allocation at the destination.
         """
-        migration.status = 'error'
-        migration.save()
         report.report_client_singleton().move_allocations(
             context, migration.uuid, instance.uuid)
+        migration.status = 'error'
+        migration.save()
 
     def _offer_revert(self, context, instance, migration) -> None:
         """Give a server a state that an operator can do something with.
@@ -312,6 +312,8 @@ class LibvirtDriver(driver.LibvirtDriver):
         """
         values = {'host': migration.source_compute, 'uuid': instance.uuid}
         if CONF.resize_confirm_window:
+            report.report_client_singleton().delete_allocation_for_instance(
+                context, migration.uuid, consumer_type='migration')
             migration.status = 'error'
             instance.vm_state = vm_states.ERROR
             message = ('nova-compute ended before the migration of the server '
@@ -373,8 +375,10 @@ class LibvirtDriver(driver.LibvirtDriver):
         if is_leftover:
             self._delete_leftovers(instance, places)
         elif claims:
-            self._end_transient_pool(places)
-            _native(local.drop_claims, places)
+            raise exception.MigrationError(reason=_refuse_claims(claims))
+        elif instance.host != CONF.host:
+            # Its pool may have another path here.
+            _native(live.record_shared, places)
 
     @staticmethod
     def _check_other_cell(instance) -> None:
@@ -424,6 +428,8 @@ class LibvirtDriver(driver.LibvirtDriver):
     def _hard_reboot(self, context, instance, *args, **kwargs):
         """Start a server that is this host's, whatever ended before."""
         places = layout.Layout.of(instance)
+        if local.is_half_copied(places):
+            _native(local.restore, places)
         is_unfinished = local.has_kept_directory(places) or places.claims()
         if is_unfinished and instance.host == CONF.host:
             _native(local.recover_directory, places)
@@ -457,19 +463,23 @@ class LibvirtDriver(driver.LibvirtDriver):
         places = layout.Layout.of(instance)
         server = _Server(context, instance, network_info, block_device_info)
         is_here = dest == self.get_host_ip_addr()
-        enters_pool = not is_here and self._enters_pool(server, places, dest)
         if is_here and places.volumes():
             return self._copy_here_and_power_off(
                 server, places, flavor, timeout, retry_interval)
-        if is_here or not (
-                enters_pool or self._moves_over_libvirt(places, dest)):
+        with _refused_on_error(instance):
+            enters_pool = not is_here and self._enters_pool(
+                server, places, dest)
+            is_novas = is_here or not (
+                enters_pool or self._moves_over_libvirt(places, dest))
+        if is_novas:
             has_nvram = is_here and os.path.isfile(places.nvram_path)
-            was_running = has_nvram and self._is_running(instance)
+            was_running = has_nvram and self._is_active(instance)
+            shares = self._shares(server, was_running)
             disk_info = super().migrate_disk_and_power_off(
                 context, instance, dest, flavor, network_info,
                 block_device_info, timeout, retry_interval)
             if has_nvram:
-                self._copy_nvram_here(server, places, was_running)
+                self._copy_nvram_here(server, places, was_running, shares)
             return disk_info
 
         prepare = functools.partial(
@@ -626,7 +636,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         copy.check()
         # The guest may have been shut down meanwhile.
         self._power_off_for_copy(
-            server, copy, self._is_running(instance), steps, timeout,
+            server, copy, self._is_active(instance), steps, timeout,
             retry_interval)
         variables = self._read_nvram(instance)
         if move.there.is_shared:
@@ -660,22 +670,24 @@ class LibvirtDriver(driver.LibvirtDriver):
                 self._wait_for_turn(server, copy, turn, CONF.host)
                 disk_info = self._prepare_here(server, places, flavor)
             with _refused_on_error(instance):
-                is_running = self._is_running(instance)
+                was_running = self._is_active(instance)
             with self._put_back_on_error(server, copy, CONF.host) as steps:
                 copy.check()
                 self._power_off_for_copy(
-                    server, copy, is_running, steps, timeout, retry_interval)
+                    server, copy, was_running, steps, timeout, retry_interval)
                 steps.push(self._restore, copy, places)
                 _native(local.keep, places)
-                for path in [places.record_path,
-                             *(info['path'] for info in disk_info)]:
+                # The record goes last: no server starts from a disk whose
+                # format is not recorded.
+                for path in [*(info['path'] for info in disk_info),
+                             *places.kept_boot_files(), places.record_path]:
                     self._copy_here(copy, places.kept_path(path), path)
                 copy.check()
                 vtpm.keep(places)
                 _copy_kept_nvram(places)
         return jsonutils.dumps(disk_info)
 
-    def _copy_nvram_here(self, server, places, was_running) -> None:
+    def _copy_nvram_here(self, server, places, was_running, shares) -> None:
         """Copy the UEFI variables of a server that Nova's code resized here.
 
         :raises: InstanceFaultRollback
@@ -683,7 +695,8 @@ class LibvirtDriver(driver.LibvirtDriver):
         with (self._copying(server.instance) as copy,
               self._put_back_on_error(server, copy, CONF.host) as steps):
             copy.off_since = time.monotonic()
-            steps.push(self._start_again, server, copy, was_running, steps)
+            steps.push(self._start_again, server, copy, was_running, shares,
+                       steps)
             steps.push(self._restore, copy, places, local.restore_directory)
             _copy_kept_nvram(places)
 
@@ -720,10 +733,11 @@ class LibvirtDriver(driver.LibvirtDriver):
                 nova.privsep.fs.blockdev_flush(path)
             _native(local.adopt, places, disks)
             _native(local.delete_unknown, places, disks)
+            others = [self._convert(places, info) for info in disks
+                      if self._is_novas(places, info)]
         except (errors.StorageError, OSError,
                 processutils.ProcessExecutionError) as error:
             raise exception.MigrationError(reason=str(error)) from error
-        others = [info for info in disks if self._is_novas(places, info)]
         super().finish_migration(
             context, migration, instance, jsonutils.dumps(others),
             network_info, image_meta, resize_instance, allocations,
@@ -773,6 +787,25 @@ class LibvirtDriver(driver.LibvirtDriver):
         return not local.is_volume(places, info) and not (
             keeps_raw and info['type'] == 'raw')
 
+    def _convert(self, places, info) -> dict[str, ty.Any]:
+        """Convert a raw disk that arrived as Nova's code does, and record it.
+
+        Nova's code has a look at the disk before, as if it were an image. Its
+        record would go on to say raw.
+
+        :returns: what to tell Nova's code of the disk
+        :raises: StorageError, OSError, ProcessExecutionError
+        """
+        path = info['path']
+        if (not _is_switched_on() or info['type'] != 'raw' or
+                not CONF.use_cow_images or
+                os.path.basename(path) in layout.COMPANIONS):
+            return info
+        self._disk_raw_to_qcow2(path)
+        layout.write_record(
+            places.record_path, places.formats() | {path: 'qcow2'})
+        return dict(info, type='qcow2')
+
     def confirm_migration(self, context, migration, instance, network_info):
         """Delete what was kept on the source for a revert."""
         places = layout.Layout.of(instance)
@@ -810,7 +843,10 @@ class LibvirtDriver(driver.LibvirtDriver):
             power_on, **later)
 
     def _is_active(self, instance) -> bool:
-        """Whether the server has a domain that runs or is paused."""
+        """Whether the server has a domain that runs or is paused.
+
+        QEMU pauses a guest whose disk has an error, or no room.
+        """
         try:
             return self.get_info(instance).state in (
                 power_state.RUNNING, power_state.PAUSED,
@@ -881,7 +917,11 @@ class LibvirtDriver(driver.LibvirtDriver):
         deleted = super().delete_instance_files(instance)
         try:
             _native(local.delete_volumes, layout.Layout.of(instance))
-        except OSError:
+            if instance.deleted:
+                # Nova deletes no more than files of a server that was deleted
+                # before its migration from here was confirmed.
+                self._delete_logical_volumes(instance)
+        except (OSError, exception.VolumesNotRemoved):
             if instance.task_state == task_states.REBUILDING:
                 # The server would be made anew with its old disks.
                 raise
@@ -907,15 +947,26 @@ class LibvirtDriver(driver.LibvirtDriver):
         except errors.StorageError as error:
             raise exception.InvalidSharedStorage(
                 path=places.record_path, reason=str(error)) from error
-        claims = places.claims()
-        volumes = [path for path in places.volumes() if path not in claims]
+        if claims := places.claims():
+            raise exception.InvalidSharedStorage(
+                path=places.directory, reason=_refuse_claims(claims))
+        volumes = places.volumes()
+        recorded = set(map(os.path.basename, formats))
         for path in volumes:
-            if path not in formats:
+            if os.path.basename(path) in recorded:
+                continue
+            if os.path.exists(places.kept_directory):
                 raise exception.InvalidSharedStorage(path=path, reason=_(
-                    'the format of the disk is not recorded in %s. If both '
-                    'hosts share the storage pool, they have to share the '
-                    'instance directory too. If not, delete the '
-                    'disk') % places.record_path)
+                    'the server was migrated from here and neither confirmed '
+                    'nor reverted. To start it from the disks that it had '
+                    'before, rename %(kept)s to %(directory)s') % {
+                        'kept': places.kept_directory,
+                        'directory': places.directory})
+            raise exception.InvalidSharedStorage(path=path, reason=_(
+                'the format of the disk is not recorded in %s. If both '
+                'hosts share the storage pool, they have to share the '
+                'instance directory too. If not, delete the '
+                'disk') % places.record_path)
         if names_volumes:
             return bool(volumes)
         return super().instance_on_disk(instance)
@@ -1829,7 +1880,8 @@ class LibvirtDriver(driver.LibvirtDriver):
 
         :param steps: where to put what has to be undone after an error
         """
-        steps.push(self._start_again, server, copy, was_running, steps)
+        steps.push(self._start_again, server, copy, was_running,
+                   self._shares(server, was_running), steps)
         if was_running:
             progress.begin_off(server.context, server.instance)
         copy.off_since = time.monotonic()
@@ -1883,12 +1935,20 @@ class LibvirtDriver(driver.LibvirtDriver):
         return (CONF.libvirt.vol_upload_migration_precopy and
                 not move.there.is_shared and self._is_running(instance))
 
-    def _start_again(self, server, copy, was_running, steps) -> None:
+    @staticmethod
+    def _shares(server, was_running) -> ty.Any:
+        """The Manila shares to start a server with, which ran before.
+
+        Asked for while the server runs: nobody may answer when it has to start
+        again.
+        """
+        return was_running and objects.ShareMappingList.get_by_instance_uuid(
+            server.context, server.instance.uuid)
+
+    def _start_again(self, server, copy, was_running, shares, steps) -> None:
         """Start a server as it ran before, unless its disks are not back."""
         if copy.deleted or steps.failures or not was_running:
             return
-        shares = objects.ShareMappingList.get_by_instance_uuid(
-            server.context, server.instance.uuid)
         try:
             self.power_on(
                 server.context, server.instance, server.network_info,
@@ -2120,7 +2180,8 @@ def _is_abandoned(instance, places) -> bool:
     return (instance.host != CONF.host and instance.task_state is None and
             instance.vm_state != vm_states.RESIZED and
             (places.has_arrived() or instance.deleted) and
-            local.is_abandoned(places, instance.host))
+            local.is_abandoned(
+                places, None if instance.deleted else instance.host))
 
 
 def _is_switched_on() -> bool:
@@ -2159,6 +2220,18 @@ def _is_unfinished(instance, places: layout.Layout) -> bool:
     """
     return any(claim.source in ('', instance.host)
                for claim in places.claims().values())
+
+
+def _refuse_claims(claims: dict[str, layout.Claim]) -> str:
+    """Say why a server does not start from files under a claim.
+
+    Its host, which is down, may have had it start from them on storage that
+    both share; or they are half of a copy from a third host.
+    """
+    return _('%(path)s says that the files here are an unfinished copy from '
+             '%(source)s. If the server ran from them, on storage that hosts '
+             'share, delete that file; if not, delete the files') % {
+                 'path': min(claims), 'source': claims[min(claims)].source}
 
 
 def _avoids_ssh(places: layout.Layout) -> bool:

@@ -146,6 +146,10 @@ HOOKS = {
     '_hard_reboot': Hook(
         ('context', 'instance', 'network_info'),
         'Recovers the instance directory of a server that starts again.'),
+    '_disk_raw_to_qcow2': Hook(
+        ('path',),
+        'Makes an image of a raw disk that came to a host with images.',
+        overridden=False),
     '_get_guest_config': Hook(
         ('instance', 'network_info'),
         'Names the UEFI variables that came along in the domain.'),

@@ -314,6 +314,12 @@ class Layout:
                 self.pool_path, self.kept_prefix + self.disk_name(path))
         return os.path.join(self.kept_directory, os.path.basename(path))
 
+    def kept_boot_files(self) -> list[str]:
+        """Paths of the kernel and ramdisk that a resize here has kept."""
+        paths = [os.path.join(self.directory, name) for name in BOOT_FILES]
+        return [path for path in paths
+                if os.path.exists(self.kept_path(path))]
+
     def disk_name(self, name: str) -> str:
         """The disk that the name or path of a volume, kept or not, is of."""
         name = os.path.basename(name).removeprefix(self.prefix)
@@ -434,7 +440,9 @@ class Layout:
         formats = {path: disk_format
                    for path, disk_format in self.formats().items()
                    if os.path.dirname(path) == self.directory and
-                   os.path.basename(path) not in moved}
+                   os.path.basename(path) not in moved and
+                   # Made anew, in the format that the other host chooses.
+                   not path.endswith(_SWAP)}
         # Nova records no format of a logical volume, which is always raw.
         return formats | {there.path(disk): str(disk.format)
                           for disk in disks

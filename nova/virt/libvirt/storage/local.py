@@ -264,10 +264,12 @@ def list_copied() -> list[str]:
 def is_abandoned(places: layout.Layout, host: str) -> bool:
     """Whether files here are a copy that its source does not need any more.
 
-    :param host: the server's; no migration of it is under way
+    :param host: the server's, None if it was deleted; no migration of it is
+        under way
     """
     claims = places.claims().values()
-    return (bool(claims) and all(claim.source == host for claim in claims) and
+    return (bool(claims) and
+            all(host in (None, claim.source) for claim in claims) and
             not places.kept() and not os.path.exists(places.kept_directory))
 
 
@@ -437,6 +439,17 @@ def keep(places: layout.Layout) -> None:
     layout.flush(places.pool_path)
     os.rename(places.directory, places.kept_directory)
     fileutils.ensure_tree(places.directory)
+
+
+def is_half_copied(places: layout.Layout) -> bool:
+    """Whether keep(), or the copies after it, did not end.
+
+    The record is copied last.
+    """
+    kept = places.kept()
+    if os.path.exists(places.kept_directory):
+        return bool(kept) and not os.path.isfile(places.record_path)
+    return bool(kept) and not places.volumes()
 
 
 def restore(places: layout.Layout) -> None:

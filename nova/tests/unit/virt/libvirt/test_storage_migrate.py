@@ -129,7 +129,7 @@ class DriverTestCase(test.NoDBTestCase):
             id=1, uuid=uuids.instance, host='source', flavor=self._flavor(),
             image_ref=uuids.image, task_state=None, progress=0,
             migration_context=objects.MigrationContext(migration_id=42),
-            system_metadata={}, **attributes)
+            system_metadata={}, deleted=False, **attributes)
 
     def _add_disk(self, name='disk', disk_format='qcow2', picture='A-B-'):
         volume = self.places.volume_name(name)
@@ -452,6 +452,36 @@ class PrecopyTestCase(DriverTestCase):
         self.calls.power_on.assert_called_once()
         self._assert_nothing_on_destination()
         self.assertIn('It was off for 0.', self.stdlog.logger.output)
+
+    def test_guest_that_qemu_paused_is_started_again(self):
+        """Its disk may have been full, which is why it moves."""
+        self.info.return_value.state = power_state.PAUSED
+        self._interrupt(lambda: None)
+        self.dest.fail('stream.send')
+        self.assertRaises(exception.InstanceFaultRollback, self._migrate)
+        self.calls.power_on.assert_called_once()
+
+    def test_shares_are_asked_for_while_the_server_runs(self):
+        """Nobody may answer later, and the server would stay off."""
+        self._interrupt(lambda: None)
+
+        def power_off(*_args):
+            self._power_off()
+            self.shares.side_effect = exception.NovaException
+            self.dest.fail('stream.send')
+
+        self.calls.power_off.side_effect = power_off
+        self.assertRaises(exception.InstanceFaultRollback, self._migrate)
+        self.calls.power_on.assert_called_once_with(
+            self.context, self.instance, mock.ANY, mock.ANY,
+            share_info=self.shares.return_value)
+
+    def test_error_while_the_route_is_chosen(self):
+        os.unlink(self.places.volume_path('disk'))
+        self._add_file('disk', b'')
+        self.disks.side_effect = exception.InternalError('libvirtd is down')
+        self.disk_info.side_effect = self.disks.side_effect
+        self._assert_refused('libvirtd is down')
 
     def test_server_that_shut_itself_down_is_not_started_again(self):
         def shut_down():
@@ -786,7 +816,8 @@ class CrashMixin:
             self.assertEqual('source', call.args[1])
         for call in find.call_args_list:
             self.assertEqual((42, uuids.instance), call.args[1:])
-        return placement.return_value.move_allocations
+        self.allocations = placement.return_value
+        return self.allocations.move_allocations
 
     def _assert_state(self, vm_state, task_state, migration):
         self.assertEqual(
@@ -876,8 +907,11 @@ class FinishMixin:
 
     def _finish(self, disk_info, **kwargs):
         migration = mock.Mock(source_compute='gone')
-        with mock.patch.object(
-                driver.LibvirtDriver, 'finish_migration') as nova:
+        with (mock.patch.object(
+                driver.LibvirtDriver, 'finish_migration') as nova,
+              mock.patch.object(
+                  driver.LibvirtDriver, '_disk_raw_to_qcow2') as self.to_image
+              ):
             self.driver.finish_migration(
                 self.context, migration, self.instance,
                 jsonutils.dumps(disk_info), mock.sentinel.network_info,
@@ -947,14 +981,26 @@ class FinishTestCase(FinishMixin, DriverTestCase):
             [{'path': path, 'type': 'raw'}])
         self.assertIn(path, str(error))
 
-    def test_raw_volume_is_not_converted_and_a_raw_file_is_nova_s(self):
+    def test_raw_volume_is_not_converted_and_a_raw_file_is(self):
         volume = self._add_disk(disk_format='raw')
+        path = os.path.join(self.pool_path, volume)
         file = {'path': os.path.join(self.directory, 'disk'), 'type': 'raw'}
+        config = {'path': os.path.join(self.directory, 'disk.config'),
+                  'type': 'raw'}
         with mock.patch('os.fsync'):
-            rest = self._finish([
-                {'path': os.path.join(self.pool_path, volume),
-                 'type': 'raw'}, file])
-        self.assertEqual([file], rest)
+            rest = self._finish([{'path': path, 'type': 'raw'}, file, config])
+        # Nova's code does not convert it again.
+        self.assertEqual([dict(file, type='qcow2'), config], rest)
+        self.to_image.assert_called_once_with(file['path'])
+        self.assertEqual({path: 'raw', file['path']: 'qcow2'},
+                         self.places.formats())
+
+    def test_raw_file_is_nova_s_with_both_options_off(self):
+        self.flags(use_storage_pools=False, vol_upload_migration=False,
+                   group='libvirt')
+        file = {'path': os.path.join(self.directory, 'disk'), 'type': 'raw'}
+        self.assertEqual([file], self._finish([file]))
+        self.to_image.assert_not_called()
 
     @mock.patch.object(driver.LibvirtDriver, '_create_image')
     @mock.patch('nova.virt.disk.api.extend')
@@ -984,7 +1030,7 @@ class FinishTestCase(FinishMixin, DriverTestCase):
         self.assertEqual([], self._grow(1))
 
     def test_server_with_files_is_nova_s(self):
-        file = {'path': os.path.join(self.directory, 'disk'), 'type': 'raw'}
+        file = {'path': os.path.join(self.directory, 'disk'), 'type': 'qcow2'}
         self.assertEqual([file], self._finish([file]))
         self.assertEqual([], self.hosts.opened)
 
@@ -1067,6 +1113,22 @@ class SameHostMixin:
 
 
 class SameHostTestCase(SameHostMixin, DriverTestCase):
+
+    def test_kernel_that_came_with_a_migration_stays(self):
+        """Glance may have lost it."""
+        self._write(self._file('kernel'), 'kernel')
+        self._resize()
+        self.assertEqual('kernel', self._state()[self._file('kernel')])
+
+    def test_record_is_copied_when_all_disks_are(self):
+        self._fail_to_copy('disk.config')
+        # nova-compute ends there.
+        with mock.patch.object(self.driver, '_restore'):
+            self.assertRaises(exception.InstanceFaultRollback, self._resize)
+        self.assertFalse(os.path.exists(self.places.record_path))
+        self.assertTrue(local.is_half_copied(self.places))
+        local.restore(self.places)
+        self.assertEqual(self.before, self._state())
 
     def test_originals_are_kept_and_copies_are_in_their_place(self):
         info = self._resize()

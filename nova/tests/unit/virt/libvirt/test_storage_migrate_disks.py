@@ -39,7 +39,6 @@ from nova.virt.libvirt import driver
 from nova.virt.libvirt.storage import hooks
 from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt.storage import local
-from nova.virt.libvirt.storage import nvram
 from nova.virt.libvirt.storage import site
 from nova.virt.libvirt.storage import turns
 from nova.virt.libvirt import utils as libvirt_utils
@@ -137,7 +136,8 @@ class PlanTestCase(base.DriverTestCase):
 
     def test_raw_disk_in_the_pool(self):
         self._add_disk(disk_format='raw')
-        self._assert_refused('is a raw disk in a pool', 'Cold migrate the server to')
+        self._assert_refused(
+            'is a raw disk in a pool', 'Cold migrate the server to')
 
     def test_instances_of_the_destination_are_elsewhere(self):
         self._add_disk()
@@ -198,6 +198,7 @@ class FinishTestCase(base.FinishMixin, base.DriverTestCase):
         self.assertEqual(units.Gi, os.path.getsize(path))
 
 
+@ddt.ddt
 class LeftoverTestCase(base.FinishMixin, base.DriverTestCase):
     """What an unfinished migration left never becomes a server's disk."""
 
@@ -256,18 +257,99 @@ class LeftoverTestCase(base.FinishMixin, base.DriverTestCase):
         self.assertEqual([], self._volumes())
         self.assertFalse(os.path.exists(self.directory))
 
-    def test_evacuated_with_a_claim_that_outlived_the_hand_over(self):
-        # It was migrated from 'older' to 'gone', which shares its storage
-        # with this host, and died.
-        self._leave(source='older')
+    @ddt.data(True, False)
+    def test_evacuated_with_the_claim_of_a_third_host(self, has_files):
+        # It may have been migrated from 'older' to 'gone', which shares its
+        # storage with this host, and died. Or 'older' died while it copied to
+        # here, and 'gone' had the server from it later.
+        if has_files:
+            self._add_file('disk', b'half')
+            self._claim('older', self.instances)
+        else:
+            self._leave(source='older')
         self.instance.host = 'gone'
-        volume = self.places.volume_name('disk')
-        self.assertTrue(self.driver.instance_on_disk(self.instance))
-        self.assertIn(volume, self._volumes())
-        self._spawn('gone', vm_states.ACTIVE,
-                    task_states.REBUILD_SPAWNING)
-        self.assertEqual([volume], self._volumes())
+        before = self._volumes()
+        error = self.assertRaises(
+            exception.InvalidSharedStorage, self.driver.instance_on_disk,
+            self.instance)
+        self.assertIn('unfinished copy from older', str(error))
+        self.assertRaises(
+            exception.MigrationError, self._spawn, 'gone', vm_states.ACTIVE,
+            task_states.REBUILD_SPAWNING)
+        self.spawned.assert_not_called()
+        self.assertEqual(before, self._volumes())
         self.assertTrue(os.path.exists(self.directory))
+
+    def test_evacuated_onto_a_pool_that_has_another_path(self):
+        volume = self._add_disk()
+        other = os.path.join('/mnt/other', volume)
+        layout.write_record(self.places.record_path, {other: 'qcow2'})
+        self.instance.host = 'gone'
+        self.assertTrue(self.driver.instance_on_disk(self.instance))
+        self._spawn('gone', vm_states.ACTIVE, task_states.REBUILD_SPAWNING)
+        self.assertEqual(
+            'qcow2', self.places.format(self.places.volume_path('disk')))
+
+    def test_evacuated_to_where_an_unconfirmed_migration_began(self):
+        self._add_disk()
+        os.rename(self.directory, self.places.kept_directory)
+        self.instance.host = 'gone'
+        error = self.assertRaises(
+            exception.InvalidSharedStorage, self.driver.instance_on_disk,
+            self.instance)
+        self.assertIn(f'rename {self.places.kept_directory} to '
+                      f'{self.directory}', str(error))
+        self.assertNotIn('delete', str(error))
+
+    @ddt.data((True, b'half'), (True, None), (False, None))
+    @ddt.unpack
+    def test_hard_reboot_after_half_a_resize_on_this_host(self, kept, half):
+        """nova-compute ended, and Nova did not get to put it right."""
+        disk = self.places.volume_path('disk')
+        self._add_disk()
+        local.keep(self.places)
+        with open(self.places.kept_path(disk), 'wb') as file:
+            file.write(b'original')
+        if half:
+            with open(disk, 'wb') as file:
+                file.write(half)
+        if not kept:
+            # The last step of keep().
+            os.rmdir(self.directory)
+            os.rename(self.places.kept_directory, self.directory)
+        with mock.patch.object(driver.LibvirtDriver, '_hard_reboot'):
+            self.driver._hard_reboot(self.context, self.instance, [], None)
+        with open(disk, 'rb') as file:
+            self.assertEqual(b'original', file.read())
+        self.assertEqual([], self.places.kept())
+        self.assertEqual('qcow2', self.places.format(disk))
+
+    def test_hard_reboot_after_a_resize_on_this_host(self):
+        """What it has written since stays."""
+        disk = self.places.volume_path('disk')
+        self._add_disk()
+        local.keep(self.places)
+        with open(disk, 'wb') as file:
+            file.write(b'later')
+        layout.write_record(self.places.record_path, {disk: 'qcow2'})
+        with mock.patch.object(driver.LibvirtDriver, '_hard_reboot'):
+            self.driver._hard_reboot(self.context, self.instance, [], None)
+        with open(disk, 'rb') as file:
+            self.assertEqual(b'later', file.read())
+
+    def test_copy_from_a_third_host_goes_when_the_server_was_deleted(self):
+        self._leave(source='older')
+        self.instance.update({'host': 'gone', 'task_state': None,
+                              'vm_state': vm_states.DELETED})
+        self.instance.refresh = mock.Mock()
+        with mock.patch.object(self.driver, '_has_domain',
+                               return_value=False):
+            self.driver._delete_if_abandoned(self.instance)
+            self.assertNotEqual([], self._volumes())
+            self.instance.deleted = True
+            self.driver._delete_if_abandoned(self.instance)
+        self.assertEqual([], self._volumes())
+        self.assertFalse(os.path.exists(self.directory))
 
     def test_hard_reboot_makes_the_files_the_servers_own(self):
         self._leave()
@@ -557,7 +639,7 @@ class OffHubTestCase(base.DriverTestCase):
         for owner, name in (
                 (local, 'remove_stale_directory'), (local, 'keep_directory'),
                 (local, 'recover_directory'), (local, 'drop_claims'),
-                (layout, 'write_record'), (nvram, 'write')):
+                (layout, 'write_record')):
             self._watch(owner, name)
 
     def _native(self, function, *args):
@@ -592,7 +674,7 @@ class OffHubTestCase(base.DriverTestCase):
               mock.patch.object(hooks, 'keeps_nvram', return_value=True)):
             self._migrate()
         self._assert_off_hub('recover_directory', 'remove_stale_directory',
-                             'drop_claims', 'write', 'write_record')
+                             'drop_claims', 'write_record')
 
     def test_hard_reboot(self):
         os.rename(self.directory, self.places.kept_directory)
@@ -609,6 +691,9 @@ class InterruptedTestCase(base.CrashMixin, base.DriverTestCase):
         self.flags(resize_confirm_window=1)
         self._start(task_states.RESIZE_FINISH)
         self._assert_state(vm_states.ERROR, None, 'error')
+        delete = self.allocations.delete_allocation_for_instance
+        delete.assert_called_once_with(
+            mock.ANY, uuids.migration, consumer_type='migration')
 
 
 class BoundTestCase(base.DriverTestCase):

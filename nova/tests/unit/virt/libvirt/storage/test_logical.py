@@ -617,6 +617,7 @@ class ImageTestCase(LvmTestCase):
         self.create.assert_called_once()
 
 
+@ddt.ddt
 class LocalTestCase(LvmTestCase):
     """What nova-compute does with volumes on its own host."""
 
@@ -655,6 +656,13 @@ class LocalTestCase(LvmTestCase):
         os.rename(self.directory, self.places.kept_directory)
         self._confirm()
         self.remove.assert_not_called()
+
+    @ddt.data(True, False)
+    def test_volumes_go_if_the_server_was_deleted_unconfirmed(self, deleted):
+        """Nova deletes only files then."""
+        self.instance.deleted = deleted
+        self.assertTrue(self.driver.delete_instance_files(self.instance))
+        self.assertEqual(deleted, self.remove.called)
 
     def test_abandoned_copy_goes_with_its_volumes(self):
         self.instance.host = 'gone'
