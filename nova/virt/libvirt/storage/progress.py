@@ -41,6 +41,9 @@ LOG = logging.getLogger(__name__)
 # nova-conductor at most.
 INTERVAL = 5
 
+# How long to wait until the last figures are saved, in seconds.
+SAVE_SECONDS = 10
+
 
 # Events of the action, a migration or a resize, in ``openstack server event
 # show``. Each has the time of its start and of its end.
@@ -124,8 +127,10 @@ class Progress:
 
     A transfer is watched through begin(), note() and end(), which only take
     notes: they are called in the thread that copies. All that needs the
-    database or the log happens in the thread that waits in watch(), which is
-    one of Nova's: under eventlet a native thread could do neither.
+    log happens in the thread that waits in watch(), which is one of Nova's:
+    under eventlet a native thread could not. What needs the database happens
+    in another: a server whose copy has failed starts again, whether anybody
+    answers or not.
     """
 
     def __init__(self, context, instance, host: str):
@@ -139,6 +144,7 @@ class Progress:
         self._host = host
         self._total = 0
         self._migration: ty.Any = None
+        self._saving: futures.Future[None] | None = None
         self._figures: dict[str, tuple[int, int]] = {}
         self._changed: dict[str, tuple[int, float]] = {}
         self._untold: collections.deque[ty.Callable[[], None]] = (
@@ -236,7 +242,10 @@ class Progress:
         self._tell_untold()
         copying.result()
         if self._figures:
+            self._wait_for_save()
             self._save()
+            # Later, Nova would have saved another state of the server.
+            self._wait_for_save()
 
     @property
     def _done(self) -> int:
@@ -296,22 +305,41 @@ class Progress:
     def _percent(self, done: int) -> int:
         return done * 100 // max(self._total, 1)
 
+    def _wait_for_save(self) -> None:
+        if self._saving:
+            futures.wait([self._saving], SAVE_SECONDS)
+
     def _save(self) -> None:
-        """Save the figures; the copy goes on if that fails."""
+        """Save the figures, unless the last are still being saved."""
+        if self._saving and not self._saving.done():
+            return
         done = self._done
+        percent = self._percent(done)
+        server = None
+        if self._instance.progress != percent:
+            # Nova saves its own object when it will, and what it has changed
+            # in that.
+            server = self._instance.obj_clone()
+            server.obj_reset_changes()
+            for instance in server, self._instance:
+                instance.progress = percent
+            self._instance.obj_reset_changes(['progress'])
+        self._saving = _start(
+            functools.partial(self._save_figures, server, done))
+
+    def _save_figures(self, server, done: int) -> None:
+        """Save the figures; the copy goes on if that fails.
+
+        :param server: with its progress; None if that is what it was
+        """
         try:
-            self._save_server(self._percent(done))
+            if server:
+                # Do not save if the server has been deleted meanwhile.
+                server.save(expected_task_state=task_states.RESIZE_MIGRATING)
             self._save_migration(done)
         except Exception as error:
             LOG.warning('Failed to save the progress of the migration: %s',
                         error, instance=self._instance)
-
-    def _save_server(self, percent: int) -> None:
-        if self._instance.progress != percent:
-            self._instance.progress = percent
-            # Do not save if the server has been deleted meanwhile.
-            self._instance.save(
-                expected_task_state=task_states.RESIZE_MIGRATING)
 
     def _save_migration(self, done: int) -> None:
         if self._migration is None:
@@ -327,6 +355,8 @@ def _start(run: ty.Callable[[], None]) -> 'futures.Future[None]':
     """Call a function in a thread of its own, green under eventlet.
 
     Not in one of an executor of Nova's: a copy may take hours.
+
+    :returns: its end
     """
     future: futures.Future[None] = futures.Future()
 
@@ -337,5 +367,5 @@ def _start(run: ty.Callable[[], None]) -> 'futures.Future[None]':
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=call, name='copy', daemon=True).start()
+    threading.Thread(target=call, daemon=True).start()
     return future

@@ -15,6 +15,7 @@ import threading
 import time
 from unittest import mock
 
+import ddt
 import fixtures
 from oslo_utils import fixture
 from oslo_utils.fixture import uuidsentinel as uuids
@@ -32,6 +33,7 @@ from nova.virt.libvirt.storage import stream
 INTERVAL = 0.05
 
 
+@ddt.ddt
 class ProgressTestCase(test.NoDBTestCase):
 
     def setUp(self):
@@ -189,23 +191,42 @@ class ProgressTestCase(test.NoDBTestCase):
         self.assertEqual([30, 100], [
             saved for saved in self.saved if isinstance(saved, int)])
 
-    def test_thread_that_waits_is_the_one_that_saves(self):
-        threads = set()
-        self.save_server.side_effect = (
-            lambda **kwargs: threads.add(threading.get_ident()))
-        self.save_migration.side_effect = (
-            lambda: threads.add(threading.get_ident()))
-        copying = []
+    @ddt.data(True, False)
+    def test_database_that_does_not_answer_holds_up_nothing(self, fails):
+        """The server has to start again if its copy failed."""
+        self.useFixture(fixtures.MonkeyPatch(
+            'nova.virt.libvirt.storage.progress.SAVE_SECONDS', 0.01))
+        answer = threading.Event()
+        self.addCleanup(answer.set)
+        self.save_migration.side_effect = lambda: answer.wait(60)
+        error = errors.StorageError('the link is down')
 
         def copy():
-            copying.append(threading.get_ident())
-            self.progress.note('disk', 1, 1)
+            self.progress.note('disk', 500, 500)
             self._wait(lambda: self.save_migration.called)
+            if fails:
+                raise error
             self._end('disk', 1000, 1000, 1.0)
 
-        self.progress.watch(copy)
-        self.assertEqual({threading.get_ident()}, threads)
-        self.assertNotIn(copying[0], threads)
+        started = time.monotonic()
+        if fails:
+            self.assertIs(error, self.assertRaises(
+                errors.StorageError, self.progress.watch, copy))
+        else:
+            self.progress.watch(copy)
+        self.assertLess(time.monotonic() - started, 30)
+        self.save_migration.assert_called_once_with()
+
+    def test_what_nova_changes_stays_to_be_saved(self):
+        def save(**_kwargs):
+            # Nova is about to save this with an expectation of its own.
+            self.instance.task_state = 'later'
+
+        self.save_server.side_effect = save
+        self._copy((300, 100))
+        changes = self.instance.obj_get_changes()
+        self.assertEqual('later', changes.get('task_state'))
+        self.assertNotIn('progress', changes)
 
     def _test_failing_save(self, error):
         self._copy((300, 100), (600, 200))
