@@ -802,8 +802,8 @@ class LibvirtDriver(driver.LibvirtDriver):
                 os.path.basename(path) in layout.COMPANIONS):
             return info
         self._disk_raw_to_qcow2(path)
-        layout.write_record(
-            places.record_path, places.formats() | {path: 'qcow2'})
+        _native(layout.write_record, places.record_path,
+                places.formats() | {path: 'qcow2'})
         return dict(info, type='qcow2')
 
     def confirm_migration(self, context, migration, instance, network_info):
@@ -1272,7 +1272,7 @@ class LibvirtDriver(driver.LibvirtDriver):
             with excutils.save_and_reraise_exception() as ending:
                 # libvirt or the database did not answer in time. Nova would
                 # set the status of the server to ERROR, wherever it runs.
-                if self._is_out_of_sight(operation):
+                if self._is_out_of_sight(instance, operation):
                     if operation.has_moved:
                         let_go(context, instance, dest, block_migration,
                                migrate_data)
@@ -1283,15 +1283,15 @@ class LibvirtDriver(driver.LibvirtDriver):
         finally:
             del self._operations[instance.uuid]
 
-    @staticmethod
-    def _is_out_of_sight(operation) -> bool:
+    def _is_out_of_sight(self, instance, operation) -> bool:
         """Whether Nova does not know how a live migration ended, which did.
 
         One that has not begun does not begin any more.
         """
         if operation.is_known:
             return False
-        operation.is_stopped = True
+        self._stop_sending(instance, operation,
+                           _('the live migration is not watched any more'))
         return not operation.has_begun or operation.over.wait(LIVE_END_SECONDS)
 
     def _check_stayed(self, instance, operation, dest) -> None:
@@ -2202,6 +2202,8 @@ def _refused_on_error(instance) -> ty.Iterator[None]:
     """
     try:
         yield
+    except exception.InstanceFaultRollback:
+        raise
     except exception.NovaException as error:
         raise exception.InstanceFaultRollback(error)
     except Exception as error:
