@@ -60,13 +60,21 @@ from nova.virt.libvirt import utils
 nova.privsep.sys_admin_pctxt.set_client_mode(False)
 utils.restore_vtpm_dir(sys.argv[1])
 """
-# Does this driver's part on one host.
+# Does this driver's part on one host, as nova-compute does it: under eventlet,
+# with another process that is root. Off the hub, that would never answer.
 HERE = """\
+import os
+os.environ['OS_NOVA_DISABLE_EVENTLET_PATCHING'] = 'false'
+import eventlet
+eventlet.monkey_patch()
 import sys
+from oslo_privsep import priv_context
+import nova.conf
 import nova.privsep
 from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt.storage import vtpm
-nova.privsep.sys_admin_pctxt.set_client_mode(False)
+nova.conf.CONF([], project='nova')
+nova.privsep.sys_admin_pctxt.start(priv_context.Method.FORK)
 getattr(vtpm, sys.argv[1])(layout.Layout(sys.argv[2], '/nowhere', sys.argv[3]))
 """
 
@@ -238,8 +246,8 @@ class VtpmTestCase(base.LiveTestCase):
 
     def here(self, function):
         """Call a function of this driver for the vTPM on the source host."""
-        self.source.run([sys.executable, '-W', 'ignore', '-c', HERE,
-                         function, self.uuid, self.directory])
+        self.source.run(['timeout', '60', sys.executable, '-W', 'ignore', '-c',
+                         HERE, function, self.uuid, self.directory])
 
     def pools(self, host):
         return {pool.name()
