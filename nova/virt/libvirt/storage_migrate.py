@@ -791,14 +791,14 @@ class LibvirtDriver(driver.LibvirtDriver):
         """Convert a raw disk that arrived as Nova's code does, and record it.
 
         Nova's code has a look at the disk before, as if it were an image. Its
-        record would go on to say raw.
+        record would go on to say raw. A swap disk is still to be made.
 
         :returns: what to tell Nova's code of the disk
         :raises: StorageError, OSError, ProcessExecutionError
         """
         path = info['path']
         if (not _is_switched_on() or info['type'] != 'raw' or
-                not CONF.use_cow_images or
+                not CONF.use_cow_images or not os.path.exists(path) or
                 os.path.basename(path) in layout.COMPANIONS):
             return info
         self._disk_raw_to_qcow2(path)

@@ -987,13 +987,16 @@ class FinishTestCase(FinishMixin, DriverTestCase):
     def test_raw_volume_is_not_converted_and_a_raw_file_is(self):
         volume = self._add_disk(disk_format='raw')
         path = os.path.join(self.pool_path, volume)
-        file = {'path': os.path.join(self.directory, 'disk'), 'type': 'raw'}
-        config = {'path': os.path.join(self.directory, 'disk.config'),
-                  'type': 'raw'}
+        file, config, swap = (
+            {'path': os.path.join(self.directory, name), 'type': 'raw'}
+            for name in ('disk', 'disk.config', 'disk.swap'))
+        for name in 'disk', 'disk.config':
+            self._add_file(name, b'data')
         with mock.patch('os.fsync'):
-            rest = self._finish([{'path': path, 'type': 'raw'}, file, config])
+            rest = self._finish([
+                {'path': path, 'type': 'raw'}, file, config, swap])
         # Nova's code does not convert it again.
-        self.assertEqual([dict(file, type='qcow2'), config], rest)
+        self.assertEqual([dict(file, type='qcow2'), config, swap], rest)
         self.to_image.assert_called_once_with(file['path'])
         self.assertEqual({path: 'raw', file['path']: 'qcow2'},
                          self.places.formats())
