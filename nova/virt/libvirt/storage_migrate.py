@@ -917,7 +917,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         deleted = super().delete_instance_files(instance)
         try:
             _native(local.delete_volumes, layout.Layout.of(instance))
-            if instance.deleted:
+            if takes_logical_volumes() and instance.deleted:
                 # Nova deletes no more than files of a server that was deleted
                 # before its migration from here was confirmed.
                 self._delete_logical_volumes(instance)
@@ -1149,11 +1149,10 @@ class LibvirtDriver(driver.LibvirtDriver):
     ):
         """Whether the destination host sees the server's disks."""
         notice = live.Notice.read(dest_check_data)
-        places = layout.Layout.of(instance)
-        if notice is None or not places.volumes():
+        if notice is None or not layout.Layout.of(instance).volumes():
             return super()._is_shared_block_storage(
                 instance, dest_check_data, block_device_info)
-        return live.shares_pool(places, notice)
+        return live.shares_pool(layout.Layout.of(instance), notice)
 
     def pre_live_migration(
         self, context, instance, block_device_info, network_info, disk_info,
