@@ -261,7 +261,7 @@ def list_copied() -> list[str]:
                    for path in paths})
 
 
-def is_abandoned(places: layout.Layout, host: str) -> bool:
+def is_abandoned(places: layout.Layout, host: str | None) -> bool:
     """Whether files here are a copy that its source does not need any more.
 
     :param host: the server's, None if it was deleted; no migration of it is
