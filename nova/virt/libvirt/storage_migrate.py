@@ -375,7 +375,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         if is_leftover:
             self._delete_leftovers(instance, places)
         elif claims:
-            raise exception.MigrationError(reason=_refuse_claims(claims))
+            raise exception.MigrationError(reason=_describe_claims(claims))
         elif instance.host != CONF.host:
             # Its pool may have another path here.
             _native(live.record_shared, places)
@@ -663,12 +663,12 @@ class LibvirtDriver(driver.LibvirtDriver):
         instance = server.instance
         with contextlib.ExitStack() as stack:
             copy, turn = self._begin_copy(instance, places, stack)
-            disk_info = self._prepare_here(server, places, flavor)
+            disk_info, files = self._prepare_here(server, places, flavor)
             with _refused_on_error(instance):
                 _delete_stale(places)
             if turn.ahead:
                 self._wait_for_turn(server, copy, turn, CONF.host)
-                disk_info = self._prepare_here(server, places, flavor)
+                disk_info, files = self._prepare_here(server, places, flavor)
             with _refused_on_error(instance):
                 was_running = self._is_active(instance)
             with self._put_back_on_error(server, copy, CONF.host) as steps:
@@ -677,10 +677,10 @@ class LibvirtDriver(driver.LibvirtDriver):
                     server, copy, was_running, steps, timeout, retry_interval)
                 steps.push(self._restore, copy, places)
                 _native(local.keep, places)
-                # The record goes last: no server starts from a disk whose
-                # format is not recorded.
-                for path in [*(info['path'] for info in disk_info),
-                             *places.kept_boot_files(), places.record_path]:
+                # Copy the record last: a server does not start from a disk
+                # whose format is not recorded.
+                for path in [*(file.path for file in files),
+                             places.record_path]:
                     self._copy_here(copy, places.kept_path(path), path)
                 copy.check()
                 vtpm.keep(places)
@@ -702,19 +702,19 @@ class LibvirtDriver(driver.LibvirtDriver):
 
     def _prepare_here(
         self, server, places, flavor,
-    ) -> list[dict[str, ty.Any]]:
+    ) -> tuple[list[dict[str, ty.Any]], list[layout.File]]:
         """Check a server that is resized on its own host; change nothing.
 
-        :returns: what Nova says of the disks
+        :returns: what Nova says of the disks, and the files to copy
         :raises: InstanceFaultRollback
         """
         with _refused_on_error(server.instance):
             self._check_request(server, flavor)
             self._check_vtpm(places)
             disk_info = self._disk_info(server)
-            places.plan(disk_info)
+            files = places.plan(disk_info)
             _check_room_here(disk_info)
-        return disk_info
+        return disk_info, files
 
     @hooks.as_nova_declares
     def finish_migration(
@@ -790,8 +790,8 @@ class LibvirtDriver(driver.LibvirtDriver):
     def _convert(self, places, info) -> dict[str, ty.Any]:
         """Convert a raw disk that arrived as Nova's code does, and record it.
 
-        Nova's code has a look at the disk before, as if it were an image. Its
-        record would go on to say raw. A swap disk is still to be made.
+        Nova's code reads the disk as an image before it converts it, and does
+        not change the record. A swap disk does not exist yet.
 
         :returns: what to tell Nova's code of the disk
         :raises: StorageError, OSError, ProcessExecutionError
@@ -949,26 +949,10 @@ class LibvirtDriver(driver.LibvirtDriver):
                 path=places.record_path, reason=str(error)) from error
         if claims := places.claims():
             raise exception.InvalidSharedStorage(
-                path=places.directory, reason=_refuse_claims(claims))
-        volumes = places.volumes()
-        recorded = set(map(os.path.basename, formats))
-        for path in volumes:
-            if os.path.basename(path) in recorded:
-                continue
-            if os.path.exists(places.kept_directory):
-                raise exception.InvalidSharedStorage(path=path, reason=_(
-                    'the server was migrated from here and neither confirmed '
-                    'nor reverted. To start it from the disks that it had '
-                    'before, rename %(kept)s to %(directory)s') % {
-                        'kept': places.kept_directory,
-                        'directory': places.directory})
-            raise exception.InvalidSharedStorage(path=path, reason=_(
-                'the format of the disk is not recorded in %s. If both '
-                'hosts share the storage pool, they have to share the '
-                'instance directory too. If not, delete the '
-                'disk') % places.record_path)
+                path=places.directory, reason=_describe_claims(claims))
+        _check_recorded(places, formats)
         if names_volumes:
-            return bool(volumes)
+            return bool(places.volumes())
         return super().instance_on_disk(instance)
 
     def check_instance_shared_storage_local(self, context, instance):
@@ -1190,6 +1174,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         except Exception:
             with excutils.save_and_reraise_exception():
                 if notice and notice.claim:
+                    # Nova's code replaces the list that the notice is in.
                     notice.write(migrate_data)
                     self._rollback_live_migration(
                         context, instance, network_info, block_device_info,
@@ -1283,9 +1268,9 @@ class LibvirtDriver(driver.LibvirtDriver):
             del self._operations[instance.uuid]
 
     def _is_out_of_sight(self, instance, operation) -> bool:
-        """Whether Nova does not know how a live migration ended, which did.
+        """Whether a live migration has ended, and Nova does not know how.
 
-        One that has not begun does not begin any more.
+        A live migration that has not begun is kept from beginning.
         """
         if operation.is_known:
             return False
@@ -1936,12 +1921,14 @@ class LibvirtDriver(driver.LibvirtDriver):
 
     @staticmethod
     def _shares(server, was_running) -> ty.Any:
-        """The Manila shares to start a server with, which ran before.
+        """The Manila shares to start a server with again, None if it is off.
 
-        Asked for while the server runs: nobody may answer when it has to start
-        again.
+        Ask while the server runs: the database may not answer when the server
+        has to start again.
         """
-        return was_running and objects.ShareMappingList.get_by_instance_uuid(
+        if not was_running:
+            return None
+        return objects.ShareMappingList.get_by_instance_uuid(
             server.context, server.instance.uuid)
 
     def _start_again(self, server, copy, was_running, shares, steps) -> None:
@@ -2223,16 +2210,45 @@ def _is_unfinished(instance, places: layout.Layout) -> bool:
                for claim in places.claims().values())
 
 
-def _refuse_claims(claims: dict[str, layout.Claim]) -> str:
-    """Say why a server does not start from files under a claim.
+def _describe_claims(claims: dict[str, layout.Claim]) -> str:
+    """Tell an operator why a server does not start from files under a claim.
 
-    Its host, which is down, may have had it start from them on storage that
-    both share; or they are half of a copy from a third host.
+    The server may have run from these files, if its last host shares the
+    storage with this one. Otherwise they are half of a copy from a third host.
     """
+    path, claim = min(claims.items())
     return _('%(path)s says that the files here are an unfinished copy from '
              '%(source)s. If the server ran from them, on storage that hosts '
              'share, delete that file; if not, delete the files') % {
-                 'path': min(claims), 'source': claims[min(claims)].source}
+                 'path': path, 'source': claim.source}
+
+
+def _check_recorded(
+    places: layout.Layout, formats: dict[str, str],
+) -> None:
+    """Check that the formats of the volumes here are recorded.
+
+    The record may have another path of the pool: that of the last host.
+
+    :raises: InvalidSharedStorage
+    """
+    recorded = set(map(os.path.basename, formats))
+    for path in places.volumes():
+        if os.path.basename(path) in recorded:
+            continue
+        if os.path.exists(places.kept_directory):
+            reason = _(
+                'the server was migrated from here and neither confirmed nor '
+                'reverted. To start it from the disks that it had before, '
+                'rename %(kept)s to %(directory)s') % {
+                    'kept': places.kept_directory,
+                    'directory': places.directory}
+        else:
+            reason = _(
+                'the format of the disk is not recorded in %s. If both hosts '
+                'share the storage pool, they have to share the instance '
+                'directory too. If not, delete the disk') % places.record_path
+        raise exception.InvalidSharedStorage(path=path, reason=reason)
 
 
 def _avoids_ssh(places: layout.Layout) -> bool:

@@ -96,6 +96,7 @@ OWN_BASES = ('ephemeral', 'swap')
 
 # Files in the instance directory that go along as they are.
 COMPANIONS = ('disk.config', *BOOT_FILES)
+
 # The way out of a pool for a disk that does not belong in one.
 TAKE_OUT = ('Cold migrate the server to a host with [libvirt]'
             'vol_upload_migration and without use_storage_pools.')
@@ -186,9 +187,12 @@ class Claim:
     source: str
 
     @classmethod
-    def new(cls, uuid: str) -> 'Claim':
-        """The claim of a new attempt to copy a server from this host."""
-        return cls(uuid, uuidutils.generate_uuid(), CONF.host)
+    def new(cls, uuid: str, source: str = '') -> 'Claim':
+        """The claim of a new attempt to copy a server.
+
+        :param source: name of the source host, this one by default
+        """
+        return cls(uuid, uuidutils.generate_uuid(), source or CONF.host)
 
     @classmethod
     def parse(cls, uuid: str, name: str) -> 'Claim | None':
@@ -313,12 +317,6 @@ class Layout:
             return os.path.join(
                 self.pool_path, self.kept_prefix + self.disk_name(path))
         return os.path.join(self.kept_directory, os.path.basename(path))
-
-    def kept_boot_files(self) -> list[str]:
-        """Paths of the kernel and ramdisk that a resize here has kept."""
-        paths = [os.path.join(self.directory, name) for name in BOOT_FILES]
-        return [path for path in paths
-                if os.path.exists(self.kept_path(path))]
 
     def disk_name(self, name: str) -> str:
         """The disk that the name or path of a volume, kept or not, is of."""

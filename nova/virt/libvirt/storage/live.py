@@ -71,7 +71,7 @@ class Notice:
     :ivar sent: names of the files that the source host sends; None if it has
         not told
     :ivar claim: name of the claim on the server's files on the destination
-        host, before it is made too
+        host, which chooses it before it makes the claim
     :ivar paths: where the destination host has the disks, by the names of
         their files on the source host
     """
@@ -123,7 +123,7 @@ def introduce(places: layout.Layout, source: str, has_pool: bool) -> Notice:
     :param has_pool: whether new servers have their disks in the pool here
     :raises: OSError
     """
-    claim = layout.Claim(places.uuid, uuidutils.generate_uuid(), source).name
+    claim = layout.Claim.new(places.uuid, source).name
     in_the_way = []
     if not places.claims():
         in_the_way = [path for path in [
@@ -164,8 +164,8 @@ def claim(places: layout.Layout, notice: Notice, source: str,
     the guest says on its console. nova-compute here deletes the files if the
     attempt is abandoned.
 
-    :param notice: what introduce() made. The source host knows the claim from
-        it, whatever becomes of the answer to this step
+    :param notice: names the claim. The source host knows the name since
+        introduce(), even if the answer to this step is lost
     :param source: name of the source host
     :param has_pool: see introduce()
     :raises: OSError, Refused
@@ -243,9 +243,9 @@ def record_shared(places: layout.Layout) -> None:
 # The source host.
 
 def find_notice(migrate_data) -> Notice:
-    """What the destination host of a server with volumes tells.
+    """Read the notice of the destination host, which volumes need.
 
-    :raises: Refused if it tells nothing
+    :raises: Refused if there is none
     """
     notice = Notice.read(migrate_data)
     if notice is None:
@@ -257,7 +257,7 @@ def find_notice(migrate_data) -> Notice:
 
 
 def half_shared() -> errors.Refused:
-    """The refusal of hosts that share one place of disks, not the other.
+    """The refusal of hosts that share the pool or the directory, not both.
 
     Nova could not tell what to delete.
     """
@@ -304,23 +304,26 @@ def check_room(places: layout.Layout, bases: list[str]) -> None:
 
 def is_in_post_copy(guest: libvirt_guest.Guest) -> bool:
     """Whether the memory of a domain here is in part on another host only."""
-    state, reason = guest._domain.state()
-    return state == libvirt.VIR_DOMAIN_PAUSED and reason in (
-        libvirt.VIR_DOMAIN_PAUSED_POSTCOPY,
-        libvirt.VIR_DOMAIN_PAUSED_POSTCOPY_FAILED)
+    return _is_paused(guest, libvirt.VIR_DOMAIN_PAUSED_POSTCOPY,
+                      libvirt.VIR_DOMAIN_PAUSED_POSTCOPY_FAILED)
 
 
 def is_held(guest: libvirt_guest.Guest) -> bool:
     """Whether a domain here is paused until a migration has ended."""
-    return guest._domain.state() == [
-        libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION]
+    return _is_paused(guest, libvirt.VIR_DOMAIN_PAUSED_MIGRATION)
+
+
+def _is_paused(guest: libvirt_guest.Guest, *reasons: int) -> bool:
+    state, reason = guest._domain.state()
+    return state == libvirt.VIR_DOMAIN_PAUSED and reason in reasons
 
 
 def check_sent(notice: Notice, disks: ty.Iterable[ty.Any]) -> None:
-    """Check that the destination host asks for what it may have.
+    """Check that the destination host asks only for what it was offered.
 
-    It repeats what list_sent() has told it. Another name may be the path of
-    another server's disk, and the head of a raw disk may name any file.
+    The destination host repeats the names that list_sent() has offered. Any
+    other name may be the path of another server's disk, and the first bytes of
+    a raw disk may name any file.
 
     :param disks: of the domain here, as Nova reads its XML
     :raises: Refused
@@ -332,7 +335,7 @@ def check_sent(notice: Notice, disks: ty.Iterable[ty.Any]) -> None:
     if unknown:
         raise errors.Refused(
             f'the destination host asks for {", ".join(sorted(unknown))}, '
-            f'which is nothing to send',
+            f'which was not offered',
             'Find out what runs as nova-compute there.')
 
 

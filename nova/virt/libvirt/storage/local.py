@@ -442,14 +442,15 @@ def keep(places: layout.Layout) -> None:
 
 
 def is_half_copied(places: layout.Layout) -> bool:
-    """Whether keep(), or the copies after it, did not end.
+    """Whether nova-compute ended during keep(), or during the copies after it.
 
-    The record is copied last.
+    The directory is renamed after the volumes, and the record is copied last.
     """
-    kept = places.kept()
+    if not places.kept():
+        return False
     if os.path.exists(places.kept_directory):
-        return bool(kept) and not os.path.isfile(places.record_path)
-    return bool(kept) and not places.volumes()
+        return not os.path.isfile(places.record_path)
+    return not places.volumes()
 
 
 def restore(places: layout.Layout) -> None:

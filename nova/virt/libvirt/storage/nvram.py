@@ -17,8 +17,8 @@ libvirt has them in a directory of QEMU's, which nova-compute cannot enter, and
 of which no pool may be made: guests write these files. Where a server comes
 to, they are in its instance directory, and its domain names them there.
 
-Nova's privsep reads them, in the calling green thread: it never wakes a native
-one up.
+Nova's privsep reads them. Call these functions in a green thread: privsep
+never wakes up a native one under eventlet.
 """
 
 import os

@@ -126,11 +126,10 @@ class Progress:
     """The files of one server on their way to another host.
 
     A transfer is watched through begin(), note() and end(), which only take
-    notes: they are called in the thread that copies. All that needs the
-    log happens in the thread that waits in watch(), which is one of Nova's:
-    under eventlet a native thread could not. What needs the database happens
-    in another: a server whose copy has failed starts again, whether anybody
-    answers or not.
+    notes: they are called in the thread that copies. watch() writes the log in
+    the thread that waits, which is one of Nova's: under eventlet a native
+    thread cannot. The figures are saved in a third thread: a server whose copy
+    has failed starts again even if the database does not answer.
     """
 
     def __init__(self, context, instance, host: str):
@@ -244,7 +243,7 @@ class Progress:
         if self._figures:
             self._wait_for_save()
             self._save()
-            # Later, Nova would have saved another state of the server.
+            # Nova saves the next state of the server after this.
             self._wait_for_save()
 
     @property
@@ -317,8 +316,8 @@ class Progress:
         percent = self._percent(done)
         server = None
         if self._instance.progress != percent:
-            # Nova saves its own object when it will, and what it has changed
-            # in that.
+            # Save a copy: Nova's own object keeps what Nova has changed in it
+            # and has not saved yet.
             server = self._instance.obj_clone()
             server.obj_reset_changes()
             for instance in server, self._instance:
@@ -330,7 +329,8 @@ class Progress:
     def _save_figures(self, server, done: int) -> None:
         """Save the figures; the copy goes on if that fails.
 
-        :param server: with its progress; None if that is what it was
+        :param server: copy of the server with its new progress; None if the
+            progress has not changed
         """
         try:
             if server:
@@ -356,7 +356,7 @@ def _start(run: ty.Callable[[], None]) -> 'futures.Future[None]':
 
     Not in one of an executor of Nova's: a copy may take hours.
 
-    :returns: its end
+    :returns: its result, when it has ended
     """
     future: futures.Future[None] = futures.Future()
 

@@ -34,6 +34,9 @@ except ImportError:
 # Seconds between two looks whether to go on waiting.
 POLL_SECONDS = 0.2
 
+# Name of the native threads of off_hub().
+OFF_HUB = 'off-hub'
+
 
 class NoAnswer(TimeoutError):
     """A call took too long.
@@ -97,7 +100,7 @@ def off_hub(
 
     outcome: dict[str, ty.Any] = {}
     native_threading().Thread(
-        target=run, args=(outcome,), name='off-hub', daemon=True).start()
+        target=run, args=(outcome,), name=OFF_HUB, daemon=True).start()
     try:
         eventlet.hubs.trampoline(reader, read=True)
     finally:
@@ -178,9 +181,9 @@ def _record(
     try:
         outcome['result'] = function()
     except BaseException as error:
-        # The caller waits for a result, whatever ends the thread.
-        # Without the frames of libvirt's module: an error that is kept would
-        # keep alive what these frames refer to.
+        # The caller waits for a result, whatever ends the thread. Drop the
+        # frames of libvirt's module: an error that is kept would keep alive
+        # what these frames refer to.
         outcome['error'] = error.with_traceback(None)
 
 

@@ -21,8 +21,8 @@ to another file system.
 The server is off whenever one of these is called. libvirt gives the state to
 the user of the emulator as the server starts.
 
-What takes Nova's privsep runs in the calling green thread: privsep never wakes
-a native one up.
+Nova's privsep changes owners. Call these functions in a green thread: privsep
+never wakes up a native one under eventlet.
 """
 
 import filecmp

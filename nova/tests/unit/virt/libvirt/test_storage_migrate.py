@@ -165,7 +165,7 @@ class DriverTestCase(test.NoDBTestCase):
         """The migration is refused and nothing was done to the server."""
         error = self.assertRaises(
             exception.InstanceFaultRollback, self._migrate, **kwargs)
-        # Nova raises that.
+        # Nova raises the inner exception of a rollback.
         self.assertNotIsInstance(
             error.inner_exception, exception.InstanceFaultRollback)
         for text in texts:

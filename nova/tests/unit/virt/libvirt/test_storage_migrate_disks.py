@@ -325,7 +325,7 @@ class LeftoverTestCase(base.FinishMixin, base.DriverTestCase):
         self.assertEqual('qcow2', self.places.format(disk))
 
     def test_hard_reboot_after_a_resize_on_this_host(self):
-        """What it has written since stays."""
+        """The server keeps what it has written since the resize."""
         disk = self.places.volume_path('disk')
         self._add_disk()
         local.keep(self.places)

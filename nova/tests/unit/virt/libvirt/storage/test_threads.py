@@ -18,6 +18,7 @@ import time
 from unittest import mock
 
 from nova import test
+from nova.tests.fixtures import privileged
 from nova.virt.libvirt.storage import threads
 
 
@@ -33,6 +34,14 @@ class OffHubTestCase(test.NoDBTestCase):
 
         error = self.assertRaises(ValueError, threads.off_hub, fail)
         self.assertEqual('told', str(error))
+
+    def test_stand_in_for_privsep_fails_off_the_hub(self):
+        function = privileged.privileged(lambda: 1)
+        self.assertEqual(1, function())
+        if threads.get_eventlet() is None:
+            self.assertEqual(1, threads.off_hub(function))
+        else:
+            self.assertRaises(AssertionError, threads.off_hub, function)
 
     def test_any_number_of_calls_may_block_at_once(self):
         # eventlet's tpool has 20 threads, which Nova's calls share.
