@@ -93,11 +93,11 @@ class TestOverlayDirectory(EndsMixin, FullTestCase):
 
 
 class TestRawDirectory(EndsMixin, FullTestCase):
-    """images_type = raw."""
+    """images_type = raw, with use_cow_images as it is by default."""
 
     format = 'raw'
     options = base.cloud.config.merge(FullTestCase.options, {
-        'DEFAULT': {'use_cow_images': False},
+        'DEFAULT': {'use_cow_images': True},
         'libvirt': {'images_type': 'raw'}})
 
 
@@ -108,6 +108,49 @@ class TestFlatDirectory(EndsMixin, FullTestCase):
     options = base.cloud.config.merge(FullTestCase.options, {
         'DEFAULT': {'use_cow_images': False},
         'libvirt': {'images_type': 'flat'}})
+
+
+class TestRawToOverlays(FullTestCase):
+    """Raw files, and a destination that makes qcow2 of what arrives."""
+
+    host_options = {
+        base.SOURCE: {'DEFAULT': {'use_cow_images': False}},
+        base.DESTINATION: {'DEFAULT': {'use_cow_images': True}}}
+
+    def test_revert_confirm_migrate_back(self):
+        server = self.server
+        self.assert_format('raw', base.SOURCE)
+        server.stop()
+        self.migrate_without_ssh(server, base.DESTINATION)
+        self.assert_moved(base.DESTINATION)
+        self.assert_format('qcow2', base.DESTINATION)
+        server.revert('SHUTOFF')
+        self.assert_nothing(base.DESTINATION)
+        self.assert_format('raw', base.SOURCE)
+        server.start()
+        self.assert_counts(server, vda=2, vdb=2)
+
+        server.migrate(base.DESTINATION)
+        server.confirm()
+        self.assert_nothing(base.SOURCE)
+        self.assert_counts(server, vda=3, vdb=3)
+        server.compute.reboot_server(server.id, 'HARD')
+        server.wait('ACTIVE')
+        self.assert_counts(server, vda=4, vdb=4)
+        self.assert_format('qcow2', base.DESTINATION)
+
+        server.migrate(base.SOURCE)
+        server.confirm()
+        self.assert_nothing(base.DESTINATION)
+        self.assert_counts(server, vda=5, vdb=5)
+        self.assert_format('qcow2', base.SOURCE)
+
+    def assert_format(self, expected: str, host: str) -> None:
+        """Check that both disks have a format, and stand on no base."""
+        for disk in ('disk', 'disk.eph0'):
+            info = self.image_info(self.server, host, disk)
+            self.assertEqual(expected, info['format'])
+            self.assertNotIn('backing-filename', info)
 
 
 class TestNovasOwnWay(FullTestCase):
