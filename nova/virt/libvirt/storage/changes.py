@@ -393,19 +393,13 @@ class _Look:
         """
         if cancel is not None and cancel.is_set():
             raise errors.Cancelled()
-        self._wait([self._start() for _ in range(readers)], cancel,
-                   stall_seconds)
+        self._wait([threads.start(self._read_sections, 'changes-read')
+                    for _ in range(readers)], cancel, stall_seconds)
         ranges = Ranges()
         for _start, found in sorted(self._found.items()):
             for start, end in found:
                 ranges.add(start, end)
         return ranges
-
-    def _start(self) -> ty.Any:
-        thread = threads.native_threading().Thread(
-            target=self._read_sections, name='changes-read', daemon=True)
-        thread.start()
-        return thread
 
     def _wait(
         self, readers: list[ty.Any], cancel: stream.CancelEvent | None,

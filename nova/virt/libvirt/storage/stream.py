@@ -955,10 +955,7 @@ def _start(function: ty.Callable[[], None], queue: _Queue) -> ty.Any:
         except Exception as error:
             queue.fail(error)
 
-    thread = threads.native_threading().Thread(
-        target=run, name='volume-' + function.__name__, daemon=True)
-    thread.start()
-    return thread
+    return threads.start(run, 'volume-' + function.__name__)
 
 
 def _join(workers: list[ty.Any], seconds: float) -> None:

@@ -20,6 +20,7 @@ eventlet's tpool: that has 20, which Nova's own libvirt calls go through.
 
 import functools
 import os
+import signal
 import sys
 import threading
 import time
@@ -118,6 +119,28 @@ def spawn(function: ty.Callable[..., None], *args: ty.Any) -> None:
     threading.Thread(target=function, args=args, daemon=True).start()
 
 
+def start(function: ty.Callable[[], None], name: str) -> ty.Any:
+    """Start a native thread that the system gives no signals to.
+
+    libvirt's client sets the signal mask of its thread twice for each message.
+    A thread that does so takes a signal of the process before the main thread
+    wakes up, and Python handles signals in the main thread only: nova-compute
+    would not end when it is told to while it copies (see
+    bugs.python.org/issue5315).
+
+    The function must not start programs: they would get no signals either.
+
+    :returns: the thread, which does not keep the process from ending
+    """
+    def run() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        function()
+
+    thread = native_threading().Thread(target=run, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
 def within(seconds: float, function: ty.Callable[[], ty.Any],
            gives_up: ty.Callable[[], bool] = lambda: False) -> ty.Any:
     """Call a function in a native thread, and wait for it so long.
@@ -130,10 +153,8 @@ def within(seconds: float, function: ty.Callable[[], ty.Any],
     :raises: what the function raises
     """
     outcome: dict[str, ty.Any] = {}
-    thread = native_threading().Thread(
-        target=_record, args=(outcome, function), name='libvirt-call',
-        daemon=True)
-    thread.start()
+    thread = start(functools.partial(_record, outcome, function),
+                   'libvirt-call')
     deadline = time.monotonic() + seconds
     while thread.is_alive() and not gives_up() and (
             left := deadline - time.monotonic()) > 0:
@@ -171,8 +192,7 @@ def run_event_loop() -> None:
         while True:
             libvirt.virEventRunDefaultImpl()
 
-    native_threading().Thread(
-        target=loop, name='libvirt-events', daemon=True).start()
+    start(loop, 'libvirt-events')
 
 
 def _record(

@@ -12,6 +12,8 @@
 # under the License.
 
 import os
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -87,6 +89,68 @@ class WithinTestCase(test.NoDBTestCase):
         started = time.monotonic()
         self.assertEqual(3, threads.off_hub(threads.within, 30, lambda: 3))
         self.assertLess(time.monotonic() - started, 10)
+
+
+# Its main thread waits, as nova-compute's does, and threads of ours set their
+# signal masks all the time, as libvirt's client does.
+WAITING = """
+import ctypes
+import os
+import signal
+import threading
+
+from nova.virt.libvirt.storage import threads
+
+handled = []
+
+
+def handle(*_args):
+    handled.append(None)
+    os.write(1, b'.')
+    if len(handled) == 50:
+        os._exit(0)
+
+
+def change_mask():
+    set_mask = ctypes.CDLL(None).pthread_sigmask
+    # libvirt blocks SIGCHLD, among others.
+    mask = ctypes.create_string_buffer(
+        (1 << signal.SIGCHLD - 1).to_bytes(128, 'little'))
+    before = ctypes.create_string_buffer(128)
+    while True:
+        set_mask(signal.SIG_BLOCK, mask, before)
+        set_mask(signal.SIG_SETMASK, before, None)
+
+
+signal.signal(signal.SIGTERM, handle)
+for name in 'first', 'second':
+    threads.start(change_mask, name)
+os.write(1, b'.')
+threading.Event().wait()
+"""
+
+
+class StartTestCase(test.NoDBTestCase):
+
+    def test_signals_are_left_to_the_main_thread(self):
+        process = subprocess.Popen(
+            [sys.executable, '-W', 'ignore', '-c', WAITING],
+            stdout=subprocess.PIPE)
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        for _number in range(50):
+            self.assertEqual(b'.', process.stdout.read(1))
+            # Let the main thread fall asleep.
+            time.sleep(0.02)
+            process.terminate()
+        self.assertEqual(b'.', process.stdout.read(1))
+        self.assertEqual(0, process.wait(30))
+
+    def test_calls_of_libvirt_get_none(self):
+        mask = threads.off_hub(
+            threads.within, 30,
+            lambda: signal.pthread_sigmask(signal.SIG_BLOCK, []))
+        self.assertIn(signal.SIGTERM, mask)
 
 
 class EventletTestCase(test.NoDBTestCase):
