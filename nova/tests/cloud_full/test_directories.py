@@ -35,6 +35,14 @@ class FullTestCase(test_legacy.DirectoryTestCase):
         self.assert_owned_by_nova(self.server, host, 'swtpm', *others)
         self.assert_keeps_password(self.server, host)
 
+    def assert_format(self, expected: str, host: str,
+                      has_base: bool = False) -> None:
+        """Check the format of both disks, and whether they have a base."""
+        for disk in ('disk', 'disk.eph0'):
+            info = self.image_info(self.server, host, disk)
+            self.assertEqual(expected, info['format'])
+            self.assertEqual(has_base, 'backing-filename' in info)
+
     def assert_nothing(self, host: str) -> None:
         self.assert_no_disks(self.server, host)
         self.assertEqual({}, self.vtpm(self.server, host))
@@ -48,11 +56,8 @@ class EndsMixin:
 
     def test_migrate_revert_resize_confirm(self):
         server = self.server
-        for disk in ('disk', 'disk.eph0'):
-            info = self.image_info(server, base.SOURCE, disk)
-            self.assertEqual(self.format, info['format'])
-            self.assertEqual(
-                self.format == 'qcow2', 'backing-filename' in info)
+        self.assert_format(self.format, base.SOURCE,
+                           has_base=self.format == 'qcow2')
 
         server.stop()
         self.migrate_without_ssh(server, base.DESTINATION)
@@ -97,7 +102,6 @@ class TestRawDirectory(EndsMixin, FullTestCase):
 
     format = 'raw'
     options = base.cloud.config.merge(FullTestCase.options, {
-        'DEFAULT': {'use_cow_images': True},
         'libvirt': {'images_type': 'raw'}})
 
 
@@ -144,13 +148,6 @@ class TestRawToOverlays(FullTestCase):
         self.assert_nothing(base.DESTINATION)
         self.assert_counts(server, vda=5, vdb=5)
         self.assert_format('qcow2', base.SOURCE)
-
-    def assert_format(self, expected: str, host: str) -> None:
-        """Check that both disks have a format, and stand on no base."""
-        for disk in ('disk', 'disk.eph0'):
-            info = self.image_info(self.server, host, disk)
-            self.assertEqual(expected, info['format'])
-            self.assertNotIn('backing-filename', info)
 
 
 class TestNovasOwnWay(FullTestCase):

@@ -38,6 +38,9 @@ POLL_SECONDS = 0.2
 # Name of the native threads of off_hub().
 OFF_HUB = 'off-hub'
 
+# Asked for once: it takes nearly as long as to start a thread.
+_SIGNALS = signal.valid_signals()
+
 
 class NoAnswer(TimeoutError):
     """A call took too long.
@@ -133,7 +136,7 @@ def start(function: ty.Callable[[], None], name: str) -> ty.Any:
     :returns: the thread, which does not keep the process from ending
     """
     def run() -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         function()
 
     thread = native_threading().Thread(target=run, name=name, daemon=True)
