@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import os
 from pathlib import Path
+import signal
 import subprocess
 from typing import Any
 
@@ -90,5 +91,11 @@ class Host(abc.ABC):
         """Start a command in the host, in a session of its own."""
         kwargs.setdefault('stdin', subprocess.DEVNULL)
         kwargs.setdefault('start_new_session', True)
-        return subprocess.Popen(self.command(argv, user, env),
-                                env=self.environment(user, env), **kwargs)
+        # A test may start it in a thread that copies, which gets no signals;
+        # a program would keep that, and not end when it is told to.
+        before = signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        try:
+            return subprocess.Popen(self.command(argv, user, env),
+                                    env=self.environment(user, env), **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)

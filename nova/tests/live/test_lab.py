@@ -233,6 +233,18 @@ class TestHosts(HostsTestCase):
         self.assertTrue(again.lookupByName('survivor').isActive())
         self.assertEqual(pids, self.qemu_pids(self.source))
 
+    def test_program_can_be_ended_whoever_started_it(self):
+        before = signal.pthread_sigmask(
+            signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            process = self.source.popen(['sleep', '60'])
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        process.terminate()
+        self.assertEqual(-signal.SIGTERM, process.wait(timeout=10))
+
     def test_sudoers_that_sudo_would_refuse_are_not_installed(self):
         self.source.set_sudoers('nova ALL=(root) NOPASSWD: /usr/bin/id\n')
         self.addCleanup(
