@@ -23,6 +23,7 @@ import time
 import libvirt
 
 from nova.tests.live import base
+from nova.virt.libvirt.storage import threads
 
 from tools import certificates
 from tools.lab import network
@@ -234,12 +235,10 @@ class TestHosts(HostsTestCase):
         self.assertEqual(pids, self.qemu_pids(self.source))
 
     def test_program_can_be_ended_whoever_started_it(self):
-        before = signal.pthread_sigmask(
-            signal.SIG_BLOCK, signal.valid_signals())
-        try:
-            process = self.source.popen(['sleep', '60'])
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        started = []
+        threads.start(lambda: started.append(
+            self.source.popen(['sleep', '60'])), 'copies').join()
+        process, = started
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
         process.terminate()
