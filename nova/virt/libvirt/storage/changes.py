@@ -541,6 +541,7 @@ class _Table:
         self._zeros = bytes(self.block)
         self._digest = _new_hash()
         self._segments: dict[int, bytearray] = {}
+        self._zero_hashes = bytearray(self.SEGMENT * DIGEST_BYTES)
 
     def record(self, first: int, count: int, data: Block) -> None:
         """Record the hash of a block, or that some are zeros."""
@@ -558,12 +559,20 @@ class _Table:
     ) -> ty.Iterator[int]:
         """Yield the blocks that are recorded with another content."""
         digest = self._hash(data)
+        if count == 1 and first < self._most:
+            # Only holes come as more. The server may be off meanwhile.
+            segment, index = divmod(first, self.SEGMENT)
+            at = index * DIGEST_BYTES
+            hashes = self._segments.get(segment, self._zero_hashes)
+            if hashes[at:at + DIGEST_BYTES] != digest:
+                yield first
+            return
         for segment, start, end in self._places(first, count):
             hashes = self._segments.get(segment)
             if hashes is None:
                 if digest == _ZERO_DIGEST:
                     continue
-                hashes = bytearray(self.SEGMENT * DIGEST_BYTES)
+                hashes = self._zero_hashes
             for index in range(start, end):
                 at = index * DIGEST_BYTES
                 if hashes[at:at + DIGEST_BYTES] != digest:
