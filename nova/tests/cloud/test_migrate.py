@@ -75,6 +75,7 @@ class TestMigrate(base.CloudTestCase):
             f'Copied base_{there.name} to {self.destination.address}')
         self.assertTrue(copied, log)
         self.assertIn('The server is powered off', after)
+        self.assertNotIn('has not written yet', log)
         self.assertTrue(filecmp.cmp(here, there, shallow=False))
         self.assertEqual(1, there.stat().st_nlink)
         server.wait_boot()

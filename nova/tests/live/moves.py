@@ -145,7 +145,8 @@ def migrate(move: transfer.Transfer, cancel: stream.CancelEvent | None = None,
         start(move)
         steps.push(move.discard)
         if precopy:
-            move.precopy(cancel, watch)
+            while move.precopy(cancel, watch):
+                pass
         if guest:
             steps.push(guest.start)
             guest.stop()

@@ -131,7 +131,8 @@ class _PrecopyTestCase(test_transfer.TransferTestCase):
         return self._make_disk(size, [(0, size)])
 
     def _precopy(self, move, cancel=None):
-        move.precopy(cancel, self.watch)
+        while move.precopy(cancel, self.watch):
+            pass
         self.assertEqual([self.ENGINE] * len(move._early), [
             early.tracked.kind for early in move._early.values()])
 
@@ -305,7 +306,7 @@ class PrecopyTestCase(_PrecopyTestCase):
         move = self._start()
         cancel = threading.Event()
         self.watch.end = lambda *args: cancel.set()
-        self.assertRaises(errors.Cancelled, move.precopy, cancel, self.watch)
+        self.assertRaises(errors.Cancelled, self._precopy, move, cancel)
         move.discard()
         self.assertEqual(before, self.sha256(path))
         self.assertFalse(os.path.exists(self._copied_path()))

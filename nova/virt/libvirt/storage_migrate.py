@@ -25,6 +25,7 @@ See the blueprints "Use libvirt Storage Pools" and "Use Libvirt Storage Pool
 Methods to Migrate Libvirt Volumes".
 """
 
+from concurrent import futures
 import contextlib
 import dataclasses
 import functools
@@ -37,14 +38,17 @@ import typing as ty
 from oslo_concurrency import lockutils
 from oslo_concurrency import processutils
 from oslo_log import log as logging
+import oslo_messaging
 from oslo_serialization import jsonutils
 from oslo_utils import excutils
 from oslo_utils import fileutils
 from oslo_utils import netutils
 from oslo_utils import units
+import tenacity
 
 from nova import block_device
 from nova.compute import power_state
+from nova.compute import rpcapi
 from nova.compute import task_states
 from nova.compute import vm_states
 import nova.conf
@@ -97,6 +101,13 @@ KEEPS_VTPM = (8, 9, 0)
 # The pool that earlier releases made of the image cache. libvirt would probe
 # the base images, whose first bytes a user may have chosen.
 IMAGE_CACHE_POOL = 'nova-image-cache'
+
+# Key in what a source host sends to have written what has arrived.
+FLUSH = 'nova_storage_migrate_flush'
+
+# How often it calls while nobody answers. Each call takes
+# [DEFAULT]rpc_response_timeout, 60 seconds by default.
+FLUSH_CALLS = 5
 
 # How long nova-compute waits when it stops until all servers whose copies it
 # stopped are running again, in seconds. Nova keeps 20 for that and the rest.
@@ -630,8 +641,9 @@ class LibvirtDriver(driver.LibvirtDriver):
             server.context, instance, move.there.daemon.host)
         copy.check()
         if self._can_precopy(instance, move):
-            watch.watch(functools.partial(
-                _native, move.precopy, copy.cancel, watch))
+            while watch.watch(functools.partial(
+                    _native, move.precopy, copy.cancel, watch)):
+                self._flush_there(server, copy)
             watch.tell_power_off()
         copy.check()
         # The guest may have been shut down meanwhile.
@@ -652,6 +664,38 @@ class LibvirtDriver(driver.LibvirtDriver):
         watch.watch(functools.partial(
             _native, move.run, copy.cancel, watch, late))
         _native(local.keep_directory, places)
+
+    @staticmethod
+    def _flush_there(server, copy) -> None:
+        """Wait until the destination host has written what has arrived.
+
+        It waits for that again before it starts the server. But the server is
+        off then, for as long as its storage takes to write what came in half a
+        minute. Nova's own driver there writes nothing now, and the copy goes
+        on if nobody answers.
+        """
+        instance = server.instance
+
+        def ask():
+            migration = objects.Migration.get_by_id(
+                server.context, instance.migration_context.migration_id)
+            tenacity.Retrying(
+                retry=tenacity.retry_if_exception_type(
+                    oslo_messaging.MessagingTimeout),
+                stop=tenacity.stop_after_attempt(FLUSH_CALLS), reraise=True)(
+                    rpcapi.ComputeAPI().check_instance_shared_storage,
+                    server.context, {'filename': '', FLUSH: True},
+                    instance=instance, host=migration.dest_compute)
+
+        asking = progress.start(ask)
+        while not (copy.cancel.is_set() or
+                   futures.wait([asking], threads.POLL_SECONDS).done):
+            pass
+        error = asking.exception() if asking.done() else None
+        if error:
+            LOG.warning('The destination host has not written yet what has '
+                        'arrived, the server may be off for longer: %s',
+                        error, instance=instance)
 
     def _copy_here_and_power_off(
         self, server, places, flavor, timeout, retry_interval,
@@ -972,7 +1016,13 @@ class LibvirtDriver(driver.LibvirtDriver):
         """Whether this host shares any of another's storage.
 
         Any, for the other will delete all or nothing.
+
+        A source host calls this also to have written what it has sent: Nova
+        has no other call from one host to the driver of another.
         """
+        if FLUSH in data:
+            local.flush_all()
+            return False
         # The pool may have another path here.
         shares_pool = 'volume' in data and os.path.exists(os.path.join(
             CONF.libvirt.disks_pool_path, data['volume']))

@@ -563,8 +563,8 @@ class _Table:
             # Only holes come as more. The server may be off meanwhile.
             segment, index = divmod(first, self.SEGMENT)
             at = index * DIGEST_BYTES
-            hashes = self._segments.get(segment, self._zero_hashes)
-            if hashes[at:at + DIGEST_BYTES] != digest:
+            recorded = self._segments.get(segment, self._zero_hashes)
+            if recorded[at:at + DIGEST_BYTES] != digest:
                 yield first
             return
         for segment, start, end in self._places(first, count):

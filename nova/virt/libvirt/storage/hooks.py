@@ -128,7 +128,9 @@ HOOKS = {
         'Makes a marker, by which another host finds out whether the pool is '
         'shared.'),
     'check_instance_shared_storage_remote': Hook(
-        ('context', 'data'), 'Looks for that marker.'),
+        ('context', 'data'),
+        'Looks for that marker, or writes what has arrived to stable '
+        'storage.'),
     'check_instance_shared_storage_cleanup': Hook(
         ('context', 'data'), 'Deletes that marker.'),
     'cleanup': Hook(

@@ -29,6 +29,7 @@ import shutil
 import tempfile
 import typing as ty
 
+from oslo_concurrency import processutils
 from oslo_utils import fileutils
 from oslo_utils import units
 from oslo_utils import uuidutils
@@ -250,6 +251,19 @@ def _flush(places: layout.Layout) -> None:
     paths.append(os.path.dirname(places.directory))
     for path in filter(os.path.exists, paths):
         layout.flush(path)
+
+
+def flush_all() -> None:
+    """Wait until the file systems of all disks are on stable storage.
+
+    syncfs() leaves the error of a write to a file for adopt(), which fsync()
+    would not.
+
+    :raises: ProcessExecutionError
+    """
+    for path in filter(os.path.isdir, [
+            CONF.libvirt.disks_pool_path, CONF.instances_path]):
+        processutils.execute('sync', '--file-system', path)
 
 
 def list_copied() -> list[str]:

@@ -44,6 +44,7 @@ INTERVAL = 5
 # How long to wait until the last figures are saved, in seconds.
 SAVE_SECONDS = 10
 
+_T = ty.TypeVar('_T')
 
 # Events of the action, a migration or a resize, in ``openstack server event
 # show``. Each has the time of its start and of its end.
@@ -227,24 +228,26 @@ class Progress:
         self._untold.append(
             functools.partial(self._tell_loss, error, seconds))
 
-    def watch(self, run: ty.Callable[[], None]) -> None:
+    def watch(self, run: ty.Callable[[], _T]) -> _T:
         """Copy, and report every few seconds how far it is.
 
         :param run: does it, in another thread
+        :returns: what ``run`` returned
         :raises: what ``run`` raised
         """
-        copying = _start(run)
+        copying = start(run)
         while not self._ends(copying):
             self._tell_untold()
             self._tell()
             self._save()
         self._tell_untold()
-        copying.result()
+        result = copying.result()
         if self._figures:
             self._wait_for_save()
             self._save()
             # Nova saves the next state of the server after this.
             self._wait_for_save()
+        return result
 
     @property
     def _done(self) -> int:
@@ -254,7 +257,7 @@ class Progress:
     def _wire(self) -> int:
         return sum(wire for _done, wire in list(self._figures.values()))
 
-    def _ends(self, copying: 'futures.Future[None]') -> bool:
+    def _ends(self, copying: 'futures.Future[ty.Any]') -> bool:
         """Wait for the end of a copy, but no longer than the next report."""
         wait = self._told + INTERVAL - time.monotonic()
         return bool(futures.wait([copying], max(0, wait)).done)
@@ -323,7 +326,7 @@ class Progress:
             for instance in server, self._instance:
                 instance.progress = percent
             self._instance.obj_reset_changes(['progress'])
-        self._saving = _start(
+        self._saving = start(
             functools.partial(self._save_figures, server, done))
 
     def _save_figures(self, server, done: int) -> None:
@@ -351,19 +354,18 @@ class Progress:
         self._migration.save()
 
 
-def _start(run: ty.Callable[[], None]) -> 'futures.Future[None]':
+def start(run: ty.Callable[[], _T]) -> 'futures.Future[_T]':
     """Call a function in a thread of its own, green under eventlet.
 
     Not in one of an executor of Nova's: a copy may take hours.
 
     :returns: its result, when it has ended
     """
-    future: futures.Future[None] = futures.Future()
+    future: futures.Future[_T] = futures.Future()
 
     def call() -> None:
         try:
-            run()
-            future.set_result(None)
+            future.set_result(run())
         except BaseException as error:
             future.set_exception(error)
 

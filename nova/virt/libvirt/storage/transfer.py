@@ -193,6 +193,7 @@ class Transfer:
         self._name = name
         self._bandwidth = bandwidth
         self._early: dict[str, _Early] = {}
+        self._passes: changes.Passes | None = None
         # Keys of logical volumes whose rest was wiped, by name.
         self._wiped: dict[str, str] = {}
         self._is_closed = False
@@ -303,34 +304,67 @@ class Transfer:
                 self.there.claim()
 
     def precopy(self, cancel: stream.CancelEvent | None = None,
-                watch: Watch | None = None) -> None:
-        """Copy the disks while the server runs, and again what it changes.
+                watch: Watch | None = None) -> bool:
+        """Copy the disks while the server runs; later, what it has changed.
 
-        run() then copies only what has changed since. On this host nothing
-        is made but unnamed files: see changes.Clone.
+        Call it as long as it sends anything. run() then copies only what has
+        changed since. On this host nothing is made but unnamed files: see
+        changes.Clone.
 
         :param cancel: stops the copy when set
+        :returns: whether it has sent anything. The destination may still have
+            that in its page cache
         :raises: HostError, Cancelled
         """
         self._watch = watch
         self.there.daemon.is_patient = True
+        if self._passes is None:
+            self._passes = changes.Passes(self._copy_disks(cancel, watch))
+            return bool(self._early)
+        early = [(file, self._early[file.name]) for file in self._files
+                 if file.name in self._early]
+        changed = [self._look(*each, cancel, watch) for each in early]
+        if self._passes.another(sum(ranges.total for ranges in changed)):
+            for each, ranges in zip(early, changed):
+                with self._located(self.there.daemon, each[0].name):
+                    self._send_changes(*each, ranges, cancel, watch)
+            return True
+        # A copy that was lost is found out while the server still runs.
+        for file, copied in early:
+            with self._located(self.there.daemon, file.name):
+                self._persist(functools.partial(
+                    self.there.verify, file, copied.length), cancel)
+        return False
+
+    def _copy_disks(self, cancel: stream.CancelEvent | None,
+                    watch: Watch | None) -> int:
+        """Copy each disk once.
+
+        :returns: bytes that were sent
+        """
         with self._located(self._here.daemon):
             total = sum(map(self._here.length, self._files))
         if watch:
             watch.begin(total)
+        sent = 0
         for file in self._files:
             with self._located(self.there.daemon, file.name):
                 if _can_go_early(file):
-                    self._copy_early(file, cancel, watch)
+                    sent += self._copy_early(file, cancel, watch)
                 elif file.place == layout.GROUP:
                     self._make_early(file, cancel)
-        # A copy that was lost is found out while the server still runs.
-        for file in self._files:
-            early = self._early.get(file.name)
-            if early:
-                with self._located(self.there.daemon, file.name):
-                    self._persist(functools.partial(
-                        self.there.verify, file, early.length), cancel)
+        return sent
+
+    def _look(self, file: layout.File, early: _Early,
+              cancel: stream.CancelEvent | None,
+              watch: Watch | None) -> changes.Ranges:
+        """Find what a server that runs has changed in a disk."""
+        started = time.monotonic()
+        with self._located(self.there.daemon, file.name):
+            ranges = early.tracked.look(False, cancel, _stall_seconds())
+        if watch:
+            watch.changed(file.name, ranges.total, time.monotonic() - started)
+        return ranges
 
     def run(self, cancel: stream.CancelEvent | None = None,
             watch: Watch | None = None,
@@ -555,8 +589,11 @@ class Transfer:
     def _copy_early(
         self, file: layout.File, cancel: stream.CancelEvent | None,
         watch: Watch | None,
-    ) -> None:
-        """Copy a disk in use, in as many passes as are worth it."""
+    ) -> int:
+        """Copy a disk in use.
+
+        :returns: bytes that were sent
+        """
         tracked = changes.track(
             file.path, os.path.dirname(file.path), file.head_bytes,
             stall_seconds=_stall_seconds())
@@ -570,16 +607,7 @@ class Transfer:
         copy = self._copy(file, early.length, tracked.source, cancel, watch,
                           block=tracked.block)
         early.path = copy.path
-        passes = changes.Passes(copy.sent)
-        while True:
-            started = time.monotonic()
-            ranges = tracked.look(False, cancel, _stall_seconds())
-            if watch:
-                watch.changed(file.name, ranges.total,
-                              time.monotonic() - started)
-            if not passes.another(ranges.total):
-                return
-            self._send_changes(file, early, ranges, cancel, watch)
+        return copy.sent
 
     def _send_changes(
         self, file: layout.File, early: _Early, ranges: changes.Ranges,

@@ -23,6 +23,7 @@ import ddt
 import fixtures
 from oslo_concurrency import processutils
 from oslo_config import cfg
+import oslo_messaging
 from oslo_serialization import jsonutils
 from oslo_utils.fixture import uuidsentinel as uuids
 from oslo_utils import units
@@ -41,6 +42,7 @@ from nova.tests import fixtures as nova_fixtures
 from nova.tests.fixtures import libvirt_storage
 from nova.virt import fake
 from nova.virt.libvirt import driver
+from nova.virt.libvirt.storage import changes
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import image
 from nova.virt.libvirt.storage import imagecache
@@ -72,6 +74,9 @@ class DriverTestCase(test.NoDBTestCase):
         self.hosts = self.useFixture(
             libvirt_storage.LibvirtStorageFixture('source', ['dest']))
         self.source, self.dest = self.hosts['source'], self.hosts['dest']
+        self.ask_there = self.useFixture(fixtures.MockPatchObject(
+            storage_migrate.rpcapi, 'ComputeAPI'
+        )).mock.return_value.check_instance_shared_storage
         self.source.add_pool('nova-disks', self.pool_path)
         self.dest.add_pool('nova-disks', '/srv/disks')
         self.dest.add_directory(self.instances)
@@ -338,6 +343,7 @@ class MigrateTestCase(DriverTestCase):
         self._assert_nothing_on_destination()
 
 
+@ddt.ddt
 class PrecopyTestCase(DriverTestCase):
     """Disks are copied while the server runs."""
 
@@ -419,11 +425,66 @@ class PrecopyTestCase(DriverTestCase):
             self.stdlog.logger.output,
             r'so far, which takes about \d+\.\d s')
 
+    def test_destination_has_written_it_before_the_power_off(self):
+        self.migration.dest_compute = 'there'
+        self.ask_there.side_effect = lambda *args, **kwargs: (
+            self.assertTrue(self.volume in self.dest.volume_names(
+                'nova-disks')),
+            self.calls.power_off.assert_not_called())
+        self._migrate()
+        self.ask_there.assert_called_once_with(
+            self.context, mock.ANY, instance=self.instance, host='there')
+        self.calls.power_off.assert_called_once()
+        self.assertNotIn('not written', self.stdlog.logger.output)
+
+    def test_each_pass_is_written(self):
+        def write(*_args, **_kwargs):
+            with open(self.path, 'r+b') as disk:
+                disk.seek(units.Mi)
+                disk.write(b'changed')
+
+        self.ask_there.side_effect = iter([None, None])
+        with mock.patch.object(changes, 'FLOOR_BYTES', 0):
+            self.dest.call('stream.finish', write, nth=1)
+            self._migrate()
+        self.assertEqual(2, self.ask_there.call_count)
+        self._assert_arrived()
+
+    def test_destination_takes_long_to_write(self):
+        self.ask_there.side_effect = [
+            oslo_messaging.MessagingTimeout(), False]
+        self._migrate()
+        self.assertEqual(2, self.ask_there.call_count)
+        self.assertNotIn('not written', self.stdlog.logger.output)
+
+    @ddt.data((oslo_messaging.MessagingTimeout(), storage_migrate.FLUSH_CALLS),
+              (oslo_messaging.RemoteError('OSError', 'no sync'), 1))
+    @ddt.unpack
+    def test_copy_goes_on_without_that(self, error, calls):
+        self.ask_there.side_effect = error
+        self._migrate()
+        self.assertEqual(calls, self.ask_there.call_count)
+        self.assertIn('has not written yet', self.stdlog.logger.output)
+        self._assert_arrived()
+
+    def test_cancel_does_not_wait_for_that(self):
+        answer = threads.native_threading().Event()
+        self.addCleanup(answer.set)
+
+        def ask(*_args, **_kwargs):
+            self.driver._copies[self.instance.uuid].cancel.set()
+            while not answer.is_set():
+                time.sleep(0.01)
+
+        self.ask_there.side_effect = ask
+        self._assert_refused()
+
     def test_stopped_server_is_copied_once(self):
         self.info.return_value.state = power_state.SHUTDOWN
         self._migrate()
         self.assertFalse(self.copied)
         self._assert_arrived()
+        self.ask_there.assert_not_called()
 
     def test_option_switches_it_off(self):
         self.flags(vol_upload_migration_precopy=False, group='libvirt')
@@ -1488,6 +1549,21 @@ class SharedStorageTestCase(DriverTestCase):
         shutil.rmtree(self.directory)
         self.assertTrue(self._check(self.pool_path, remote_directory=True))
         self.assertEqual([os.path.basename(path)], os.listdir(self.pool_path))
+
+    def test_source_asks_to_have_written_what_arrived(self):
+        data = {'filename': '', storage_migrate.FLUSH: True}
+        with mock.patch.object(
+                processutils, 'execute',
+                side_effect=processutils.execute) as execute:
+            self.assertFalse(self.driver.check_instance_shared_storage_remote(
+                self.context, data))
+            self.assertEqual(
+                [self.pool_path, self.instances],
+                [call.args[-1] for call in execute.mock_calls])
+            self.flags(disks_pool_path='/none', group='libvirt')
+            self.driver.check_instance_shared_storage_remote(
+                self.context, data)
+            self.assertEqual(3, execute.call_count)
 
     def test_nova_asks_for_a_server_with_files(self):
         data = self.driver.check_instance_shared_storage_local(

@@ -15,6 +15,7 @@
 import os
 import threading
 import time
+from unittest import mock
 
 import ddt
 import fixtures
@@ -642,6 +643,21 @@ class ClonesTestCase(ReconnectTestCase):
         self._assert_arrived()
         self._native(self.transfer.close)
         self._assert_none_left()
+
+    def test_changes_while_another_disk_is_copied(self):
+        """They do not wait for the power off."""
+        self.assertTrue(self._native(self.transfer.precopy))
+        with open(self.files[0].path, 'r+b') as disk:
+            disk.write(os.urandom(SIZE // 4))
+        with mock.patch.object(changes, 'FLOOR_BYTES', 0):
+            self.assertTrue(self._native(self.transfer.precopy))
+            self.assertFalse(self._native(self.transfer.precopy))
+        self._assert_arrived()
+        before = len(self.dest.streams)
+        self._native(self.transfer.run)
+        self.assertLess(sum(stream.length for stream in
+                            self.dest.streams[before:]), SIZE // 4)
+        self._assert_arrived()
 
     def test_room_for_the_clone_of_one_disk(self):
         self.reflinks.available = (
