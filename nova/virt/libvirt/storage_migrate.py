@@ -684,7 +684,7 @@ class LibvirtDriver(driver.LibvirtDriver):
                     oslo_messaging.MessagingTimeout),
                 stop=tenacity.stop_after_attempt(FLUSH_CALLS), reraise=True)(
                     rpcapi.ComputeAPI().check_instance_shared_storage,
-                    server.context, {'filename': '', FLUSH: True},
+                    server.context, data={'filename': '', FLUSH: True},
                     instance=instance, host=migration.dest_compute)
 
         asking = progress.start(ask)

@@ -433,7 +433,7 @@ class PrecopyTestCase(DriverTestCase):
             self.calls.power_off.assert_not_called())
         self._migrate()
         self.ask_there.assert_called_once_with(
-            self.context, mock.ANY, instance=self.instance, host='there')
+            self.context, data=mock.ANY, instance=self.instance, host='there')
         self.calls.power_off.assert_called_once()
         self.assertNotIn('not written', self.stdlog.logger.output)
 
