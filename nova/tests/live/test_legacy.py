@@ -234,6 +234,30 @@ class DirectoryTestCase(base.LiveTestCase):
         self.assertEqual({self.destination.nova_uid}, owners)
         self.assertEqual(before, self._pools(self.destination))
 
+    def test_many_make_directories_at_once(self):
+        before = self._pools(self.destination)
+        names = [f'made-{index}' for index in range(40)]
+        owner = pool.Permissions(self.destination.nova_uid,
+                                 self.destination.nova_gid, 0o755)
+
+        def make(name):
+            connection = daemon.open_connection(self.lab.uri(self.destination))
+            try:
+                for function in (
+                        lambda parent: parent.create_directory(name, owner),
+                        lambda parent: parent.delete(name)):
+                    pool.within(connection, path=INSTANCES,
+                                name=f'test-{name}', function=function)
+            finally:
+                connection.close()
+
+        with concurrent.futures.ThreadPoolExecutor(8) as executor:
+            list(executor.map(make, names))
+        self.assertEqual(before, self._pools(self.destination))
+        self.assertEqual([], [path for path in
+                              self.destination.path(INSTANCES).iterdir()
+                              if path.name in names])
+
 
 class SharedDirectoryTestCase(base.LiveTestCase):
     """One directory that both hosts see at the same path, or do not."""

@@ -342,12 +342,17 @@ class Pool:
 
         :param length: bytes that a stream will carry
         """
-        return self._create(name, 'raw', length, permissions)
+        return self._create_xml(_volume_xml(name, 'raw', length, permissions))
 
     @_retry_busy
     def create_directory(self, name: str, permissions: Permissions) -> None:
-        """Create a directory in that of the pool."""
-        self._create(name, 'dir', 0, permissions)
+        """Create a directory in that of the pool.
+
+        Asks nothing of it. Who shares the pool may have ended it by now, and
+        another attempt would find the directory in its way: see within().
+        """
+        self.libvirt_pool.createXML(
+            _text(_volume_xml(name, 'dir', 0, permissions)), 0)
 
     @_retry_busy
     def create_logical_volume(self, name: str, length: int) -> Volume:
@@ -363,15 +368,6 @@ class Pool:
             E.capacity(str(length), unit='bytes'),
             E.allocation(str(length), unit='bytes'),
             E.target(E.permissions(E.mode(f'{DEVICE_MODE:04o}')))))
-
-    def _create(
-        self, name: str, kind: str, length: int, permissions: Permissions,
-    ) -> Volume:
-        return self._create_xml(E.volume(
-            E.name(name),
-            E.capacity(str(length), unit='bytes'),
-            E.allocation('0', unit='bytes'),
-            E.target(E.format(type=kind), permissions.xml())))
 
     def _create_xml(self, xml: etree._Element) -> Volume:
         return Volume(self.libvirt_pool.createXML(_text(xml), 0))
@@ -454,7 +450,8 @@ def within(
     use the same. Who made it ends it, and the others do their part again.
 
     :param name: of a transient pool, if there is no other
-    :param function: called with the pool; again if the pool ended
+    :param function: called with the pool; again if the pool ended, maybe
+        after all has been done
     """
     with _at(connection, path=path, name=name) as pool:
         pool.refresh()
@@ -509,8 +506,9 @@ def _ending(pool: Pool) -> ty.Iterator[None]:
     try:
         pool.detach()
     except libvirt.libvirtError as error:
-        # Another attempt may have ended it.
-        if error.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_POOL:
+        # Another attempt may have ended it, or a look that failed.
+        if error.get_error_code() not in (libvirt.VIR_ERR_NO_STORAGE_POOL,
+                                          libvirt.VIR_ERR_OPERATION_INVALID):
             raise
 
 
@@ -600,6 +598,16 @@ def _find(
         if error.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_POOL:
             raise
         return None
+
+
+def _volume_xml(
+    name: str, kind: str, length: int, permissions: Permissions,
+) -> etree._Element:
+    return E.volume(
+        E.name(name),
+        E.capacity(str(length), unit='bytes'),
+        E.allocation('0', unit='bytes'),
+        E.target(E.format(type=kind), permissions.xml()))
 
 
 def _pool_xml(name: str, path: str, permissions: Permissions | None) -> str:

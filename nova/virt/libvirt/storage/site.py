@@ -750,8 +750,9 @@ class Site:
 
         libvirt looks at directories in a pool, but not into them.
 
-        :param function: may be called again after it failed, and so has to
-            leave the disks pool alone, whose errors do not pass
+        :param function: may be called again after it failed, or had done its
+            part, and so has to leave the disks pool alone, whose errors do not
+            pass
         """
         return storage_pool.within(
             self.daemon.connection, path=self.layout.parent,
@@ -968,8 +969,7 @@ class Site:
 
     def _remove_directory(self) -> None:
         """Remove the instance directory, which is empty."""
-        self._on_parent(
-            lambda parent: parent.volume(self.layout.uuid).delete())
+        self._on_parent(lambda parent: parent.delete(self.layout.uuid))
 
     def _attach(self) -> Place:
         """Make a transient pool of the instance directory.

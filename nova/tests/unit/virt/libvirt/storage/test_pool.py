@@ -577,6 +577,16 @@ class DirectoryTestCase(_PoolTestCase):
 
         self.assertEqual(NOVA, self.inspect().permissions)
 
+    def test_pool_that_another_look_ends_after_a_directory_was_made(self):
+        self.host.add_pool('theirs', '/instances')
+        self.host.call('vol.path', self.host.pools.clear)
+
+        pool.within(
+            self.connection, path='/instances', name='ours',
+            function=lambda parent: parent.create_directory('new', NOVA))
+
+        self.assertIn('/instances/new', self.host.directories)
+
     def test_pool_that_another_look_ends_at_the_same_time(self):
         self.host.add_pool('theirs', '/instances')
         self.host.call('pool.info', self.host.pools.clear)
