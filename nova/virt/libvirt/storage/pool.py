@@ -150,7 +150,11 @@ class Volume:
     def __init__(self, volume: 'libvirt.virStorageVol'):
         self.libvirt_volume = volume
         self.name: str = volume.name()
-        self.path: str = volume.path()
+
+    @property
+    def path(self) -> str:
+        """The path on the volume's host, for which the daemon is asked."""
+        return self.libvirt_volume.path()
 
     @property
     def key(self) -> str:
@@ -342,7 +346,7 @@ class Pool:
 
         :param length: bytes that a stream will carry
         """
-        return self._create_xml(_volume_xml(name, 'raw', length, permissions))
+        return self._create(name, 'raw', length, permissions)
 
     @_retry_busy
     def create_directory(self, name: str, permissions: Permissions) -> None:
@@ -351,8 +355,7 @@ class Pool:
         Asks nothing of it. Who shares the pool may have ended it by now, and
         another attempt would find the directory in its way: see within().
         """
-        self.libvirt_pool.createXML(
-            _text(_volume_xml(name, 'dir', 0, permissions)), 0)
+        self._create(name, 'dir', 0, permissions)
 
     @_retry_busy
     def create_logical_volume(self, name: str, length: int) -> Volume:
@@ -368,6 +371,15 @@ class Pool:
             E.capacity(str(length), unit='bytes'),
             E.allocation(str(length), unit='bytes'),
             E.target(E.permissions(E.mode(f'{DEVICE_MODE:04o}')))))
+
+    def _create(
+        self, name: str, kind: str, length: int, permissions: Permissions,
+    ) -> Volume:
+        return self._create_xml(E.volume(
+            E.name(name),
+            E.capacity(str(length), unit='bytes'),
+            E.allocation('0', unit='bytes'),
+            E.target(E.format(type=kind), permissions.xml())))
 
     def _create_xml(self, xml: etree._Element) -> Volume:
         return Volume(self.libvirt_pool.createXML(_text(xml), 0))
@@ -598,16 +610,6 @@ def _find(
         if error.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_POOL:
             raise
         return None
-
-
-def _volume_xml(
-    name: str, kind: str, length: int, permissions: Permissions,
-) -> etree._Element:
-    return E.volume(
-        E.name(name),
-        E.capacity(str(length), unit='bytes'),
-        E.allocation('0', unit='bytes'),
-        E.target(E.format(type=kind), permissions.xml()))
 
 
 def _pool_xml(name: str, path: str, permissions: Permissions | None) -> str:
