@@ -677,8 +677,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         instance = server.instance
 
         def ask():
-            migration = objects.Migration.get_by_id(
-                server.context, instance.migration_context.migration_id)
+            migration = progress.get_migration(server.context, instance)
             tenacity.Retrying(
                 retry=tenacity.retry_if_exception_type(
                     oslo_messaging.MessagingTimeout),

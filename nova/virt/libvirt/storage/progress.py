@@ -52,6 +52,12 @@ WAITING = 'compute_wait_for_copies'
 OFF = 'compute_off_for_migration'
 
 
+def get_migration(context, instance) -> ty.Any:
+    """The record of the migration of a server that is under way."""
+    return objects.Migration.get_by_id(
+        context, instance.migration_context.migration_id)
+
+
 @contextlib.contextmanager
 def waiting(context, instance, ahead: int) -> ty.Iterator[None]:
     """Tell that a server waits until other migrations have copied.
@@ -113,8 +119,7 @@ def _save_event(what: str, context, instance, name: str, **more) -> ty.Any:
 def _save_status(context, instance, status: str) -> None:
     """Save the status of a migration; go on if that fails."""
     try:
-        migration = objects.Migration.get_by_id(
-            context, instance.migration_context.migration_id)
+        migration = get_migration(context, instance)
         migration.status = status
         migration.save()
     except Exception as error:
@@ -346,8 +351,7 @@ class Progress:
 
     def _save_migration(self, done: int) -> None:
         if self._migration is None:
-            self._migration = objects.Migration.get_by_id(
-                self._context, self._instance.migration_context.migration_id)
+            self._migration = get_migration(self._context, self._instance)
         self._migration.disk_total = self._total
         self._migration.disk_processed = done
         self._migration.disk_remaining = self.get_remaining(done)
