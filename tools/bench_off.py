@@ -70,9 +70,6 @@ REWRITE_BYTES = 8 * MIB
 # What the names of servers, flavors and images begin with.
 PREFIX = 'bench-'
 
-# How many servers a drain moves at once.
-DRAINED = 6
-
 # How long a link is cut for, in seconds, and after which share of the data.
 CUT_SECONDS = 30
 CUT_AFTER = 0.8
@@ -108,6 +105,9 @@ class Kind:
 
 
 EMPTY = Kind('empty', 1)
+
+# The servers that a drain moves at once.
+DRAINED = [Kind(f'700 MiB {number}', 1, 700) for number in range(6)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -529,8 +529,7 @@ class Drain(Scene):
     host_options = {'host2': AFTER_POWER_OFF}
 
     def kinds(self) -> Sequence[Kind]:
-        return [EMPTY] + [Kind(f'700 MiB {number}', 1, 700)
-                          for number in range(DRAINED)]
+        return [EMPTY, *DRAINED]
 
     def round(self) -> Round:
         empty, *drained = self.servers
@@ -545,11 +544,10 @@ class Concurrent(Scene):
 
     name = 'concurrent'
     # For the way there, and the way back.
-    LIMITS = ((1, 2), (3, DRAINED))
+    LIMITS = ((1, 2), (3, len(DRAINED)))
 
     def kinds(self) -> Sequence[Kind]:
-        return [Kind(f'700 MiB {number}', 1, 700)
-                for number in range(DRAINED)]
+        return DRAINED
 
     def round(self) -> Round:
         hosts = self.bench.cloud.lab.hosts[:2]

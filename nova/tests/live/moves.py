@@ -132,6 +132,14 @@ def start(move: transfer.Transfer) -> None:
     move.claim()
 
 
+def precopy_all(move: transfer.Transfer,
+                cancel: stream.CancelEvent | None = None,
+                watch: transfer.Watch | None = None) -> None:
+    """All that is copied while the server runs."""
+    while move.precopy(cancel, watch):
+        pass
+
+
 def migrate(move: transfer.Transfer, cancel: stream.CancelEvent | None = None,
             watch: transfer.Watch | None = None,
             steps: undo.Undo | None = None, guest: Guest | None = None,
@@ -145,8 +153,7 @@ def migrate(move: transfer.Transfer, cancel: stream.CancelEvent | None = None,
         start(move)
         steps.push(move.discard)
         if precopy:
-            while move.precopy(cancel, watch):
-                pass
+            precopy_all(move, cancel, watch)
         if guest:
             steps.push(guest.start)
             guest.stop()

@@ -131,8 +131,7 @@ class _PrecopyTestCase(test_transfer.TransferTestCase):
         return self._make_disk(size, [(0, size)])
 
     def _precopy(self, move, cancel=None):
-        while move.precopy(cancel, self.watch):
-            pass
+        moves.precopy_all(move, cancel, self.watch)
         self.assertEqual([self.ENGINE] * len(move._early), [
             early.tracked.kind for early in move._early.values()])
 
