@@ -18,9 +18,9 @@ standard input, each of which names a function of FUNCTIONS with its
 arguments, and answers with what that returns, or with the error.
 
 The driver, libvirt and QEMU are real. The conductor is not: it knows the one
-migration that is under way, and forgets what it is told to save. Glance has
-the image that lies on the host, and the snapshot that was made last. Servers
-have what describe() was told.
+migration that is under way, and forgets what it is told to save. Other hosts'
+nova-compute do not answer. Glance has the image that lies on the host, and the
+snapshot that was made last. Servers have what describe() was told.
 """
 
 from concurrent import futures
@@ -36,11 +36,13 @@ from typing import Any
 from typing import Callable
 
 from lxml import etree
+import oslo_messaging
 from oslo_privsep import priv_context
 from oslo_serialization import jsonutils
 
 from nova.compute import manager
 from nova.compute import power_state
+from nova.compute import rpcapi
 from nova.compute import task_states
 from nova.compute import vm_states
 import nova.conf
@@ -111,6 +113,14 @@ class Conductor:
         raise NotImplementedError(f'{objname}.{objmethod}')
 
     object_class_action_versions = object_class_action
+
+
+class OtherHosts:
+    """The calls that a nova-compute makes of another host's."""
+
+    def check_instance_shared_storage(self, *args: Any, **kwargs: Any) -> bool:
+        """Get no answer, as if the time for one were over."""
+        raise oslo_messaging.MessagingTimeout('there is no message queue')
 
 
 class Glance:
@@ -529,6 +539,7 @@ def main() -> None:
     objects.register_all()
     base.NovaObject.indirection_api = Conductor()
     images.IMAGE_API = Glance()
+    rpcapi.ComputeAPI = OtherHosts
     serve()
     sys.stdout.flush()
     # Nova's threads do not end by themselves.

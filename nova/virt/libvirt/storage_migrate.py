@@ -672,7 +672,8 @@ class LibvirtDriver(driver.LibvirtDriver):
         It waits for that again before it starts the server. But the server is
         off then, for as long as its storage takes to write what came in half a
         minute. Nova's own driver there writes nothing now, and the copy goes
-        on if nobody answers.
+        on if nobody answers. Without a message queue it waits for one: Nova
+        needs that for all that follows, and the server still runs.
         """
         instance = server.instance
 
