@@ -80,8 +80,12 @@ class Daemon:
                 argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 env={**base_environment(), **(env or {})}, cwd=cwd,
                 start_new_session=True)
-        start = psutil.Process(process.pid).create_time()
-        self.record.write_text(f'{process.pid} {start}\n')
+        self.remember(process.pid)
+
+    def remember(self, pid: int) -> None:
+        """Record a process that runs."""
+        start = psutil.Process(pid).create_time()
+        self.record.write_text(f'{pid} {start}\n')
 
     def wait(self, what: str, probe: Callable[[], T],
              seconds: float = 60) -> T:

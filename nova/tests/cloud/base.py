@@ -43,7 +43,7 @@ def get_cloud() -> cloud.Cloud:
 
     A lab that was up before is kept, and so is the cloud on it.
     """
-    kept = live.nova_lab.Lab(live.DIRECTORY, subnet=live.SUBNET).is_up
+    kept = live.find_lab().is_up
     made = cloud.Cloud(live.get_lab(), EVENTLET, cloud.STREAMS)
     if not kept:
         # Registered after the lab's own end, so that it comes before it.

@@ -33,6 +33,8 @@ import testtools
 from nova.virt.libvirt.storage import threads
 
 from tools import certificates
+from tools import cloud
+from tools import daemons
 from tools import lab as nova_lab
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -57,14 +59,32 @@ POOL = """\
 @functools.cache
 def get_lab() -> nova_lab.Lab:
     """The lab of this process: one that is up, or else one of its own."""
-    lab = nova_lab.Lab(DIRECTORY, subnet=SUBNET)
-    if not lab.is_up:
+    lab = find_lab()
+    kept = lab.is_up
+    if not kept:
         atexit.register(lab.down)
         # Comes before that: a connection that nothing but an exception's
         # cycle holds on to would wait for ever for a daemon that is gone.
         atexit.register(gc.collect)
     lab.up()
+    if not kept:
+        _owner(lab).remember(os.getpid())
     return lab
+
+
+def find_lab() -> nova_lab.Lab:
+    """The lab of the tests, without what tests left that were killed."""
+    lab = nova_lab.Lab(DIRECTORY, subnet=SUBNET)
+    owner = _owner(lab)
+    if owner.record.exists() and owner.pid is None:
+        cloud.Cloud(lab).down()
+        lab.down()
+    return lab
+
+
+def _owner(lab: nova_lab.Lab) -> daemons.Daemon:
+    """The process of tests that a lab goes with."""
+    return daemons.Daemon('tests', lab.directory)
 
 
 def python_as_nova(host: nova_lab.Host, *argv: str) -> list[str]:
