@@ -557,7 +557,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     # What was made for the measurement goes, whichever way it ends.
     signal.signal(signal.SIGTERM, lambda *_args: sys.exit(1))
-    lab = nova_lab.Lab(os.environ.get('NOVA_LAB_DIR', nova_lab.DEFAULT))
+    lab = nova_lab.Lab(nova_lab.DEFAULT)
     was_up = lab.is_up
     lab.up()
     try:

@@ -37,7 +37,7 @@ VERSIONS = dict(
     if not line.startswith('#'))
 NEWEST = list(VERSIONS)[-1]
 RELEASE = os.environ.get('NOVA_LAB_RELEASE', NEWEST)
-BASE = os.environ.get('NOVA_LAB_VENV', '/var/lib/nova-lab-venv')
+BASE = os.environ.get('NOVA_LAB_VENV') or '/var/lib/nova-lab-venv'
 ROOT = Path(BASE if RELEASE == NEWEST else f'{BASE}-{RELEASE}')
 
 

@@ -28,7 +28,7 @@ from tools import cloud_config as config
 from tools import cloud_venv as venv
 from tools import daemons
 
-ROOT = Path(os.environ.get('NOVA_LAB_CINDER_VENV', f'{venv.BASE}-cinder'))
+ROOT = Path(os.environ.get('NOVA_LAB_CINDER_VENV') or f'{venv.BASE}-cinder')
 REQUIREMENTS = venv.TOOLS / 'cinder-requirements.txt'
 DRIVER = venv.TOOLS / 'cinder_files.py'
 # Nova looks for it under this type.

@@ -32,7 +32,8 @@ from tools import cloud_venv
 from tools import processes
 from tools import waiting
 
-CACHE = Path(os.environ.get('NOVA_LAB_IMAGES', '/var/lib/nova-lab-images'))
+CACHE = Path(os.environ.get('NOVA_LAB_IMAGES') or
+             '/var/lib/nova-lab-images')
 SUITE = 'trixie'
 SIZE = '6G'
 # Of an operator who keeps Nova in a virtual environment.

@@ -31,7 +31,7 @@ from tools.lab import sshd
 from tools import processes
 from tools import waiting
 
-DEFAULT = os.environ.get('NOVA_LAB_DIR', '/var/lib/nova-lab')
+DEFAULT = os.environ.get('NOVA_LAB_DIR') or '/var/lib/nova-lab'
 
 # A slice of the range that RFC 2544 sets aside for tests of networks: it is
 # routed nowhere, so it cannot hide something that the machine needs.

@@ -40,7 +40,7 @@ from tools import lab as nova_lab
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 # Not the lab that an operator may have up, but one that a test may break.
-DIRECTORY = os.environ.get('NOVA_LAB_DIR', '/var/lib/nova-lab-test')
+DIRECTORY = os.environ.get('NOVA_LAB_DIR') or '/var/lib/nova-lab-test'
 SUBNET = int(os.environ.get('NOVA_LAB_SUBNET', '200'))
 
 POOL = """\
