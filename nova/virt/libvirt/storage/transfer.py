@@ -123,8 +123,8 @@ class _Copy:
     :ivar sent: bytes of data that all attempts have sent
     """
 
-    def __init__(self, ranges: changes.Ranges, block: int = 1,
-                 progress: stream.Progress = lambda done, wire: None):
+    def __init__(self, ranges: changes.Ranges, block: int,
+                 progress: stream.Progress):
         """Begin with nothing.
 
         :param block: see Changes.block
@@ -201,6 +201,8 @@ class Transfer:
         # directory there is in nobody's way then, as with Nova's own driver.
         self._is_empty = not (
             files or has_variables or here.layout.has_state())
+        # Of the copy that is under way, see _begin().
+        self._cancel: stream.CancelEvent | None = None
         self._watch: Watch | None = None
         there.daemon.patience = (
             CONF.libvirt.vol_upload_migration_reconnect_timeout)
@@ -316,54 +318,51 @@ class Transfer:
             that in its page cache
         :raises: HostError, Cancelled
         """
-        self._watch = watch
-        self.there.daemon.is_patient = True
+        self._begin(cancel, watch, is_patient=True)
         if self._passes is None:
-            self._passes = changes.Passes(self._copy_disks(cancel, watch))
+            self._passes = changes.Passes(self._copy_disks())
             return bool(self._early)
         early = [(file, self._early[file.name]) for file in self._files
                  if file.name in self._early]
-        changed = [self._look(*each, cancel, watch) for each in early]
+        changed = [self._look(*each) for each in early]
         if self._passes.another(sum(ranges.total for ranges in changed)):
             for each, ranges in zip(early, changed):
                 with self._located(self.there.daemon, each[0].name):
-                    self._send_changes(*each, ranges, cancel, watch)
+                    self._send_changes(*each, ranges)
             return True
         # A copy that was lost is found out while the server still runs.
         for file, copied in early:
             with self._located(self.there.daemon, file.name):
                 self._persist(functools.partial(
-                    self.there.verify, file, copied.length), cancel)
+                    self.there.verify, file, copied.length))
         return False
 
-    def _copy_disks(self, cancel: stream.CancelEvent | None,
-                    watch: Watch | None) -> int:
+    def _copy_disks(self) -> int:
         """Copy each disk once.
 
         :returns: bytes that were sent
         """
         with self._located(self._here.daemon):
             total = sum(map(self._here.length, self._files))
-        if watch:
-            watch.begin(total)
+        if self._watch:
+            self._watch.begin(total)
         sent = 0
         for file in self._files:
             with self._located(self.there.daemon, file.name):
                 if _can_go_early(file):
-                    sent += self._copy_early(file, cancel, watch)
+                    sent += self._copy_early(file)
                 elif file.place == layout.GROUP:
-                    self._make_early(file, cancel)
+                    self._make_early(file)
         return sent
 
-    def _look(self, file: layout.File, early: _Early,
-              cancel: stream.CancelEvent | None,
-              watch: Watch | None) -> changes.Ranges:
+    def _look(self, file: layout.File, early: _Early) -> changes.Ranges:
         """Find what a server that runs has changed in a disk."""
         started = time.monotonic()
         with self._located(self.there.daemon, file.name):
-            ranges = early.tracked.look(False, cancel, _stall_seconds())
-        if watch:
-            watch.changed(file.name, ranges.total, time.monotonic() - started)
+            ranges = early.tracked.look(False, self._cancel, _stall_seconds())
+        if self._watch:
+            self._watch.changed(
+                file.name, ranges.total, time.monotonic() - started)
         return ranges
 
     def run(self, cancel: stream.CancelEvent | None = None,
@@ -381,8 +380,7 @@ class Transfer:
         """
         if self._is_empty and not late:
             return
-        self._watch = watch
-        self.there.daemon.is_patient = False
+        self._begin(cancel, watch, is_patient=False)
         with self._located(self._here.daemon):
             if self._is_empty:
                 raise errors.StorageError(
@@ -390,13 +388,9 @@ class Transfer:
                     'Migrate it again.')
             files = [*self._files, *late, *self._here.vtpm(), self._record()]
             total = sum(map(self._here.length, files))
-        if watch:
-            watch.begin(total)
-        for file in files:
-            with self._located(self.there.daemon, file.name):
-                self._move(file, cancel, watch)
-        self._send_heads(
-            [file for file in files if file.has_hostile_head], cancel, watch)
+        if self._watch:
+            self._watch.begin(total)
+        self._copy_all(files)
 
     def send(self, cancel: stream.CancelEvent | None = None) -> None:
         """Copy the files of a server that is live migrated.
@@ -406,7 +400,7 @@ class Transfer:
         :param cancel: stops the copy when set
         :raises: HostError, Cancelled
         """
-        self.there.daemon.is_patient = True
+        self._begin(cancel, None, is_patient=True)
         with self._located(self._here.daemon):
             self._here.connect()
             # libvirt may spell the path of the pool another way.
@@ -415,12 +409,7 @@ class Transfer:
             self.there.connect()
             self.there.join()
         try:
-            for file in self._files:
-                with self._located(self.there.daemon, file.name):
-                    self._move(file, cancel, None)
-            self._send_heads(
-                [file for file in self._files if file.has_hostile_head],
-                cancel, None)
+            self._copy_all(self._files)
         finally:
             with self._located(self.there.daemon):
                 self.there.leave()
@@ -456,28 +445,40 @@ class Transfer:
             layout.RECORD, layout.DIRECTORY, self._here.layout.record_path,
             data=layout.record_bytes(self.formats()))
 
-    def _move(
-        self, file: layout.File, cancel: stream.CancelEvent | None,
-        watch: Watch | None,
-    ) -> None:
+    def _begin(self, cancel: stream.CancelEvent | None, watch: Watch | None,
+               is_patient: bool) -> None:
+        """Note what holds for the copy that begins.
+
+        :param is_patient: see Daemon
+        """
+        self._cancel = cancel
+        self._watch = watch
+        self.there.daemon.is_patient = is_patient
+
+    def _copy_all(self, files: list[layout.File]) -> None:
+        for file in files:
+            with self._located(self.there.daemon, file.name):
+                self._move(file)
+        self._send_heads([file for file in files if file.has_hostile_head])
+
+    def _move(self, file: layout.File) -> None:
         """Create a file on the destination, copy it, look it up again."""
         if file.is_directory:
-            self._persist(lambda: self.there.make_directory(file), cancel)
+            self._persist(lambda: self.there.make_directory(file))
             return
         early = self._early.get(file.name)
         if early:
-            ranges = early.tracked.look(True, cancel, _stall_seconds())
+            ranges = early.tracked.look(True, self._cancel, _stall_seconds())
             # Zeros that came in the place of data have to be sent, too.
             if ranges.total <= file.allocation():
-                self._send_changes(file, early, ranges, cancel, watch)
-                self._verify(file, early.path, early.length, cancel)
+                self._send_changes(file, early, ranges)
+                self._verify(file, early.path, early.length)
                 return
         length = self._here.length(file)
         copy = self._copy(
             file, length, lambda rest: self._open(file, length - rest.total),
-            cancel, watch,
             again=early is not None or file.name in self._wiped)
-        self._verify(file, copy.path, length, cancel)
+        self._verify(file, copy.path, length)
 
     def _open(self, file: layout.File, offset: int) -> stream.Source:
         try:
@@ -488,10 +489,7 @@ class Transfer:
             raise errors.CopyError(
                 'source', file.path, offset, error) from error
 
-    def _verify(
-        self, file: layout.File, path: str, length: int,
-        cancel: stream.CancelEvent | None,
-    ) -> None:
+    def _verify(self, file: layout.File, path: str, length: int) -> None:
         """Check what has arrived of a file.
 
         :param path: of its volume
@@ -503,15 +501,14 @@ class Transfer:
                     CONF.libvirt.vol_upload_migration_verify == 'checksum'):
                 stream.compare(
                     self._open(file, skip), self._find(path),
-                    length - skip, cancel, self._stall_seconds(), skip)
+                    length - skip, self._cancel, self._stall_seconds(), skip)
             self.there.verify(file, length)
 
-        self._persist(verify, cancel)
+        self._persist(verify)
 
     def _copy(
         self, file: layout.File, length: int,
         read: ty.Callable[[changes.Ranges], stream.Source],
-        cancel: stream.CancelEvent | None, watch: Watch | None,
         again: bool = False, block: int = 1,
     ) -> _Copy:
         """Create a file and copy it but for a hostile head, which goes last.
@@ -526,8 +523,8 @@ class Transfer:
             whole.add(file.head_bytes, length)
 
         def note(done: int, wire: int) -> None:
-            if watch:
-                watch.note(file.name, done, wire)
+            if self._watch:
+                self._watch.note(file.name, done, wire)
 
         copy = _Copy(whole, block, note)
         attempts = iter([again])
@@ -537,17 +534,16 @@ class Transfer:
                 copy.path = self.there.create(
                     file, length, next(attempts, True)).path
             if whole.total:
-                result = self._upload(copy, file, length, read, cancel)
-                if watch:
-                    watch.end(file.name, copy.result(result))
+                result = self._upload(copy, file, length, read)
+                if self._watch:
+                    self._watch.end(file.name, copy.result(result))
 
-        self._persist(go_on, cancel, copy)
+        self._persist(go_on, copy)
         if file.place == layout.GROUP:
-            self._wipe_rest(file, length, cancel)
+            self._wipe_rest(file, length)
         return copy
 
-    def _make_early(self, file: layout.File,
-                    cancel: stream.CancelEvent | None) -> None:
+    def _make_early(self, file: layout.File) -> None:
         """Make a logical volume while the server runs, if only that can be.
 
         A resize may add more to it than has to be copied.
@@ -555,20 +551,18 @@ class Transfer:
         length = self._here.length(file)
         attempts = iter([False])
         self._persist(lambda: self.there.create(
-            file, length, next(attempts, True)), cancel)
-        self._wipe_rest(file, length, cancel)
+            file, length, next(attempts, True)))
+        self._wipe_rest(file, length)
 
-    def _wipe_rest(self, file: layout.File, length: int,
-                   cancel: stream.CancelEvent | None) -> None:
+    def _wipe_rest(self, file: layout.File, length: int) -> None:
         """Overwrite what a logical volume has beyond what is copied, once."""
         self._wiped[file.name] = self._persist(functools.partial(
             self.there.wipe_rest, file, length,
-            self._wiped.get(file.name, ''), cancel), cancel)
+            self._wiped.get(file.name, ''), self._cancel))
 
     def _upload(
         self, copy: _Copy, file: layout.File, length: int,
         read: ty.Callable[[changes.Ranges], stream.Source],
-        cancel: stream.CancelEvent | None,
     ) -> stream.Result:
         """Copy the rest of a file to the end of its volume."""
         left = copy.rest.total
@@ -579,17 +573,15 @@ class Transfer:
                 # Data of the rest that an earlier attempt has sent may be
                 # there, and would stay where there are holes now.
                 stream.set_length(
-                    target, length - left, cancel, self._stall_seconds())
+                    target, length - left, self._cancel,
+                    self._stall_seconds())
             return stream.copy(
                 read(copy.rest),
                 sink_class(target, length - left, left), left, copy.note,
-                cancel, bandwidth=self._bandwidth, paused=paused,
+                self._cancel, bandwidth=self._bandwidth, paused=paused,
                 stall_seconds=self._stall_seconds())
 
-    def _copy_early(
-        self, file: layout.File, cancel: stream.CancelEvent | None,
-        watch: Watch | None,
-    ) -> int:
+    def _copy_early(self, file: layout.File) -> int:
         """Copy a disk in use.
 
         :returns: bytes that were sent
@@ -604,23 +596,21 @@ class Transfer:
             if self._is_closed:
                 raise errors.Cancelled()
             stack.pop_all()
-        copy = self._copy(file, early.length, tracked.source, cancel, watch,
+        copy = self._copy(file, early.length, tracked.source,
                           block=tracked.block)
         early.path = copy.path
         return copy.sent
 
-    def _send_changes(
-        self, file: layout.File, early: _Early, ranges: changes.Ranges,
-        cancel: stream.CancelEvent | None, watch: Watch | None,
-    ) -> None:
+    def _send_changes(self, file: layout.File, early: _Early,
+                      ranges: changes.Ranges) -> None:
         """Copy what the last look has found over an earlier copy."""
         early.passes += 1
         name = f'{file.name}, pass {early.passes}'
 
         def note(_done: int, wire: int) -> None:
             # All bytes of the file are counted already.
-            if watch:
-                watch.note(name, 0, wire)
+            if self._watch:
+                self._watch.note(name, 0, wire)
 
         copy = _Copy(ranges, early.tracked.block, note)
 
@@ -628,26 +618,23 @@ class Transfer:
             with self._writing(early.path, copy.rest.total) as (
                     target, paused):
                 return changes.send(
-                    early.tracked, copy.rest, target, early.length, cancel,
-                    self._stall_seconds(), progress=copy.note,
+                    early.tracked, copy.rest, target, early.length,
+                    self._cancel, self._stall_seconds(), progress=copy.note,
                     bandwidth=self._bandwidth, paused=paused)
 
-        result = self._persist(go_on, cancel, copy)
+        result = self._persist(go_on, copy)
         early.length = early.tracked.length
-        if watch:
-            watch.end_pass(file.name, copy.result(result))
+        if self._watch:
+            self._watch.end_pass(file.name, copy.result(result))
 
-    def _send_heads(
-        self, files: list[layout.File], cancel: stream.CancelEvent | None,
-        watch: Watch | None,
-    ) -> None:
+    def _send_heads(self, files: list[layout.File]) -> None:
         """Let go of the destination; send the starts of files, the last bytes.
 
         The destination's nova-compute compares their digests: nobody else can
         read them back there.
         """
         with self._located(self.there.daemon):
-            self._persist(self.there.check_claim, cancel)
+            self._persist(self.there.check_claim)
             sinks = self.there.settle(files)
         for file, sink in zip(files, sinks):
             with self._located(self.there.daemon, file.name):
@@ -655,11 +642,12 @@ class Transfer:
                 # A hole is there already.
                 data = head.rstrip(b'\0')
                 stream.copy(
-                    stream.MemorySource(data), sink, len(data), cancel=cancel,
-                    stall_seconds=_stall_seconds())
+                    stream.MemorySource(data), sink, len(data),
+                    cancel=self._cancel, stall_seconds=_stall_seconds())
                 self.heads[self.there.layout.path(file)] = layout.digest(head)
-            if watch:
-                watch.note(f'head of {file.name}', len(head), len(head))
+            if self._watch:
+                self._watch.note(
+                    f'head of {file.name}', len(head), len(head))
 
     @contextlib.contextmanager
     def _writing(self, path: str, length: int) -> ty.Iterator[ty.Any]:
@@ -678,8 +666,7 @@ class Transfer:
         return self.there.daemon.answer_seconds()
 
     def _persist(
-        self, step: ty.Callable[[], _T], cancel: stream.CancelEvent | None,
-        copy: _Copy | None = None,
+        self, step: ty.Callable[[], _T], copy: _Copy | None = None,
     ) -> _T:
         """Do a step, and go on over new connections when one is lost.
 
@@ -701,8 +688,7 @@ class Transfer:
                 seconds = self.there.daemon.reconnect_seconds()
                 if self._watch:
                     self._watch.lose(error, seconds)
-                self._reconnect(
-                    error, lost + seconds, cancel, copy is not None)
+                self._reconnect(error, lost + seconds, copy is not None)
 
     def _may_go_on(self, error: BaseException) -> bool:
         """Whether a step that failed can be done again."""
@@ -712,7 +698,6 @@ class Transfer:
         return self.there.daemon.may_reconnect(error)
 
     def _reconnect(self, error: Exception, deadline: float,
-                   cancel: stream.CancelEvent | None,
                    is_copying: bool) -> None:
         """Connect to the destination again, as soon as that is possible.
 
@@ -726,7 +711,7 @@ class Transfer:
             return max(0, deadline - time.monotonic())
 
         def is_cancelled() -> bool:
-            return cancel is not None and cancel.is_set()
+            return self._cancel is not None and self._cancel.is_set()
 
         def sleep(seconds: float) -> None:
             end = time.monotonic() + seconds

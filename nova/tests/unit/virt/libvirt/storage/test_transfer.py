@@ -218,11 +218,11 @@ class RunTestCase(TransferTestCase):
         self.assertEqual(layout.RECORD, record.name)
         self.assertEqual([
             mock.call.there.create(disk, 4, False),
-            mock.call.upload(mock.ANY, disk, 4, mock.ANY, None),
+            mock.call.upload(mock.ANY, disk, 4, mock.ANY),
             mock.call.there.verify(disk, 4),
             mock.call.there.make_directory(here.vtpm.return_value[0]),
             mock.call.there.create(record, 4, False),
-            mock.call.upload(mock.ANY, record, 4, mock.ANY, None),
+            mock.call.upload(mock.ANY, record, 4, mock.ANY),
             mock.call.there.verify(record, 4),
             mock.call.there.check_claim(),
             mock.call.there.settle([])], calls.mock_calls)
