@@ -27,6 +27,7 @@ from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt.storage import local
 from nova.virt.libvirt.storage import pool
+from nova.virt.libvirt.storage import site
 
 INSTANCES = '/var/lib/nova/instances'
 # How Nova's own driver copies the files of a server.
@@ -270,13 +271,13 @@ class SharedDirectoryTestCase(base.LiveTestCase):
         os.chmod(self.shared, 0o755)
 
     def _is_shared(self, path):
+        places = layout.Layout(os.path.basename(path), '/nowhere', path)
         move = moves.new_transfer(
             self.local_uri(self.source), self.destination.name,
-            self.lab.uri(self.destination), 'none',
-            layout.Layout(os.path.basename(path), '/nowhere', path), [],
+            self.lab.uri(self.destination), 'none', places, [],
             uses_pool=False)
         self.addCleanup(move.close)
-        return move.shares_directory()
+        return move.ask(site.Site.shares_directory, places)
 
     def test_shared_directory(self):
         path = os.path.join(self.shared, uuidutils.generate_uuid())

@@ -597,7 +597,8 @@ class LibvirtDriver(driver.LibvirtDriver):
         raw = [file.name for file in files if file.format == 'raw' and
                file.place != layout.GROUP and
                file.name not in layout.COMPANIONS]
-        if raw and CONF.use_cow_images and not _native(move.has_driver):
+        if raw and CONF.use_cow_images and not _native(
+                move.ask, site.Site.has_driver):
             raise exception.MigrationPreCheckError(reason=_(
                 'The destination host has Nova\'s own driver, which converts '
                 'raw disk %s. Set [DEFAULT]compute_driver there as on this '
@@ -1342,7 +1343,7 @@ class LibvirtDriver(driver.LibvirtDriver):
             operation.over.wait(LIVE_END_SECONDS)
             if live.is_held(guest):
                 with self._asking(layout.Layout.of(instance), dest) as move:
-                    has_moved = _native(move.has_moved)
+                    has_moved = _native(move.ask, site.Site.has_moved)
                 if not has_moved:
                     guest.resume()
         if has_moved:
@@ -1367,7 +1368,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         if operation.has_moved:
             return True
         with self._asking(layout.Layout.of(instance), dest) as move:
-            return _native(move.has_moved)
+            return _native(move.ask, site.Site.has_moved)
 
     def _stop_sending(self, instance, operation, reason) -> None:
         operation.is_stopped = True
@@ -1781,7 +1782,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         if dest == self.get_host_ip_addr():
             return True
         with _refused_on_error(None), self._asking(places, dest) as move:
-            return _native(move.shares_directory)
+            return _native(move.ask, site.Site.shares_directory, places)
 
     @contextlib.contextmanager
     def _copying(self, instance) -> ty.Iterator[_Copy]:
@@ -2330,7 +2331,7 @@ def _check_files(files: list[layout.File], move: transfer.Transfer) -> None:
     disks = [file.name for file in files
              if file.place == layout.DIRECTORY and file.format and
              file.name not in layout.COMPANIONS]
-    if disks and _native(move.groups):
+    if disks and _native(move.ask, site.Site.groups):
         raise exception.MigrationPreCheckError(reason=_(
             'The destination host has its disks in LVM, and disk %s of the '
             'server is a file. Choose a host with the same [libvirt]'

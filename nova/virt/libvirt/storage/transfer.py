@@ -229,13 +229,17 @@ class Transfer:
             self.there.check_group(keys)
             self.there.check(self._places, self._name, needed)
 
-    def shares_directory(self) -> bool:
-        """Whether both hosts have the instance directory in common.
+    def ask(self, question: ty.Callable[..., _T], *args: ty.Any) -> _T:
+        """Ask the destination something, before or after a migration.
 
+        :param question: a method of Site that changes nothing
+        :param args: more of what it takes
         :raises: HostError
         """
-        with self._asking():
-            return self.there.shares_directory(self._places)
+        with self._located(self.there.daemon):
+            if not self.there.daemon.is_connected():
+                self.there.connect()
+            return question(self.there, *args)
 
     def may_change_place(self, place: str) -> bool:
         """Whether the destination wants disks in another place than here.
@@ -246,9 +250,9 @@ class Transfer:
         :param place: POOL or DIRECTORY
         :raises: HostError
         """
-        with self._asking():
-            return (self.there.wants_files() == (place == layout.DIRECTORY) and
-                    not self.there.shares_directory(self._here.layout))
+        return self.ask(
+            lambda there: there.wants_files() == (place == layout.DIRECTORY)
+            and not there.shares_directory(self._here.layout))
 
     def missing_bases(self, paths: ty.Iterable[str]) -> list[str]:
         """Which base images of this host the destination has to be sent.
@@ -258,43 +262,13 @@ class Transfer:
         :param paths: of the base images
         :raises: HostError
         """
-        with self._asking():
-            if not self.there.has_driver():
+        def missing(there: server_site.Site) -> list[str]:
+            if not there.has_driver():
                 return []
             return [path for path in paths
-                    if not self.there.has_base(os.path.basename(path))]
+                    if not there.has_base(os.path.basename(path))]
 
-    def groups(self) -> set[str]:
-        """Volume groups in which servers have their disks on the destination.
-
-        :raises: HostError
-        """
-        with self._asking():
-            return self.there.groups()
-
-    def has_driver(self) -> bool:
-        """Whether the destination host has this driver.
-
-        :raises: HostError
-        """
-        with self._asking():
-            return self.there.has_driver()
-
-    @contextlib.contextmanager
-    def _asking(self) -> ty.Iterator[None]:
-        """Connect to the destination, unless that is done."""
-        with self._located(self.there.daemon):
-            if not self.there.daemon.is_connected():
-                self.there.connect()
-            yield
-
-    def has_moved(self) -> bool:
-        """Whether the destination runs the server after a live migration.
-
-        :raises: HostError, also if it has a domain that does not run
-        """
-        with self._asking():
-            return self.there.has_moved()
+        return self.ask(missing)
 
     def claim(self) -> None:
         """Take possession of the names on the destination.
