@@ -273,8 +273,8 @@ def track(
     """
     with _source_errors(path):
         try:
-            return _within(stall_seconds,
-                           lambda: Clone(path, directory, skip))
+            return threads.within(
+                stall_seconds, lambda: Clone(path, directory, skip))
         except TimeoutError:
             raise
         except OSError:
@@ -332,7 +332,7 @@ class Hashes:
     ) -> Ranges:
         if last:
             with _source_errors(self._file.path):
-                _within(stall_seconds, self._file.settle)
+                threads.within(stall_seconds, self._file.settle)
         self.length = self._file.length
         look = _Look(self._file, self._table, self.skip, self.length)
         return look.run(LAST_READERS if last else 1, cancel, stall_seconds)
@@ -660,7 +660,7 @@ class Clone:
         if cancel is not None and cancel.is_set():
             raise errors.Cancelled()
         with _source_errors(self._file.path):
-            return _within(stall_seconds, lambda: self._look(last))
+            return threads.within(stall_seconds, lambda: self._look(last))
 
     def _look(self, last: bool) -> Ranges:
         try:
@@ -994,17 +994,6 @@ def _source_errors(path: str, done: int = 0) -> ty.Iterator[None]:
         yield
     except OSError as error:
         raise errors.CopyError('source', path, done, error) from error
-
-
-_T = ty.TypeVar('_T')
-
-
-def _within(seconds: float, function: ty.Callable[[], _T]) -> _T:
-    """Call what may hang in a file system.
-
-    :raises: TimeoutError
-    """
-    return threads.within(seconds, function)
 
 
 def _or_whole(

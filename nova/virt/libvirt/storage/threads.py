@@ -31,6 +31,7 @@ try:
 except ImportError:
     libvirt = None
 
+_T = ty.TypeVar('_T')
 
 # Seconds between two looks whether to go on waiting.
 POLL_SECONDS = 0.2
@@ -144,8 +145,8 @@ def start(function: ty.Callable[[], None], name: str) -> ty.Any:
     return thread
 
 
-def within(seconds: float, function: ty.Callable[[], ty.Any],
-           gives_up: ty.Callable[[], bool] = lambda: False) -> ty.Any:
+def within(seconds: float, function: ty.Callable[[], _T],
+           gives_up: ty.Callable[[], bool] = lambda: False) -> _T:
     """Call a function in a native thread, and wait for it so long.
 
     Blocks the calling native thread.
