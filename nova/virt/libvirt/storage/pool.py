@@ -289,6 +289,12 @@ class Pool:
                 _pool_xml(name, path, None), 0)
         return cls(pool)
 
+    def attach_inner(self, name: str) -> 'Pool':
+        """Make a transient pool of a directory in that of this pool."""
+        return Pool.attach(
+            self.libvirt_pool.connect(), name=f'{self.name}-{name}',
+            path=os.path.join(self.path, name))
+
     @property
     def available(self) -> int:
         """Bytes that users other than root may use in the file system."""
@@ -389,14 +395,6 @@ class Pool:
         """End a transient pool; its directory stays."""
         self.libvirt_pool.destroy()
 
-    def release(self) -> None:
-        """End a transient pool if the connection still stands.
-
-        A pool that stays is in nobody's way: the next attempt uses it.
-        """
-        with contextlib.suppress(libvirt.libvirtError, TimeoutError):
-            self.detach()
-
 
 def _is_built(path: str, permissions: Permissions) -> bool:
     """Whether the directory of a pool is there as it would be made.
@@ -491,20 +489,6 @@ def _at(
 
 
 @contextlib.contextmanager
-def attached(
-    connection: 'libvirt.virConnect', *, name: str, path: str,
-) -> ty.Iterator[Pool]:
-    """A transient pool of a directory, for as long as the body runs.
-
-    :param path: the directory, which has to exist
-    """
-    pool = Pool.attach(connection, name=name, path=path)
-    with _ending(pool):
-        pool.refresh()
-        yield pool
-
-
-@contextlib.contextmanager
 def _ending(pool: Pool) -> ty.Iterator[None]:
     """End a transient pool after the body."""
     try:
@@ -513,7 +497,9 @@ def _ending(pool: Pool) -> ty.Iterator[None]:
         # Skip the end of the pool: a daemon that hangs would hang with it.
         raise
     except BaseException:
-        pool.release()
+        # A pool that stays is in nobody's way: the next attempt uses it.
+        with contextlib.suppress(libvirt.libvirtError, TimeoutError):
+            pool.detach()
         raise
     try:
         pool.detach()
@@ -522,15 +508,6 @@ def _ending(pool: Pool) -> ty.Iterator[None]:
         if error.get_error_code() not in (libvirt.VIR_ERR_NO_STORAGE_POOL,
                                           libvirt.VIR_ERR_OPERATION_INVALID):
             raise
-
-
-@contextlib.contextmanager
-def inside(parent: Pool, name: str) -> ty.Iterator[Pool]:
-    """The same of a directory in that of another pool."""
-    with attached(parent.libvirt_pool.connect(),
-                  name=f'{parent.name}-{name}',
-                  path=os.path.join(parent.path, name)) as pool:
-        yield pool
 
 
 @_retry_shared
@@ -569,7 +546,9 @@ def end(connection: 'libvirt.virConnect', name: str) -> None:
 
 def delete_directory(parent: Pool, directory: Volume) -> None:
     """Delete a directory in that of a pool, with all that is in it."""
-    with inside(parent, directory.name) as pool:
+    pool = parent.attach_inner(directory.name)
+    with _ending(pool):
+        pool.refresh()
         for volume in pool.volumes():
             if volume.is_directory:
                 delete_directory(pool, volume)

@@ -189,10 +189,7 @@ class Place:
             return self._pool
         if directory not in self._inner:
             parent, base = os.path.split(directory)
-            outer = self._at(parent)
-            self._inner[directory] = storage_pool.Pool.attach(
-                outer.libvirt_pool.connect(), name=f'{outer.name}-{base}',
-                path=os.path.join(outer.path, base))
+            self._inner[directory] = self._at(parent).attach_inner(base)
         return self._inner[directory]
 
     def _permissions(self, mode: int) -> storage_pool.Permissions:
