@@ -38,11 +38,7 @@ from nova.virt.libvirt.storage import pool as storage_pool
 from nova.virt.libvirt.storage import site as server_site
 from nova.virt.libvirt.storage import stream
 from nova.virt.libvirt.storage import threads
-
-try:
-    import libvirt
-except ImportError:
-    libvirt = None
+from nova.virt.libvirt.storage.threads import libvirt
 
 OK = 'ok'
 WARN = 'warn'

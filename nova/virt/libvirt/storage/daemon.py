@@ -28,11 +28,7 @@ from nova.conf import storage_migrate  # noqa: F401 (registers the options)
 from nova.virt.libvirt.storage import access
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import threads
-
-try:
-    import libvirt
-except ImportError:
-    libvirt = None
+from nova.virt.libvirt.storage.threads import libvirt
 
 CONF = nova.conf.CONF
 

@@ -44,11 +44,7 @@ from nova import objects
 from nova.virt.libvirt import guest as libvirt_guest
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import layout
-
-try:
-    import libvirt
-except ImportError:
-    libvirt = None
+from nova.virt.libvirt.storage.threads import libvirt
 
 # No Cinder volume has such a serial number.
 SERIAL = 'nova-storage-migrate/pool'

@@ -32,11 +32,7 @@ import tenacity
 
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import threads
-
-try:
-    import libvirt
-except ImportError:
-    libvirt = None
+from nova.virt.libvirt.storage.threads import libvirt
 
 E = builder.ElementMaker()
 

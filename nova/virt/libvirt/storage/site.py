@@ -49,11 +49,7 @@ from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import layout as server_layout
 from nova.virt.libvirt.storage import pool as storage_pool
 from nova.virt.libvirt.storage import stream
-
-try:
-    import libvirt
-except ImportError:
-    libvirt = None
+from nova.virt.libvirt.storage.threads import libvirt
 
 CONF = nova.conf.CONF
 

@@ -33,11 +33,7 @@ import typing as ty
 
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import threads
-
-try:
-    import libvirt
-except ImportError:
-    libvirt = None
+from nova.virt.libvirt.storage.threads import libvirt
 
 # The most bytes of data that libvirtd sends in one message
 # (VIR_NET_MESSAGE_LEGACY_PAYLOAD_MAX less the header). Asked for more, recv()

@@ -26,6 +26,8 @@ import threading
 import time
 import typing as ty
 
+# The other modules of this package take it from here. It may be missing where
+# nothing connects to libvirt, as in unit tests.
 try:
     import libvirt
 except ImportError:

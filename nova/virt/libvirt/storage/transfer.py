@@ -39,11 +39,7 @@ from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt.storage import site as server_site
 from nova.virt.libvirt.storage import stream
 from nova.virt.libvirt.storage import threads
-
-try:
-    import libvirt
-except ImportError:
-    libvirt = None
+from nova.virt.libvirt.storage.threads import libvirt
 
 CONF = nova.conf.CONF
 
