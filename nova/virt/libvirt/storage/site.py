@@ -161,10 +161,13 @@ class Place:
         for file in self.files(prefix):
             if spare(file.name):
                 continue
-            if file.is_directory:
-                storage_pool.delete_directory(self._pool, file)
-            else:
-                file.delete()
+            self._delete(file)
+
+    def _delete(self, file: storage_pool.Volume) -> None:
+        if file.is_directory:
+            storage_pool.delete_directory(self._pool, file)
+        else:
+            file.delete()
 
     def release(self) -> None:
         """Let go of transient pools; the files stay.
@@ -230,24 +233,14 @@ class Group(Place):
                 f'{length} are needed', 'Find out what made it smaller.')
         return volume
 
-    def clear(self, prefix: str = '',
-              spare: ty.Callable[[str], bool] = lambda name: False) -> None:
-        for volume in self.files(prefix):
-            if spare(volume.name):
-                continue
-            self._wipe(volume)
-            volume.delete()
-
-    @staticmethod
-    def _wipe(volume: storage_pool.Volume) -> None:
-        """Overwrite as much of a volume with zeros as Nova would."""
-        if CONF.libvirt.volume_clear == 'none':
-            return
-        size = CONF.libvirt.volume_clear_size * units.Mi
-        stream.wipe(
-            volume.libvirt_volume, 0, min(size or volume.length,
-                                          volume.length),
-            stall_seconds=CONF.libvirt.vol_upload_migration_stall_timeout)
+    def _delete(self, file: storage_pool.Volume) -> None:
+        # Overwrite as much of it with zeros as Nova would.
+        if CONF.libvirt.volume_clear != 'none':
+            size = CONF.libvirt.volume_clear_size * units.Mi
+            stream.wipe(
+                file.libvirt_volume, 0, min(size or file.length, file.length),
+                stall_seconds=CONF.libvirt.vol_upload_migration_stall_timeout)
+        file.delete()
 
 
 class Site:
