@@ -192,8 +192,7 @@ class Place:
         return self._inner[directory]
 
     def _permissions(self, mode: int) -> storage_pool.Permissions:
-        return storage_pool.Permissions(
-            self.owner.owner, self.owner.group, mode)
+        return dataclasses.replace(self.owner, mode=mode)
 
 
 class Group(Place):
@@ -943,9 +942,8 @@ class Site:
 
         :raises: libvirtError if it is there already
         """
-        owner = self._owner()
-        permissions = storage_pool.Permissions(
-            owner.owner, owner.group, server_layout.DIRECTORY_MODE)
+        permissions = dataclasses.replace(
+            self._owner(), mode=server_layout.DIRECTORY_MODE)
         # libvirt creates files as their owner where root may not, and
         # directories as root.
         with _refused_if_denied(self.layout.parent):
@@ -989,9 +987,8 @@ class Site:
     def _make_file(self, parent: storage_pool.Pool, name: str) -> None:
         """Create an empty file, unless it is there already."""
         if not parent.volumes(name):
-            owner = self._owner()
-            parent.create_volume(name, 0, storage_pool.Permissions(
-                owner.owner, owner.group, server_layout.FILE_MODE))
+            parent.create_volume(name, 0, dataclasses.replace(
+                self._owner(), mode=server_layout.FILE_MODE))
 
     def check_claim(self) -> None:
         """Check that the files there are still those of this attempt.
