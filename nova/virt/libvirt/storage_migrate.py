@@ -122,11 +122,19 @@ _HOST_NAME = re.compile(r'[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?')
 
 
 class _Server(ty.NamedTuple):
-    """A server that Nova migrates, as it hands it over."""
+    """A server that Nova migrates, as it hands it over.
+
+    :ivar flavor: that it is to have
+    :ivar timeout: seconds that it may take to shut down
+    :ivar retry_interval: seconds between two requests to shut down
+    """
     context: ty.Any
     instance: ty.Any
     network_info: ty.Any
     block_device_info: ty.Any
+    flavor: ty.Any
+    timeout: int
+    retry_interval: int
 
 
 class _Copy:
@@ -472,11 +480,11 @@ class LibvirtDriver(driver.LibvirtDriver):
             was before, running if it ran
         """
         places = layout.Layout.of(instance)
-        server = _Server(context, instance, network_info, block_device_info)
+        server = _Server(context, instance, network_info, block_device_info,
+                         flavor, timeout, retry_interval)
         is_here = dest == self.get_host_ip_addr()
         if is_here and places.volumes():
-            return self._copy_here_and_power_off(
-                server, places, flavor, timeout, retry_interval)
+            return self._copy_here_and_power_off(server, places)
         with _refused_on_error(instance):
             enters_pool = not is_here and self._enters_pool(
                 server, places, dest)
@@ -494,7 +502,7 @@ class LibvirtDriver(driver.LibvirtDriver):
             return disk_info
 
         prepare = functools.partial(
-            self._prepare, server, places, dest, flavor, enters_pool)
+            self._prepare, server, places, dest, enters_pool)
         with contextlib.ExitStack() as stack:
             copy, turn = self._begin_copy(instance, places, stack)
             disk_info, files, move = prepare(stack)
@@ -510,9 +518,7 @@ class LibvirtDriver(driver.LibvirtDriver):
                 _native(move.claim)
             with self._put_back_on_error(server, copy, dest) as steps:
                 steps.push(self._discard_copy, instance, dest, move.discard)
-                self._copy_and_power_off(
-                    server, places, move, copy, steps, timeout,
-                    retry_interval)
+                self._copy_and_power_off(server, places, move, copy, steps)
         LOG.info('All files of the server are on %(host)s. It has been off '
                  'for %(seconds).1f s',
                  {'host': dest, 'seconds': copy.off_seconds},
@@ -523,7 +529,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         local.add_heads(moved, move.heads)
         return jsonutils.dumps(moved)
 
-    def _plan(self, server, places, dest, flavor, enters_pool) -> tuple[
+    def _plan(self, server, places, dest, enters_pool) -> tuple[
             list[dict[str, ty.Any]], list[layout.File], str | None]:
         """List what goes along: every disk is in it, or it is refused.
 
@@ -539,8 +545,7 @@ class LibvirtDriver(driver.LibvirtDriver):
                 place = layout.DIRECTORY
             bases = self._bases_to_send(server, disk_info, move)
         files = places.moved(places.plan(disk_info, bases), place)
-        return disk_info, [_grown(file, flavor, server.block_device_info)
-                           for file in files], place
+        return disk_info, [_grown(file, server) for file in files], place
 
     def _begin_copy(
         self, instance, places, stack,
@@ -560,7 +565,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         return copy, stack.enter_context(self._queue.join())
 
     def _prepare(
-        self, server, places, dest, flavor, enters_pool, stack,
+        self, server, places, dest, enters_pool, stack,
     ) -> tuple[list[dict[str, ty.Any]], list[layout.File], transfer.Transfer]:
         """Plan a migration and check both hosts; change nothing.
 
@@ -570,16 +575,16 @@ class LibvirtDriver(driver.LibvirtDriver):
         """
         with _refused_on_error(server.instance):
             self._check_enabled()
-            self._check_request(server, flavor)
+            self._check_request(server)
             disk_info, files, place = self._plan(
-                server, places, dest, flavor, enters_pool)
+                server, places, dest, enters_pool)
             variables = self._read_nvram(server.instance)
             move = self._new_transfer(
                 places, dest, files, server.instance.name, place=place,
                 has_variables=variables is not None)
             stack.callback(_native, move.close)
             self._check_vtpm(places)
-            _native(move.check, flavor.swap * units.Mi)
+            _native(move.check, server.flavor.swap * units.Mi)
             if not move.there.is_shared:
                 _check_files(files, move)
                 self._check_raw(files, move)
@@ -628,9 +633,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         ending = getattr(compute, '_shutdown_in_progress', None)
         return ending is not None and ending.is_set()
 
-    def _copy_and_power_off(
-        self, server, places, move, copy, steps, timeout, retry_interval,
-    ) -> None:
+    def _copy_and_power_off(self, server, places, move, copy, steps) -> None:
         """Copy all files: the disks while the server runs, then what changed.
 
         On storage that both hosts share there is nothing to copy.
@@ -649,8 +652,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         copy.check()
         # The guest may have been shut down meanwhile.
         self._power_off_for_copy(
-            server, copy, self._is_active(instance), steps, timeout,
-            retry_interval)
+            server, copy, self._is_active(instance), steps)
         variables = self._read_nvram(instance)
         if move.there.is_shared:
             if variables is not None and hooks.keeps_nvram():
@@ -698,9 +700,7 @@ class LibvirtDriver(driver.LibvirtDriver):
                         'arrived, the server may be off for longer: %s',
                         error, instance=instance)
 
-    def _copy_here_and_power_off(
-        self, server, places, flavor, timeout, retry_interval,
-    ) -> str:
+    def _copy_here_and_power_off(self, server, places) -> str:
         """Do the same for a server that is resized on its own host.
 
         What it had until now is kept for a revert under other names.
@@ -708,18 +708,17 @@ class LibvirtDriver(driver.LibvirtDriver):
         instance = server.instance
         with contextlib.ExitStack() as stack:
             copy, turn = self._begin_copy(instance, places, stack)
-            disk_info, files = self._prepare_here(server, places, flavor)
+            disk_info, files = self._prepare_here(server, places)
             with _refused_on_error(instance):
                 _delete_stale(places)
             if turn.ahead:
                 self._wait_for_turn(server, copy, turn, CONF.host)
-                disk_info, files = self._prepare_here(server, places, flavor)
+                disk_info, files = self._prepare_here(server, places)
             with _refused_on_error(instance):
                 was_running = self._is_active(instance)
             with self._put_back_on_error(server, copy, CONF.host) as steps:
                 copy.check()
-                self._power_off_for_copy(
-                    server, copy, was_running, steps, timeout, retry_interval)
+                self._power_off_for_copy(server, copy, was_running, steps)
                 steps.push(self._restore, copy, places)
                 _native(local.keep, places)
                 # Copy the record last: a server does not start from a disk
@@ -746,7 +745,7 @@ class LibvirtDriver(driver.LibvirtDriver):
             _copy_kept_nvram(places)
 
     def _prepare_here(
-        self, server, places, flavor,
+        self, server, places,
     ) -> tuple[list[dict[str, ty.Any]], list[layout.File]]:
         """Check a server that is resized on its own host; change nothing.
 
@@ -754,7 +753,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         :raises: InstanceFaultRollback
         """
         with _refused_on_error(server.instance):
-            self._check_request(server, flavor)
+            self._check_request(server)
             self._check_vtpm(places)
             disk_info = self._disk_info(server)
             files = places.plan(disk_info)
@@ -1164,8 +1163,7 @@ class LibvirtDriver(driver.LibvirtDriver):
 
     def _list_sent(self, context, instance, places, disks) -> list[str]:
         """Names of the files that QEMU does not copy to the destination."""
-        server = _Server(context, instance, None, None)
-        lost = self._lost_bases(server, _list_bases(disks))
+        lost = self._lost_bases(context, instance, _list_bases(disks))
         live.check_room(places, lost)
         return live.list_sent(places, disks, self._list_read_only(instance),
                               set(map(os.path.basename, lost)))
@@ -1580,22 +1578,22 @@ class LibvirtDriver(driver.LibvirtDriver):
         :raises: StorageError
         """
         bases = _list_bases(disk_info)
-        lost = self._lost_bases(server, bases)
+        lost = self._lost_bases(server.context, server.instance, bases)
         others = [base for base in bases
                   if base not in lost and os.access(base, os.R_OK)]
         return lost + (_native(move.missing_bases, others) if others else [])
 
-    def _lost_bases(self, server, bases) -> list[str]:
+    def _lost_bases(self, context, instance, bases) -> list[str]:
         """The base images that the destination cannot get from Glance.
 
         Also those that this host has made for itself.
 
         :param bases: paths of the base images of a server
         """
-        image_id = server.instance.image_ref
+        image_id = instance.image_ref
         name = imagecache.cache_name(image_id) if image_id else ''
         if any(os.path.basename(base) == name for base in bases) and (
-                self._glance_gives(server.context, image_id)):
+                self._glance_gives(context, image_id)):
             return [base for base in bases if os.path.basename(base) != name]
         return bases
 
@@ -1808,12 +1806,12 @@ class LibvirtDriver(driver.LibvirtDriver):
                 'vol_upload_migration = True on this host.') %
                 CONF.libvirt.disks_pool)
 
-    def _check_request(self, server, flavor):
+    def _check_request(self, server):
         """Refuse what cannot be done, whatever the destination is.
 
         :raises: ResizeError, MigrationPreCheckError
         """
-        instance, block_device_info = server.instance, server.block_device_info
+        instance, flavor = server.instance, server.flavor
         if instance.get('ephemeral_key_uuid', None):
             raise exception.MigrationPreCheckError(reason=_(
                 'The disks of the server are encrypted, as '
@@ -1822,9 +1820,9 @@ class LibvirtDriver(driver.LibvirtDriver):
                 'its ephemeral disks.'))
         root_shrinks = (
             flavor.root_gb < instance.flavor.root_gb and
-            not self._is_booted_from_volume(block_device_info))
+            not self._is_booted_from_volume(server.block_device_info))
         ephemerals = virt_driver.block_device_info_get_ephemerals(
-            block_device_info)
+            server.block_device_info)
         ephemeral_gb = max(
             block_device.get_bdm_ephemeral_disk_size(ephemerals),
             instance.flavor.ephemeral_gb)
@@ -1908,9 +1906,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         return transfer.Transfer(
             here, there, files, name, self._bandwidth, has_variables)
 
-    def _power_off_for_copy(
-        self, server, copy, was_running, steps, timeout, retry_interval,
-    ) -> None:
+    def _power_off_for_copy(self, server, copy, was_running, steps) -> None:
         """Power a server off; it starts again if its migration fails.
 
         :param steps: where to put what has to be undone after an error
@@ -1920,7 +1916,8 @@ class LibvirtDriver(driver.LibvirtDriver):
         if was_running:
             progress.begin_off(server.context, server.instance)
         copy.off_since = time.monotonic()
-        self.power_off(server.instance, timeout, retry_interval)
+        self.power_off(
+            server.instance, server.timeout, server.retry_interval)
         self._detach_from_host(server)
 
     def _detach_from_host(self, server) -> None:
@@ -2338,16 +2335,17 @@ def _check_files(files: list[layout.File], move: transfer.Transfer) -> None:
             'images_type.') % disks[0])
 
 
-def _grown(file: layout.File, flavor, block_device_info) -> layout.File:
-    """A logical volume as large as a flavor says, any other file as it is.
+def _grown(file: layout.File, server: _Server) -> layout.File:
+    """A logical volume as large as the flavor says, any other file as it is.
 
     Nova's backend does not resize what it finds on the destination. Of several
     ephemeral disks nobody knows which is to grow.
     """
     if file.place != layout.GROUP:
         return file
+    flavor = server.flavor
     ephemerals = virt_driver.block_device_info_get_ephemerals(
-        block_device_info)
+        server.block_device_info)
     gigabytes = {'disk': flavor.root_gb, 'disk.local': flavor.ephemeral_gb}
     if len(ephemerals) == 1:
         gigabytes[blockinfo.get_eph_disk(0)] = flavor.ephemeral_gb
