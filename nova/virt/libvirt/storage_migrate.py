@@ -880,7 +880,8 @@ class LibvirtDriver(driver.LibvirtDriver):
                      instance=instance)
             return
         places = layout.Layout.of(instance)
-        if places.kept() and _is_on_one_host(migration):
+        if places.kept() and (
+                migration.source_compute == migration.dest_compute):
             _native(local.restore, places)
         super().finish_revert_migration(
             context, instance, network_info, migration, block_device_info,
@@ -1879,9 +1880,6 @@ class LibvirtDriver(driver.LibvirtDriver):
                 f'a disk cannot be read: {str(error).partition(chr(10))[0]}',
                 layout.MERGE_REMEDY) from error
 
-    def _is_running(self, instance) -> bool:
-        return self.get_info(instance).state == power_state.RUNNING
-
     def _new_transfer(self, places, dest, files, name, claim=None,
                       place=None, has_variables=False) -> transfer.Transfer:
         """The transfer of a server's files to another host.
@@ -1965,7 +1963,8 @@ class LibvirtDriver(driver.LibvirtDriver):
     def _can_precopy(self, instance, move) -> bool:
         """Whether to copy the disks of a server while it runs."""
         return (CONF.libvirt.vol_upload_migration_precopy and
-                not move.there.is_shared and self._is_running(instance))
+                not move.there.is_shared and
+                self.get_info(instance).state == power_state.RUNNING)
 
     @staticmethod
     def _shares(server, was_running) -> ty.Any:
@@ -2391,10 +2390,6 @@ def _directories_of_servers() -> list[str]:
     return directories
 
 
-def _is_on_one_host(migration) -> bool:
-    return migration.source_compute == migration.dest_compute
-
-
 def _check_kept(places: layout.Layout) -> None:
     """Refuse a server of which a resize on this host kept another disk.
 
@@ -2432,9 +2427,8 @@ def _copy_kept_nvram(places: layout.Layout) -> None:
 
     :raises: StorageError, OSError
     """
-    content = None
-    if os.path.isfile(places.kept_path(places.nvram_path)):
-        content = nvram.read(places.kept_path(places.nvram_path))
+    kept = places.kept_path(places.nvram_path)
+    content = nvram.read(kept) if os.path.isfile(kept) else None
     if content is not None:
         nvram.write(places.nvram_path, content)
 
