@@ -199,7 +199,7 @@ def _flush_known(places: layout.Layout) -> None:
           if os.path.dirname(path) == places.directory)]
     for path in [*volumes, *dict.fromkeys(filter(os.path.exists, names)),
                  *([places.pool_path] if volumes else []), places.directory,
-                 os.path.dirname(places.directory)]:
+                 places.parent]:
         layout.flush(path)
 
 
@@ -248,7 +248,7 @@ def _flush(places: layout.Layout) -> None:
         paths += {os.path.join(directory, name)
                   for name in files} - claims.keys()
         paths.append(directory)
-    paths.append(os.path.dirname(places.directory))
+    paths.append(places.parent)
     for path in filter(os.path.exists, paths):
         layout.flush(path)
 
@@ -403,7 +403,7 @@ def keep_directory(places: layout.Layout) -> None:
     :raises: OSError, also if an earlier migration left one there
     """
     os.rename(places.directory, places.kept_directory)
-    layout.flush(os.path.dirname(places.directory))
+    layout.flush(places.parent)
 
 
 def remove_stale_directory(places: layout.Layout) -> None:
@@ -423,10 +423,9 @@ def recover_directory(places: layout.Layout) -> None:
 
     :raises: OSError
     """
-    if os.path.exists(places.kept_directory) and not os.path.exists(
-            places.directory):
+    if has_kept_directory(places):
         os.rename(places.kept_directory, places.directory)
-        layout.flush(os.path.dirname(places.directory))
+        layout.flush(places.parent)
 
 
 def has_kept_directory(places: layout.Layout) -> bool:
@@ -510,11 +509,8 @@ def find_pool(uri: str, name: str) -> str | None:
     :returns: None if there is no such pool
     :raises: libvirtError, TimeoutError
     """
-    connection = daemon.open_connection(uri)
-    try:
+    with contextlib.closing(daemon.open_connection(uri)) as connection:
         return storage_pool.find_path(connection, name)
-    finally:
-        connection.close()
 
 
 def ensure_pool(uri: str, name: str, path: str, autostart: bool) -> str:
