@@ -158,14 +158,10 @@ class _Copy:
 
     @property
     def off_seconds(self) -> float:
-        """How long the server has been off."""
         return time.monotonic() - self.off_since
 
     def check(self) -> None:
-        """Go on only if the copy was not stopped.
-
-        :raises: Cancelled
-        """
+        """Raise Cancelled if the copy was stopped."""
         if self.cancel.is_set():
             raise errors.Cancelled()
 
@@ -190,18 +186,12 @@ class _Operation:
         self.has_moved = False
 
     def begin(self) -> None:
-        """Let QEMU begin, unless that was stopped.
-
-        :raises: Cancelled
-        """
+        """Let QEMU begin; raise Cancelled if that was stopped."""
         self.is_qemus = True
         self.check()
 
     def check(self) -> None:
-        """Go on only if the live migration was not stopped.
-
-        :raises: Cancelled
-        """
+        """Raise Cancelled if the live migration was stopped."""
         if self.is_stopped:
             raise errors.Cancelled()
 
@@ -298,7 +288,6 @@ class LibvirtDriver(driver.LibvirtDriver):
 
     @staticmethod
     def _warn_of_files(instances) -> None:
-        """Count the servers whose disks are not in the pool yet."""
         count = sum(places.has_files() and not places.volumes()
                     for places in map(layout.Layout.of, instances))
         if count:
@@ -1170,12 +1159,10 @@ class LibvirtDriver(driver.LibvirtDriver):
                               set(map(os.path.basename, lost)))
 
     def _list_read_only(self, instance) -> set[str]:
-        """Paths of the disks that the guest cannot write."""
         return {disk.source_path for disk in self._list_disks(instance)
                 if disk.readonly}
 
     def _list_disks(self, instance) -> list[ty.Any]:
-        """The disks of a server's domain, as Nova reads its XML."""
         return self._host.get_guest(instance).get_all_disks()
 
     def _is_shared_block_storage(
@@ -1884,11 +1871,9 @@ class LibvirtDriver(driver.LibvirtDriver):
                       place=None, has_variables=False) -> transfer.Transfer:
         """The transfer of a server's files to another host.
 
-        :param files: the plan
         :param name: of the server's domain
         :param claim: the claim that the destination made, None to make one
         :param place: where the disks go, None if where they are here
-        :param has_variables: whether the server has UEFI variables
         """
         claim = claim or layout.Claim.new(places.uuid)
         uses_pool = (not self._streams_files(places) if place is None else
@@ -1919,7 +1904,6 @@ class LibvirtDriver(driver.LibvirtDriver):
         self._detach_from_host(server)
 
     def _detach_from_host(self, server) -> None:
-        """Unplug the server's ports and disconnect its Cinder volumes."""
         self.unplug_vifs(server.instance, server.network_info)
         for volume in virt_driver.block_device_info_get_mapping(
                 server.block_device_info):
@@ -1961,7 +1945,6 @@ class LibvirtDriver(driver.LibvirtDriver):
         self.job_tracker.terminate_jobs(copy.instance)
 
     def _can_precopy(self, instance, move) -> bool:
-        """Whether to copy the disks of a server while it runs."""
         return (CONF.libvirt.vol_upload_migration_precopy and
                 not move.there.is_shared and
                 self.get_info(instance).state == power_state.RUNNING)
@@ -2374,7 +2357,6 @@ def _refuse_unknown(instance, disk) -> None:
 
 
 def _list_bases(disk_info) -> list[str]:
-    """Paths of the base images that disks stand on."""
     found = {layout.backing_file(info['path']) for info in disk_info
              if info['type'] == 'qcow2' and info.get('backing_file')}
     return [base for base in found if base]

@@ -437,7 +437,6 @@ class _Look:
             self._fail(error)
 
     def _compare(self, start: int, end: int) -> Ranges:
-        """Find what has changed in a section."""
         ranges = Ranges(MOST_SECTION_RANGES)
         cutter = _Cutter(start - self._skip, self._table.block)
         with _source_errors(self._file.path, start):
@@ -527,10 +526,6 @@ class _Table:
     SEGMENT = 1024
 
     def __init__(self, length: int):
-        """Choose how large blocks are.
-
-        :param length: bytes of the file
-        """
         room = max(TABLE_BYTES, TABLE_BYTES_PER_TIB * length // units.Ti)
         # Blocks that a file which has grown has beyond that are not recorded,
         # and count as changed.

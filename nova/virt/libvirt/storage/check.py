@@ -433,7 +433,6 @@ class Destination(Checks):
             self._connection, self._settings.pool or ''))
 
     def _preflight(self) -> str:
-        """Check what is checked before a migration."""
         needed = max(self._size, PROBE_BYTES)
         with self._stand_in():
             self._site.check(

@@ -630,7 +630,6 @@ class Site:
             raise _superseded(claims)
 
     def _open_head(self, file: server_layout.File) -> stream.VolumeSink:
-        """Begin to upload the start of a file."""
         volume = self._place(file).find(file.name)
         sink = stream.VolumeSink(
             volume.libvirt_volume,
@@ -1074,7 +1073,6 @@ class _Found:
 
     @property
     def has_directory(self) -> bool:
-        """Whether there is an instance directory."""
         return self.uuid in self.names
 
     @property

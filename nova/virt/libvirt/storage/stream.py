@@ -357,7 +357,6 @@ class _Zeros:
     path = kind = 'memory'
 
     def chunks(self, length: int) -> Chunks:
-        """Yield one hole of ``length`` bytes."""
         yield length
 
 
@@ -862,7 +861,6 @@ class _Queue:
             yield chunk
 
     def close(self) -> None:
-        """Announce that no chunk will follow."""
         with self._changed:
             self.closed = True
             self._changed.notify_all()
@@ -972,7 +970,6 @@ def _stalled(
 
 
 def _read(source: Source, length: int, queue: _Queue) -> None:
-    """Put the chunks of a source into the queue."""
     with contextlib.closing(source.chunks(length)) as chunks:
         for chunk in chunks:
             if isinstance(chunk, int):

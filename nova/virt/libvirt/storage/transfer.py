@@ -135,7 +135,6 @@ class _Copy:
         self.sent = self._sent_before = 0
 
     def note(self, done: int, wire: int) -> None:
-        """Note the progress of this attempt."""
         self.sent = self._sent_before + wire
         self._progress(self.done + done, self.sent)
 
@@ -460,10 +459,6 @@ class Transfer:
                 'source', file.path, offset, error) from error
 
     def _verify(self, file: layout.File, path: str, length: int) -> None:
-        """Check what has arrived of a file.
-
-        :param path: of its volume
-        """
         skip = file.head_bytes
 
         def verify() -> None:
