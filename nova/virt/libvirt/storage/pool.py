@@ -309,10 +309,9 @@ class Pool:
     @_retry_busy
     def volumes(self, prefix: str = '') -> list[Volume]:
         """The volumes whose names begin with ``prefix``."""
-        volumes = [volume for volume in self.libvirt_pool.listAllVolumes(0)
-                   if _has_name(volume)]
-        return [Volume(volume) for volume in volumes
-                if volume.name().startswith(prefix)]
+        return [Volume(volume)
+                for volume in self.libvirt_pool.listAllVolumes(0)
+                if _has_name(volume) and volume.name().startswith(prefix)]
 
     def delete(self, name: str) -> None:
         """Delete a volume, unless it is gone already."""
