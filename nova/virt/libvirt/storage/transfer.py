@@ -189,6 +189,9 @@ class Transfer:
         self._bandwidth = bandwidth
         self._early: dict[str, _Early] = {}
         self._passes: changes.Passes | None = None
+        # Names of the files that may be there since an earlier copy, or since
+        # an attempt to create them whose answer was lost.
+        self._created: set[str] = set()
         # Keys of logical volumes whose rest was wiped, by name.
         self._wiped: dict[str, str] = {}
         self._is_closed = False
@@ -445,8 +448,7 @@ class Transfer:
                 return
         length = self._here.length(file)
         copy = self._copy(
-            file, length, lambda rest: self._open(file, length - rest.total),
-            again=early is not None or file.name in self._wiped)
+            file, length, lambda rest: self._open(file, length - rest.total))
         self._verify(file, copy.path, length)
 
     def _open(self, file: layout.File, offset: int) -> stream.Source:
@@ -474,13 +476,12 @@ class Transfer:
     def _copy(
         self, file: layout.File, length: int,
         read: ty.Callable[[changes.Ranges], stream.Source],
-        again: bool = False, block: int = 1,
+        block: int = 1,
     ) -> _Copy:
         """Create a file and copy it but for a hostile head, which goes last.
 
         :param length: bytes of the file
         :param read: opens what is to be copied, which ends with the file
-        :param again: whether the file has been created before
         :param block: see Changes.block
         """
         whole = changes.Ranges()
@@ -492,12 +493,10 @@ class Transfer:
                 self._watch.note(file.name, done, wire)
 
         copy = _Copy(whole, block, note)
-        attempts = iter([again])
 
         def go_on() -> None:
             if not copy.done:
-                copy.path = self.there.create(
-                    file, length, next(attempts, True)).path
+                copy.path = self._create(file, length)
             if whole.total:
                 result = self._upload(copy, file, length, read)
                 if self._watch:
@@ -508,15 +507,19 @@ class Transfer:
             self._wipe_rest(file, length)
         return copy
 
+    def _create(self, file: layout.File, length: int) -> str:
+        """Create a file, and return the path of its volume."""
+        again = file.name in self._created
+        self._created.add(file.name)
+        return self.there.create(file, length, again).path
+
     def _make_early(self, file: layout.File) -> None:
         """Make a logical volume while the server runs, if only that can be.
 
         A resize may add more to it than has to be copied.
         """
         length = self._here.length(file)
-        attempts = iter([False])
-        self._persist(lambda: self.there.create(
-            file, length, next(attempts, True)))
+        self._persist(lambda: self._create(file, length))
         self._wipe_rest(file, length)
 
     def _wipe_rest(self, file: layout.File, length: int) -> None:
