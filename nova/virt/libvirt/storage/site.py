@@ -320,11 +320,10 @@ class Site:
         """
         if file.data is not None:
             return stream.MemorySource(file.data[skip:]), len(file.data)
-        if file.place == server_layout.POOL and (
+        if file.place == server_layout.GROUP or (
+                file.place == server_layout.POOL and
                 self.layout.is_in_pool(file.path)):
-            volume = self._disks.find(file.name)
-        elif file.place == server_layout.GROUP:
-            volume = self._place(file).find(file.name)
+            volume = self._place(file.place).find(file.name)
         elif self._state and file.path.startswith(self._state.path):
             volume = self._state.find(
                 os.path.relpath(file.path, self._state.path))
@@ -540,7 +539,7 @@ class Site:
         :param length: bytes that will be written to it
         :param again: whether this attempt may have created it before
         """
-        place = self._place(file)
+        place = self._place(file.place)
         if isinstance(place, Group):
             return place.make(file.name, max(length, file.size), again)
         if again:
@@ -549,7 +548,7 @@ class Site:
 
     def make_directory(self, file: server_layout.File) -> None:
         """Create a directory under the claim."""
-        self._place(file).make_directory(file.name, file.mode)
+        self._place(file.place).make_directory(file.name, file.mode)
 
     def wipe_rest(self, file: server_layout.File, length: int, wiped: str = '',
                   cancel: stream.CancelEvent | None = None) -> str:
@@ -562,7 +561,7 @@ class Site:
         :returns: the key of the volume
         :raises: CopyError, Cancelled, libvirtError, TimeoutError
         """
-        volume = self._place(file).find(file.name)
+        volume = self._place(file.place).find(file.name)
         if volume.key != wiped:
             stream.wipe(volume.libvirt_volume, length, volume.length, cancel,
                         self.daemon.answer_seconds())
@@ -577,7 +576,7 @@ class Site:
         :raises: StorageError, libvirtError, TimeoutError
         """
         self.check_claim()
-        actual = self._place(file).find(file.name).length
+        actual = self._place(file.place).find(file.name).length
         if actual < length or (
                 actual > length and file.place != server_layout.GROUP):
             raise errors.StorageError(
@@ -630,7 +629,7 @@ class Site:
             raise _superseded(claims)
 
     def _open_head(self, file: server_layout.File) -> stream.VolumeSink:
-        volume = self._place(file).find(file.name)
+        volume = self._place(file.place).find(file.name)
         sink = stream.VolumeSink(
             volume.libvirt_volume,
             length=min(file.head_bytes, volume.length), sparse=False)
@@ -667,19 +666,12 @@ class Site:
 
     # How it is done.
 
-    @property
-    def _disks(self) -> Place:
-        assert self._pool is not None
-        return self._pool
-
-    def _place(self, file: server_layout.File) -> Place:
-        if file.place == server_layout.POOL:
-            return self._disks
-        if file.place == server_layout.GROUP:
-            assert self._group is not None
-            return self._group
-        assert self._directory is not None
-        return self._directory
+    def _place(self, name: str) -> Place:
+        place = {server_layout.POOL: self._pool,
+                 server_layout.GROUP: self._group,
+                 server_layout.DIRECTORY: self._directory}[name]
+        assert place is not None
+        return place
 
     @property
     def _group_name(self) -> str:
@@ -906,7 +898,7 @@ class Site:
                 # Ignore empty volumes: a create request sent while the link
                 # was down may take effect after the attempt was abandoned.
                 if allocation:
-                    raise _occupied(os.path.join(self._disks.path, name))
+                    raise _occupied(os.path.join(self.layout.pool_path, name))
 
     def room(self, place: str) -> int:
         """Bytes that files may take up in a place.
@@ -914,12 +906,9 @@ class Site:
         :param place: POOL, DIRECTORY or GROUP
         :raises: Refused, libvirtError, TimeoutError
         """
-        if place == server_layout.POOL:
-            return self._disks.room()
-        if place == server_layout.GROUP:
-            assert self._group is not None
-            return self._group.room()
-        return self._instances().available
+        if place == server_layout.DIRECTORY:
+            return self._instances().available
+        return self._place(place).room()
 
     def _in_the_way(self) -> errors.Refused:
         return errors.Refused(
