@@ -264,7 +264,6 @@ def track(
 ) -> Changes:
     """Begin to find the changes of a file in the best way that there is.
 
-    :param path: the file
     :param directory: any of the same file system that may be written to; a
         clone has no name there, and is gone with this process at the latest
     :param skip: bytes at the start of the file to leave out

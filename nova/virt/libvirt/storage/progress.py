@@ -160,10 +160,7 @@ class Progress:
         self._wire_told = 0
 
     def begin(self, total: int) -> None:
-        """Note how much there is to copy.
-
-        :param total: bytes of all files, holes included
-        """
+        """Note how many bytes all files have, holes included."""
         self._total = total
 
     def note(self, name: str, done: int, wire: int) -> None:

@@ -258,7 +258,6 @@ def open_source(
 
     Blocks while libvirt looks up the volume.
 
-    :param volume: the volume
     :param length: length of the volume as libvirt reports it
     :param direct: whether the file of the volume may be read without libvirt,
         if this process has the permission and the file has that length
@@ -371,7 +370,6 @@ class FileSource:
     def __init__(self, path: str, offset: int = 0):
         """Name what to read; nothing is opened yet.
 
-        :param path: path of the file
         :param offset: where in the file to begin
         """
         self.path = path
@@ -423,7 +421,6 @@ class VolumeSource:
                  offset: int = 0):
         """Name what to read; blocks while libvirt looks up the volume.
 
-        :param volume: the volume
         :param end: the ``end`` of the errors that this source raises
         :param offset: where in the volume to begin
         """
@@ -507,7 +504,6 @@ class VolumeSink:
     ):
         """Name what to write; blocks while libvirt looks up the volume.
 
-        :param volume: the volume
         :param offset: where in the volume to begin
         :param length: bytes to write, at most; 0 for no limit
         :param sparse: whether to leave holes. A hole at the end of a sparse
@@ -675,7 +671,6 @@ class RangesSink:
     ):
         """Name what to write; blocks while libvirt looks up the volume.
 
-        :param volume: the volume
         :param ranges: (start, end) of each; none is empty
         """
         self._sink = VolumeSink(volume, sparse=False)
