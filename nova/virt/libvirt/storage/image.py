@@ -263,24 +263,22 @@ class Backend(imagebackend.Backend):
         if is_in_pool(name):
             # Nova names a disk by its path when it starts a server.
             name = places.disk_name(name)
-        if name in layout.BOOT_FILES and CONF.libvirt.vol_upload_migration:
-            return BootFile(instance=instance, disk_name=name,
-                            disk_info_mapping=disk_info_mapping)
-        if not self._belongs_in_pool(places, name):
-            if not CONF.libvirt.vol_upload_migration:
-                return super().by_name(
-                    instance, name, image_type, disk_info_mapping)
+        image_class: type
+        if self._belongs_in_pool(places, name):
+            image_class = self._volume_class(
+                places, places.volume_path(name), image_type)
+        elif not CONF.libvirt.vol_upload_migration:
+            return super().by_name(
+                instance, name, image_type, disk_info_mapping)
+        elif name in layout.BOOT_FILES:
+            image_class = BootFile
+        else:
             if image_type is None and self._is_missing_image(places, name):
                 image_type = 'qcow2'
             backend = self.backend(image_type)
-            return _FILES.get(backend, backend)(
-                instance=instance, disk_name=name,
-                disk_info_mapping=disk_info_mapping)
-        volume_class = self._volume_class(
-            places, places.volume_path(name), image_type)
-        return volume_class(
-            instance=instance, disk_name=name,
-            disk_info_mapping=disk_info_mapping)
+            image_class = _FILES.get(backend, backend)
+        return image_class(instance=instance, disk_name=name,
+                           disk_info_mapping=disk_info_mapping)
 
     def by_libvirt_path(self, instance, path, image_type=None):
         if not is_in_pool(path):
