@@ -785,12 +785,7 @@ def _receive(stream: 'libvirt.virStream') -> Chunk:
     return stream.recvHole() if data == _AT_HOLE else data
 
 
-class _Abortable(ty.Protocol):
-    def abort(self) -> ty.Any:
-        ...
-
-
-def _abort(end: _Abortable, error: BaseException) -> None:
+def _abort(end: 'Sink | libvirt.virStream', error: BaseException) -> None:
     """Abort a stream or a sink; its error must not hide the first one."""
     try:
         end.abort()
