@@ -317,6 +317,16 @@ def off_summary(found: Found) -> str:
         for one, values in taken(SHOWN_OFF, found)]) + '\n'
 
 
+def drain_summary(found: Found) -> str:
+    """What the limit of copies at once changes, in reStructuredText."""
+    measured = found['concurrent']
+    return table([('limit', 'each server off, seconds',
+                   'all servers moved after, seconds', 'rounds')] + [
+        (way.split()[0], *(_text('%.1f', measured.median(way, name))
+                           for name in ('off', 'seconds')), str(len(taken)))
+        for way, taken in measured.ways.items()]) + '\n'
+
+
 def copy_summary(found: Found) -> str:
     """How long a disk takes on a link, in reStructuredText."""
     lines = [('disk and link', 'way', 'seconds', 'seconds per GiB',

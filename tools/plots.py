@@ -91,6 +91,7 @@ def write_tables(directory: Path = DIRECTORY) -> None:
                  for name in ('off', 'copy'))
     for name, text in (('off', bench_report.off_summary(off)),
                        ('off-all', bench_report.off_report(off)),
+                       ('drain', bench_report.drain_summary(off)),
                        ('copy', bench_report.copy_summary(copy)),
                        ('copy-all', bench_report.copy_report(copy))):
         (directory / f'{name}.inc').write_text(text)

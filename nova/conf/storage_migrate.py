@@ -242,6 +242,9 @@ status ``queued``. Only migrations over libvirt that have disks to copy count,
 and resizes on the host itself of servers with disks in a storage pool. 0 means
 unlimited.
 
+With 1, the link is idle while a server is powered off on one host and started
+on the other. The higher the limit, the longer each server is off.
+
 Each server that waits or copies takes one of the threads in which nova-compute
 handles requests: see ``[DEFAULT]executor_thread_pool_size``.
 

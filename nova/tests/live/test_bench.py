@@ -180,8 +180,8 @@ class TestPages(testtools.TestCase):
             made.joinpath(path.name).write_bytes(path.read_bytes())
         plots.write_tables(made)
         tables = sorted(path.name for path in made.glob('*.inc'))
-        self.assertEqual(['copy-all.inc', 'copy.inc', 'off-all.inc',
-                          'off.inc'], tables)
+        self.assertEqual(['copy-all.inc', 'copy.inc', 'drain.inc',
+                          'off-all.inc', 'off.inc'], tables)
         for name in tables:
             self.assertEqual(
                 plots.DIRECTORY.joinpath(name).read_text(),
