@@ -847,7 +847,8 @@ class LibvirtDriver(driver.LibvirtDriver):
             self._delete_logical_volumes(instance)
             _native(local.delete_kept_volumes, places)
         super().confirm_migration(context, migration, instance, network_info)
-        if instance.host != CONF.host and _is_switched_on():
+        if instance.host != CONF.host and (
+                _is_switched_on() and hooks.keeps_tpm_secret()):
             # Nova's code leaves the secret of a vTPM that a host keeps.
             self._host.delete_secret('vtpm', instance.uuid)
 

@@ -23,6 +23,7 @@ import inspect
 import typing as ty
 
 from nova import version
+from nova.virt import hardware
 from nova.virt.libvirt import driver
 
 # The releases of Nova that the tests run with, the oldest first.
@@ -148,6 +149,14 @@ def keeps_nvram() -> bool:
     """Whether Nova can undefine a domain and keep its UEFI variables."""
     return 'keep_nvram' in inspect.signature(
         driver.LibvirtDriver._undefine_domain).parameters
+
+
+def keeps_tpm_secret() -> bool:
+    """Whether Nova may leave the secret of a vTPM in libvirt, as from 33 on.
+
+    Before that, its Host does not look for secrets of this kind.
+    """
+    return hasattr(hardware, 'get_tpm_secret_security_constraint')
 
 
 def find_problems(nova_driver: type) -> list[str]:

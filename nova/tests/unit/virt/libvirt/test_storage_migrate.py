@@ -44,6 +44,7 @@ from nova.virt import fake
 from nova.virt.libvirt import driver
 from nova.virt.libvirt.storage import changes
 from nova.virt.libvirt.storage import errors
+from nova.virt.libvirt.storage import hooks
 from nova.virt.libvirt.storage import image
 from nova.virt.libvirt.storage import imagecache
 from nova.virt.libvirt.storage import layout
@@ -1354,8 +1355,15 @@ class DeleteTestCase(DriverTestCase):
 
     def test_confirm_deletes_the_secret_of_a_vtpm(self):
         self.instance.host = 'dest'
-        self._confirm()
+        with mock.patch.object(hooks, 'keeps_tpm_secret', return_value=True):
+            self._confirm()
         self.delete_secret.assert_called_once_with('vtpm', self.instance.uuid)
+
+    def test_confirm_does_not_ask_a_nova_that_knows_no_such_secret(self):
+        self.instance.host = 'dest'
+        with mock.patch.object(hooks, 'keeps_tpm_secret', return_value=False):
+            self._confirm()
+        self.delete_secret.assert_not_called()
 
     def test_confirm_leaves_it_where_switched_off(self):
         self.flags(use_storage_pools=False, vol_upload_migration=False,
