@@ -815,7 +815,6 @@ class _File:
         :param told: its path as errors tell it, if it is another
         """
         self.path = told or path
-        # Avoid os.open(): eventlet's makes a hub in a native thread.
         self._file = (open_file or _open)(path)
 
     @property

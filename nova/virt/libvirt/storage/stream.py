@@ -380,7 +380,6 @@ class FileSource:
         position = self._offset
         end = self._offset + length
         try:
-            # Avoid os.open(): eventlet's makes a hub in this thread.
             with open(self.path, 'rb', buffering=0) as file:
                 while position < end:
                     for chunk in self._section(file.fileno(), position, end):

@@ -76,7 +76,7 @@ def native_threading() -> ty.Any:
 
 
 def native_os() -> ty.Any:
-    """The os module whose functions make no hub in a native thread."""
+    """The os module whose functions are the system's own."""
     eventlet = get_eventlet()
     return eventlet.patcher.original('os') if eventlet else os
 
@@ -106,8 +106,7 @@ def off_hub(
             native_os().close(writer)
 
     outcome: dict[str, ty.Any] = {}
-    native_threading().Thread(
-        target=run, args=(outcome,), name=OFF_HUB, daemon=True).start()
+    _start_native(functools.partial(run, outcome), OFF_HUB)
     try:
         eventlet.hubs.trampoline(reader, read=True)
     finally:
@@ -142,9 +141,45 @@ def start(function: ty.Callable[[], None], name: str) -> ty.Any:
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         function()
 
+    return _start_native(run, name)
+
+
+def _start_native(function: ty.Callable[[], None], name: str) -> ty.Any:
+    eventlet = get_eventlet()
+
+    def run() -> None:
+        if eventlet:
+            eventlet.hubs.use_hub(_NoHub)
+        function()
+
     thread = native_threading().Thread(target=run, name=name, daemon=True)
     thread.start()
     return thread
+
+
+class _NoHub:
+    """The hub of a native thread that has none.
+
+    eventlet tells the hub of a thread of each file that os.open() opens there,
+    and makes a hub for that if need be. It has a descriptor and a greenlet,
+    which another thread frees some time after this one has ended: Python has
+    crashed of that. What waits as a green thread does still gets a hub.
+    """
+
+    @staticmethod
+    def is_available() -> bool:
+        return True
+
+    def mark_as_reopened(self, descriptor: int) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> ty.Any:
+        if name.startswith('_'):
+            raise AttributeError(name)
+        hubs = sys.modules['eventlet'].hubs
+        if hubs.get_hub() is self:
+            hubs.use_hub()
+        return getattr(hubs.get_hub(), name)
 
 
 def within(seconds: float, function: ty.Callable[[], _T],

@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from unittest import mock
@@ -44,6 +45,29 @@ class OffHubTestCase(test.NoDBTestCase):
             self.assertEqual(1, threads.off_hub(function))
         else:
             self.assertRaises(AssertionError, threads.off_hub, function)
+
+    def _count_hubs(self, function):
+        """How many hubs eventlet makes for a call off the hub."""
+        eventlet = threads.get_eventlet()
+        if eventlet is None:
+            self.skipTest('there is no hub')
+        with mock.patch.object(
+                eventlet.hubs, 'get_default_hub',
+                side_effect=eventlet.hubs.get_default_hub) as made:
+            threads.off_hub(function)
+        return made.call_count
+
+    def test_files_that_are_opened_make_no_hub(self):
+        def write():
+            with tempfile.TemporaryDirectory() as directory:
+                os.close(os.open(directory, os.O_RDONLY))
+                with tempfile.NamedTemporaryFile(dir=directory):
+                    pass
+
+        self.assertEqual(0, self._count_hubs(write))
+
+    def test_a_call_that_waits_gets_a_hub(self):
+        self.assertEqual(1, self._count_hubs(lambda: time.sleep(0.01)))
 
     def test_any_number_of_calls_may_block_at_once(self):
         # eventlet's tpool has 20 threads, which Nova's calls share.
