@@ -37,19 +37,30 @@ DESTINATION = 'host2'
 SSH_PROGRAMS = {'ssh', 'scp', 'sftp', 'rsync', 'sshd', 'sftp-server'}
 
 
-@functools.cache
 def get_cloud() -> cloud.Cloud:
     """The cloud of this process: on a lab that is up, or one of its own.
 
-    A lab that was up before is kept, and so is the cloud on it.
+    A lab that was up before is kept, and so is the cloud on it. What could not
+    be brought up is not tried again for each test, for minutes.
     """
+    made, error = _bring_up()
+    if error:
+        raise error
+    return made
+
+
+@functools.cache
+def _bring_up() -> tuple[cloud.Cloud, Exception | None]:
     kept = live.find_lab().is_up
     made = cloud.Cloud(live.get_lab(), EVENTLET, cloud.STREAMS)
     if not kept:
         # Registered after the lab's own end, so that it comes before it.
         atexit.register(made.down)
-    made.up()
-    return made
+    try:
+        made.up()
+    except Exception as error:
+        return made, error
+    return made, None
 
 
 class CloudTestCase(testtools.TestCase):
