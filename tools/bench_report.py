@@ -318,7 +318,7 @@ def off_summary(found: Found) -> str:
 
 
 def drain_summary(found: Found) -> str:
-    """What the limit of copies at once changes, in reStructuredText."""
+    """How long a drain takes and guests are off, in reStructuredText."""
     measured = found['concurrent']
     return table([('limit', 'each server off, seconds',
                    'all servers moved after, seconds', 'rounds')] + [

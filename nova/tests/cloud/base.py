@@ -40,8 +40,8 @@ SSH_PROGRAMS = {'ssh', 'scp', 'sftp', 'rsync', 'sshd', 'sftp-server'}
 def get_cloud() -> cloud.Cloud:
     """The cloud of this process: on a lab that is up, or one of its own.
 
-    A lab that was up before is kept, and so is the cloud on it. What could not
-    be brought up is not tried again for each test, for minutes.
+    A lab that was up before is kept, and so is the cloud on it. A cloud that
+    cannot be brought up is tried once only, not for each test.
     """
     made, error = _bring_up()
     if error:

@@ -73,7 +73,7 @@ def get_lab() -> nova_lab.Lab:
 
 
 def find_lab() -> nova_lab.Lab:
-    """The lab of the tests, without what tests left that were killed."""
+    """The lab of the tests, cleared of what killed tests left."""
     lab = nova_lab.Lab(DIRECTORY, subnet=SUBNET)
     owner = _owner(lab)
     if owner.record.exists() and owner.pid is None:

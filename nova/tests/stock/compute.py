@@ -119,7 +119,7 @@ class OtherHosts:
     """The calls that a nova-compute makes of another host's."""
 
     def check_instance_shared_storage(self, *args: Any, **kwargs: Any) -> bool:
-        """Get no answer, as if the time for one were over."""
+        """Time out, as no other host is asked."""
         raise oslo_messaging.MessagingTimeout('there is no message queue')
 
 

@@ -162,8 +162,8 @@ class _NoHub:
 
     eventlet tells the hub of a thread of each file that os.open() opens there,
     and makes a hub for that if need be. It has a descriptor and a greenlet,
-    which another thread frees some time after this one has ended: Python has
-    crashed of that. What waits as a green thread does still gets a hub.
+    which garbage collection frees in another thread after this one has ended.
+    What waits as a green thread does still gets a hub.
     """
 
     @staticmethod
@@ -176,7 +176,7 @@ class _NoHub:
     def __getattr__(self, name: str) -> ty.Any:
         if name.startswith('_'):
             raise AttributeError(name)
-        hubs = sys.modules['eventlet'].hubs
+        hubs = get_eventlet().hubs
         if hubs.get_hub() is self:
             hubs.use_hub()
         return getattr(hubs.get_hub(), name)

@@ -199,7 +199,7 @@ class Transfer:
         # directory there is in nobody's way then, as with Nova's own driver.
         self._is_empty = not (
             files or has_variables or here.layout.has_state())
-        # Of the copy that is under way, see _begin().
+        # _begin() sets both for each copy.
         self._cancel: stream.CancelEvent | None = None
         self._watch: Watch | None = None
         there.daemon.patience = (
