@@ -89,8 +89,11 @@ class TestRemoteLibvirtPage(base.LiveTestCase):
     def test_page_connects_hosts(self):
         done = {'on-ca': self.on_ca, 'on-each-host': self.on_each_host,
                 'on-first-host': self.on_first_host}
+        revokes = []
         for classes, commands in read_blocks(PAGE):
-            if classes == {'with-systemd'}:
+            if 'revokes' in classes:
+                revokes.append(commands)
+            elif classes == {'with-systemd'}:
                 self.check_units(commands)
             elif classes == {'untested'}:
                 # Debian 12 has no such units; the page says so.
@@ -98,12 +101,13 @@ class TestRemoteLibvirtPage(base.LiveTestCase):
             elif classes == {'on-ca', 'fails'}:
                 error = self.assertRaises(
                     lab.LabError, self.on_ca, commands)
-                self.assertIn('cert', str(error))
+                self.assertIn('Unable to read TLS confirmation', str(error))
             else:
                 place, = classes
                 done[place](commands)
         self.assert_stranger_is_refused()
         self.assert_disk_goes_over()
+        self.assert_host_is_excluded(*revokes)
 
     def check_units(self, commands):
         """The hosts have no systemd: look whether it would know the units."""
@@ -177,6 +181,24 @@ class TestRemoteLibvirtPage(base.LiveTestCase):
             '--outfile', pki / 'clientcert.pem')
         self.assertNotEqual(text, template.read_text())
         self.assertRaises(base.libvirt.libvirtError, self._open, uri)
+
+    def assert_host_is_excluded(self, on_ca, on_other_hosts):
+        """The destination host, after the commands of the page."""
+        connect = ['virsh', '-c']
+        for host, other in self.hosts, self.hosts[::-1]:
+            host.run([*connect, other.uri, 'hostname'], user='nova')
+
+        self.on_ca(on_ca)
+        home = self.home / self.source.name
+        shutil.copy(self.home / 'ca/libvirt-ca/cacrl.pem', home)
+        self.execute(self.source.enter, on_other_hosts, home)
+        for host, other in self.hosts, self.hosts[::-1]:
+            error = self.assertRaises(
+                lab.LabError, host.run, [*connect, other.uri, 'hostname'],
+                user='nova')
+            self.assertIn('revoked' if host is self.source else
+                          'Unable to read TLS confirmation', str(error))
+        self.source.run([*connect, self.source.uri, 'hostname'], user='nova')
 
     def assert_disk_goes_over(self):
         uuid = uuidutils.generate_uuid()
