@@ -108,11 +108,11 @@ Cinder, no disk is copied. Its kernel, ramdisk, config drive and vTPM state go
 over libvirt, if it has any of them in files.
 
 Servers with disks in the instance directory are migrated over SSH, unless
-``vol_upload_migration_legacy`` is set too, or all the disks are copy-on-write
-images, which can go into the storage pool of the destination host. In a live
-migration of servers with disks in the instance directory, the config drive and
-other files that QEMU does not copy go over libvirt if both hosts set this
-option.
+``vol_upload_migration_legacy`` is set too. With ``use_storage_pools``, they
+also go over libvirt if all the disks are copy-on-write images, and the
+destination host has a storage pool for them. In a live migration of servers
+with disks in the instance directory, the config drive and other files that
+QEMU does not copy go over libvirt if both hosts set this option.
 
 Related options:
 

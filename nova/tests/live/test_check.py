@@ -42,7 +42,7 @@ disks_pool_path = /var/lib/nova/{pool}
 GOOD = {
     'user', 'options', 'libvirt', 'pool', 'access', 'directory',
     'policy', 'uri', 'name', 'port',
-    'our certificate', 'its certificate', 'encryption', 'preflight',
+    'client certificate', 'server certificate', 'encryption', 'preflight',
     'shared storage', 'probe copy'}
 
 
@@ -174,32 +174,32 @@ class BrokenTestCase(base.CertificateMixin, CheckTestCase):
         self.set_server(ca=self.other_ca())
         self._restart_unchecked()
         self._assert_broken(
-            'its certificate', 'issued by CN=another CA, is not trusted',
+            'server certificate', 'issued by CN=another CA, is not trusted',
             '/etc/pki/CA/cacert.pem')
 
     def test_our_certificate_of_a_wrong_ca(self):
         self.set_client(ca=self.other_ca())
         self._assert_broken(
-            'its certificate', 'refuses the certificate of this host',
+            'server certificate', 'refuses the certificate of this host',
             'cacert.pem there')
 
     def test_certificate_that_expired(self):
         self.set_server()
         self.destination.expire_certificate('server')
         self._restart_unchecked()
-        self._assert_broken('its certificate', 'expired at',
+        self._assert_broken('server certificate', 'expired at',
                             'new servercert.pem')
 
     def test_our_certificate_that_expired(self):
         self.set_client()
         self.source.expire_certificate('client')
-        self._assert_broken('our certificate', 'expired', 'new one')
+        self._assert_broken('client certificate', 'expired', 'new one')
 
     def test_certificate_of_a_wrong_name(self):
         self.set_server(name='another-host')
         self._restart_unchecked()
         self._assert_broken(
-            'its certificate', f'is for another-host, not {self.address}',
+            'server certificate', f'is for another-host, not {self.address}',
             'migration_inbound_addr')
 
     def test_no_listener(self):
@@ -213,7 +213,7 @@ class BrokenTestCase(base.CertificateMixin, CheckTestCase):
         self.addCleanup(os.kill, pid, signal.SIGCONT)
         os.kill(pid, signal.SIGSTOP)
         started = time.monotonic()
-        self._assert_broken('its certificate', 'timed out', 'hang')
+        self._assert_broken('server certificate', 'timed out', 'hang')
         self.assertLess(time.monotonic() - started, 20)
 
     def test_no_pool(self):

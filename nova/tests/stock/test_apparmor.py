@@ -46,8 +46,7 @@ class TestPoolElsewhere(base.StockTestCase):
             self.denied[self.source], self.source.denials())
         # From here on there has to be no other.
         self.denied[self.source] = self.source.denials()
-        self.assertIn(f'AppArmor denies servers with an image of their own '
-                      f'access to it, with their disks in {PATH}',
+        self.assertIn(f'AppArmor denies virt-aa-helper the disks in {PATH}',
                       self.check())
 
         (_classes, commands), = (

@@ -56,13 +56,13 @@ STEP_SECONDS = 60
 PROBE_SECONDS = 300
 
 DIRECTORY_REMEDY = (
-    'Run it as the user of nova-compute. If nova-compute or libvirt runs in a '
-    'container, mount the directory in both under this path')
+    'Run the check as the user of nova-compute. If nova-compute or libvirt '
+    'runs in a container, mount the directory in both under this path')
 
 # Days before its end from which on a certificate is warned of.
 EXPIRY_DAYS = 30
 
-_LOG_REMEDY = "Look into libvirt's log on both hosts"
+_LOG_REMEDY = "Check libvirt's log on both hosts"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Checks:
         except TimeoutError as error:
             return Finding(
                 self.host, FAIL, what, str(error),
-                'Look whether libvirt, its storage and the network hang')
+                'Check whether libvirt, its storage or the network hangs')
         except Exception as error:
             return Finding(
                 self.host, FAIL, what, str(error) or repr(error),
@@ -218,8 +218,8 @@ class Source(Checks):
             raise Problem(
                 f'this runs with uid {os.geteuid()}, and '
                 f'{self._settings.instances_path} belongs to uid {owner}',
-                'Run it as the user of nova-compute, whose access counts: '
-                'sudo -u nova', WARN)
+                'Run the check as the user of nova-compute, whose access '
+                'counts: sudo -u nova', WARN)
         return f'uid {owner}, as nova-compute'
 
     def _options(self) -> str:
@@ -227,8 +227,8 @@ class Source(Checks):
         if 'vol_upload_migration' not in options:
             raise Problem(
                 'servers of this host do not migrate over libvirt',
-                'Set [libvirt]use_storage_pools and '
-                '[libvirt]vol_upload_migration', WARN)
+                'Set [libvirt]vol_upload_migration and, for disks in files, '
+                'use_storage_pools or vol_upload_migration_legacy', WARN)
         verb = 'are' if len(options) > 1 else 'is'
         return f'{" and ".join(options)} {verb} set'
 
@@ -254,7 +254,7 @@ class Source(Checks):
         if path is not None and self.pool.path != path.rstrip('/'):
             raise Problem(
                 f'{name} has the directory {self.pool.path}',
-                'Set [libvirt]disks_pool_path to that')
+                'Set [libvirt]disks_pool_path to that directory')
         return _describe(self.pool)
 
     def _directory(self) -> str:
@@ -352,8 +352,8 @@ class Destination(Checks):
         if self._port:
             steps.append(('port', self._reach))
         if self._transport == 'tls':
-            steps += [('our certificate', self._own_certificate),
-                      ('its certificate', self._its_certificate)]
+            steps += [('client certificate', self._own_certificate),
+                      ('server certificate', self._its_certificate)]
         return steps
 
     def _resolve(self) -> str:
@@ -463,7 +463,8 @@ class Destination(Checks):
     def _shared(self) -> str:
         if self._settings.pool and self._source.pool is None:
             raise Problem('unknown, as this host has no pool',
-                          'See above', WARN)
+                          'Correct what is said about the pool of this host',
+                          WARN)
         if self._site.is_shared:
             pool = 'pool and ' if self._settings.pool else ''
             return f'{pool}instance directories, nothing will be copied'
@@ -506,8 +507,9 @@ class Destination(Checks):
         except Exception as error:
             raise Problem(
                 f'files of {self._places.uuid} are left there: {error}',
-                f'Delete the directory {self._places.directory} on '
-                f'{self.host}, and what has that prefix beside it'
+                f'On {self.host}, delete the directory '
+                f'{self._places.directory}, and what begins with this UUID in '
+                'the same directory'
                 + (f' and in pool {self._settings.pool}'
                    if self._settings.pool else ''))
         return 'deleted'

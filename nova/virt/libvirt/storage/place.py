@@ -114,8 +114,8 @@ def check_policy(capabilities: str, path: str) -> str:
             any(_is_below(path, each) for each in APPARMOR_READS) or
             _has_rule(path)):
         raise errors.Refused(
-            f'AppArmor denies servers with an image of their own access to '
-            f'it, with their disks in {path}',
+            f'AppArmor denies virt-aa-helper the disks in {path}, so that '
+            'servers with a base image do not start',
             f'Add "{path}/** r," to {APPARMOR_RULES} and run '
             'apparmor_parser -r /etc/apparmor.d/usr.lib.libvirt.virt-aa-helper'
             f', or use a directory in {IMAGES}')

@@ -1104,7 +1104,7 @@ def _superseded(claims: ty.Collection[server_layout.Claim],
                 ) -> errors.Superseded:
     return errors.Superseded(
         'another attempt to migrate the server took over its files',
-        'Wait for its end.' if claims else
+        'Wait until that attempt has ended.' if claims else
         'Find out which files of the server are needed there.')
 
 

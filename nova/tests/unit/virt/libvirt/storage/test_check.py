@@ -408,8 +408,9 @@ class DestinationTestCase(_CheckTestCase):
         uuid = destination._places.uuid
         self._only_failure(
             findings, f'files of {uuid} are left there',
-            f'Delete the directory {self.instances}/{uuid} on dest, and what '
-            'has that prefix beside it and in pool nova-disks')
+            f'On dest, delete the directory {self.instances}/{uuid}, and what '
+            'begins with this UUID in the same directory and in pool '
+            'nova-disks')
 
     def test_user_who_cannot_write_to_the_instances(self):
         os.rmdir(self.instances)

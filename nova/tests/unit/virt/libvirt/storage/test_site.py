@@ -636,7 +636,8 @@ class ClaimTestCase(SiteTestCase):
             'disks', rival))
 
         self.assert_raises(
-            errors.Superseded, 'Wait for its end', there.claim)
+            errors.Superseded, 'Wait until that attempt has ended',
+            there.claim)
 
         self.assertEqual([rival], self.claims())
 
