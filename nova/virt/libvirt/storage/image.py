@@ -219,6 +219,18 @@ class _File(imagebackend.Image):
         else:
             super().cache(fetch_func, filename, size, *args, **kwargs)
 
+    def create_image(self, *args, **kwargs):
+        if not self.exists():
+            self._forget_format()
+        super().create_image(*args, **kwargs)
+        self.resolve_driver_format()
+
+    def _forget_format(self) -> None:
+        """Let the record not say of a new disk what an earlier one was."""
+        formats = layout.read_record(self.disk_info_path)
+        if formats.pop(self.path, None):
+            layout.write_record(self.disk_info_path, formats)
+
     def _stands_alone(self) -> bool:
         return (self.driver_format == 'raw' or
                 layout.backing_file(self.path) is None)
@@ -236,6 +248,20 @@ class FlatFile(_File, imagebackend.Flat):
 
 class Qcow2File(_File, imagebackend.Qcow2):
     """A disk of Nova's qcow2 backend."""
+
+
+class RawFile(FlatFile):
+    """A disk in the instance directory that is recorded as raw.
+
+    It stays one where use_cow_images is set: it may have come by a live
+    migration, which converts nothing.
+    """
+
+    def _get_driver_format(self):
+        return 'raw'
+
+    def resize_image(self, size):
+        _grow_raw(self.path, size)
 
 
 class LogicalVolume(imagebackend.Lvm):
@@ -273,10 +299,10 @@ class Backend(imagebackend.Backend):
         elif name in layout.BOOT_FILES:
             image_class = BootFile
         else:
-            if image_type is None and self._is_missing_image(places, name):
-                image_type = 'qcow2'
             backend = self.backend(image_type)
             image_class = _FILES.get(backend, backend)
+            if image_type is None and not name.endswith('.rescue'):
+                image_class = _as_recorded(places, name, image_class)
         return image_class(instance=instance, disk_name=name,
                            disk_info_mapping=disk_info_mapping)
 
@@ -287,16 +313,6 @@ class Backend(imagebackend.Backend):
         volume_class = self._volume_class(places, path, image_type)
         return volume_class(
             instance=instance, disk_name=places.disk_name(path), path=path)
-
-    def _is_missing_image(self, places: layout.Layout, name: str) -> bool:
-        """Whether a file is to be made that is recorded as an image.
-
-        Nova would make a raw one on a host without use_cow_images, whatever
-        the format that the domain says, of a server that is live migrated.
-        """
-        return (os.path.isabs(name) and not os.path.exists(name) and
-                self.backend() is imagebackend.Flat and
-                _recorded_format(places, name) == 'qcow2')
 
     @staticmethod
     def _belongs_in_pool(places: layout.Layout, name: str) -> bool:
@@ -324,7 +340,7 @@ class Backend(imagebackend.Backend):
                     'path': path, 'pool': CONF.libvirt.disks_pool,
                     'type': image_type or CONF.libvirt.images_type,
                     'types': ', '.join(IMAGE_TYPES)})
-        recorded = _recorded_format(places, path)
+        recorded = _volume_format(places, path)
         if recorded == 'raw':
             return RawVolume
         # An existing image is the same to both; only a new one is made with
@@ -332,18 +348,46 @@ class Backend(imagebackend.Backend):
         return Qcow2Volume if backend is imagebackend.Qcow2 else FullVolume
 
 
-def _recorded_format(places: layout.Layout, path: str) -> str | None:
+def _as_recorded(places: layout.Layout, name: str,
+                 image_class: type) -> type:
+    """What a file is by its record, where use_cow_images says another.
+
+    Nova's backend of qcow2 images takes every file for one, and so would have
+    QEMU read what the guest wrote into a raw disk as a header. Nova's raw
+    backend would make a raw file where the domain of a server that is live
+    migrated says qcow2.
+    """
+    path = os.path.join(places.directory, name)
+    if image_class is Qcow2File and os.path.exists(path):
+        if _recorded_format(places, path) == 'raw':
+            return RawFile
+    elif (image_class is FlatFile and os.path.isabs(name) and
+            not os.path.exists(path)):
+        if _recorded_format(places, path) == 'qcow2':
+            return Qcow2File
+    return image_class
+
+
+def _volume_format(places: layout.Layout, path: str) -> str | None:
     """The format of a volume, None if it is still to be made.
 
     :raises: InvalidDiskInfo if the format of an existing one is not recorded
     """
-    try:
-        recorded = places.format(path)
-    except errors.StorageError as error:
-        raise exception.InvalidDiskInfo(reason=str(error)) from error
+    recorded = _recorded_format(places, path)
     if recorded is None and os.path.exists(path):
         raise exception.InvalidDiskInfo(reason=_(
             'The format of disk %(path)s is not recorded in %(record)s. Add '
             'it, as Nova made the disk.') % {
                 'path': path, 'record': places.record_path})
     return recorded
+
+
+def _recorded_format(places: layout.Layout, path: str) -> str | None:
+    """The format of a disk, None if there is no record of it.
+
+    :raises: InvalidDiskInfo if the record cannot be read
+    """
+    try:
+        return places.format(path)
+    except errors.StorageError as error:
+        raise exception.InvalidDiskInfo(reason=str(error)) from error

@@ -495,6 +495,55 @@ class FileTestCase(BackendTestCase):
         self._cache(use_cow=False, size=None)
         self.assertEqual(2 * units.Mi, os.path.getsize(self.path))
 
+    @ddt.data('disk', 'disk.local')
+    def test_raw_disk_stays_raw_where_new_ones_are_images(self, name):
+        """A live migration converts nothing, and the guest writes headers."""
+        path = os.path.join(self.directory, name)
+        self._write(path, HEADER)
+        layout.write_record(self.places.record_path, {path: 'raw'})
+        with mock.patch('nova.virt.images.qemu_img_info') as info:
+            for found in name, path:
+                disk = self._by_name(found)
+                self.assertEqual(('raw', path),
+                                 (disk.driver_format, disk.path))
+                disk.cache(self.fetch, 'lost', 2 * units.Mi)
+        info.assert_not_called()
+        self.assertEqual(2 * units.Mi, os.path.getsize(path))
+
+    def test_raw_disk_whose_path_is_spelled_another_way(self):
+        link = os.path.join(self.useFixture(fixtures.TempDir()).path, 'link')
+        os.symlink(self.directory, link)
+        self._write(self.path, HEADER)
+        layout.write_record(self.places.record_path,
+                            {os.path.join(link, 'disk'): 'raw'})
+        self.assertEqual('raw', self._by_name().driver_format)
+
+    def test_rescue_disk_is_as_this_host_makes_them(self):
+        path = os.path.join(self.directory, 'disk.rescue')
+        layout.write_record(self.places.record_path, {path: 'raw'})
+        self._write(path, HEADER)
+        self.assertEqual('qcow2', self._by_name('disk.rescue').driver_format)
+
+    @ddt.data((True, 'raw', 'qcow2'), (False, 'qcow2', 'raw'))
+    @ddt.unpack
+    def test_new_disk_has_no_older_one_s_format(self, use_cow, old, new):
+        path = os.path.join(self.directory, 'disk.swap')
+        os.mkdir(layout.cache_dir())
+        layout.write_record(self.places.record_path,
+                            {path: old, self.path: 'raw'})
+
+        def make(target, **kwargs):
+            self._write(target, bytes(units.Mi))
+
+        self._by_name('disk.swap', use_cow).cache(
+            make, 'swap_1', units.Mi, safe=True)
+
+        self.assertEqual({path: new, self.path: 'raw'},
+                         self.places.formats())
+        for use_cow in True, False:
+            self.assertEqual(
+                new, self._by_name('disk.swap', use_cow).driver_format)
+
     def test_overlay_needs_its_base(self):
         base = os.path.join(self.instances, 'base')
         self._write(base, b'x' * units.Mi)
