@@ -57,12 +57,14 @@ def is_in_pool(path: str) -> bool:
 
 
 def list_overlays() -> list[str]:
-    """Paths of the volumes here that may have a base image.
+    """Paths of the disks here that may have a base image.
 
-    Those included that are kept for the revert of a migration. Where the
-    record of formats cannot be read, each image is one.
+    They are volumes, and disks that are kept for the revert of a migration;
+    Nova lists the files in instance directories itself. Where the record of
+    formats cannot be read, each image is one.
     """
-    return [path for record in _records() for path in _list_overlays(record)]
+    return [path for record in _records() for path in _list_overlays(record)
+            if os.path.isfile(path)]
 
 
 def list_raw() -> list[str]:
@@ -79,12 +81,16 @@ def _records() -> list[str]:
 
 
 def _list_overlays(record: str) -> list[str]:
+    directory = os.path.dirname(record)
     formats = _read(record)
     if not formats:
-        return _list_images(os.path.basename(os.path.dirname(record)))
-    return [path for path, disk_format in formats.items()
-            if disk_format == 'qcow2' and is_in_pool(path) and
-            os.path.isfile(path)]
+        return _list_images(directory)
+    images = [path for path, disk_format in formats.items()
+              if disk_format == 'qcow2']
+    # The record of a kept directory says where its files were before.
+    kept = [os.path.join(directory, os.path.basename(path))
+            for path in images if layout.is_kept(directory)]
+    return [*filter(is_in_pool, images), *kept]
 
 
 def _read(record: str) -> dict[str, str]:
@@ -96,10 +102,16 @@ def _read(record: str) -> dict[str, str]:
         return {}
 
 
-def _list_images(uuid: str) -> list[str]:
-    """Paths of the volumes of a server that begin as an image does."""
+def _list_images(directory: str) -> list[str]:
+    """Paths of the disks of a server that begin as an image does.
+
+    :param directory: its instance directory, or the kept one
+    """
+    uuid = os.path.basename(directory)[:36]
     paths = glob.glob(os.path.join(
-        glob.escape(CONF.libvirt.disks_pool_path), f'{uuid[:36]}[_-]*'))
+        glob.escape(CONF.libvirt.disks_pool_path), f'{uuid}[_-]*'))
+    if layout.is_kept(directory):
+        paths += glob.glob(os.path.join(glob.escape(directory), 'disk*'))
     return [path for path in paths if _is_image(path)]
 
 

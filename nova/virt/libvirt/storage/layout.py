@@ -121,6 +121,7 @@ MERGE_REMEDY = 'Merge external snapshots: virsh blockcommit --shallow.'
 EPHEMERAL = ('disk.local', 'disk.eph')
 
 _SWAP = 'disk.swap'
+_KEPT = '_resize'
 _DISK_NAME = re.compile(r'disk(\.local|\.eph\d+|\.swap|\.config)?')
 
 
@@ -276,7 +277,7 @@ class Layout:
     @property
     def kept_directory(self) -> str:
         """Where Nova keeps the instance directory for a revert."""
-        return self.directory + '_resize'
+        return self.directory + _KEPT
 
     @property
     def transient_pool(self) -> str:
@@ -587,6 +588,11 @@ def backing_file(path: str) -> str | None:
     """Path of the base image of a qcow2 disk, None if it has none."""
     return libvirt_utils.get_disk_backing_file(
         path, basename=False, format='qcow2')
+
+
+def is_kept(directory: str) -> bool:
+    """Whether an instance directory is one that is kept for a revert."""
+    return directory.endswith(_KEPT)
 
 
 def cache_dir() -> str:

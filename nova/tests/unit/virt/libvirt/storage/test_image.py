@@ -259,6 +259,25 @@ class ListTestCase(BackendTestCase):
             self.assertEqual([], image.list_overlays())
             self.assertEqual([], image.list_raw())
 
+    def test_kept_files_may_have_a_base_image(self):
+        """Nova does not list servers that are on other hosts by now."""
+        formats = {}
+        for name, disk_format in (('disk', 'qcow2'), ('disk.eph0', 'qcow2'),
+                                  ('disk.local', 'raw')):
+            path = os.path.join(self.directory, name)
+            self._write(path, HEADER)
+            formats[path] = disk_format
+        layout.write_record(self.places.record_path, formats)
+        os.rename(self.directory, self.places.kept_directory)
+        kept = [os.path.join(self.places.kept_directory, name)
+                for name in ('disk', 'disk.eph0')]
+        self.assertCountEqual(kept, image.list_overlays())
+
+        self._write(self.places.kept_path(self.places.record_path), b'{')
+        self.assertCountEqual(
+            [*kept, self.places.kept_path(os.path.join(
+                self.directory, 'disk.local'))], image.list_overlays())
+
     def test_without_a_record_each_image_may_have_a_base(self):
         paths = [self._volume('disk', HEADER),
                  self.places.kept_path(self.places.volume_path('disk'))]

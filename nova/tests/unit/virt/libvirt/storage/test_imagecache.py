@@ -14,6 +14,7 @@
 import os
 from unittest import mock
 
+import ddt
 from oslo_serialization import jsonutils
 from oslo_utils.fixture import uuidsentinel as uuids
 
@@ -23,6 +24,7 @@ from nova.virt.libvirt import imagecache as nova_imagecache
 from nova.virt.libvirt.storage import imagecache
 
 
+@ddt.ddt
 class ImageCacheTestCase(test_image.PoolTestCase):
 
     def setUp(self):
@@ -96,12 +98,12 @@ class ImageCacheTestCase(test_image.PoolTestCase):
         self.assertEqual([], self._list())
         self.assertEqual([self.base], self.manager.unexplained_images)
 
-    def _update(self, *names):
+    def _update(self, *names, add=None):
         """Which of these old base images stay if an overlay is on the first.
 
         It is that of no server that Nova knows to be on this host.
         """
-        self._add_volume('qcow2')
+        (add or self._add_volume)('qcow2')
         for name in names:
             path = os.path.join(self.manager.cache_dir, name)
             with open(path, 'w'):
@@ -121,6 +123,22 @@ class ImageCacheTestCase(test_image.PoolTestCase):
     def test_base_of_an_ephemeral_disk_kept_for_a_revert_stays(self):
         kept, other = 'ephemeral_1_40d1d2c', 'ephemeral_2_40d1d2c'
         self.assertEqual([kept], self._update(kept, other))
+
+    def _add_kept_file(self, disk_format):
+        """A disk in a file, whose instance directory has been renamed."""
+        directory = os.path.join(self.instances, uuids.instance)
+        os.mkdir(directory + '_resize')
+        for name, text in (
+                ('disk', ''), ('disk.info', jsonutils.dumps(
+                    {os.path.join(directory, 'disk'): disk_format}))):
+            with open(os.path.join(directory + '_resize', name), 'w') as file:
+                file.write(text)
+
+    @ddt.data('0' * 40, 'ephemeral_1_40d1d2c', 'swap_64')
+    def test_base_of_a_file_kept_for_a_revert_stays(self, kept):
+        self.assertEqual([kept], self._update(
+            kept, kept.translate({ord('0'): '1', ord('4'): '5'}),
+            add=self._add_kept_file))
 
     def test_base_of_a_swap_disk_kept_for_a_revert_stays(self):
         self.assertEqual(['swap_64'], self._update('swap_64', 'swap_128'))
