@@ -362,7 +362,8 @@ class LibvirtDriver(driver.LibvirtDriver):
         :raises: MigrationError
         """
         self._clear_leftovers(instance)
-        if instance.task_state == task_states.RESIZE_FINISH:
+        if (_is_switched_on() and
+                instance.task_state == task_states.RESIZE_FINISH):
             self._check_other_cell(instance)
         super().spawn(context, instance, *args, **kwargs)
 
@@ -388,8 +389,7 @@ class LibvirtDriver(driver.LibvirtDriver):
             # Its pool may have another path here.
             _native(live.record_shared, places)
 
-    @staticmethod
-    def _check_other_cell(instance) -> None:
+    def _check_other_cell(self, instance) -> None:
         """Refuse disks that a server from another cell has here already.
 
         Nova brings a new disk by Glance. It would go on with the source
@@ -397,11 +397,23 @@ class LibvirtDriver(driver.LibvirtDriver):
 
         :raises: MigrationError
         """
-        for path in layout.Layout.of(instance).volumes():
+        for disk in self._list_disks_here(instance):
             raise exception.MigrationError(reason=_(
                 '%s of the server is here already. Hosts of two cells must '
-                'not share storage for disks. If they do not, delete the '
-                'file, which is a leftover.') % path)
+                'not share storage for disks. If they do not, delete it: it '
+                'is a leftover.') % disk)
+
+    def _list_disks_here(self, instance) -> ty.Iterator[str]:
+        """What this host sees of the disks of a server, wherever it is."""
+        places = layout.Layout.of(instance)
+        yield from places.volumes()
+        if places.has_files():
+            yield places.directory
+        if self.image_backend.backend().is_shared_block_storage():
+            for name in 'disk', 'disk.local', 'disk.eph0', 'disk.swap':
+                disk = self.image_backend.by_name(instance, name)
+                if disk.exists():
+                    yield disk.rbd_name
 
     def _delete_leftovers(self, instance, places) -> None:
         LOG.info('Deleting what a migration left here of the server',
@@ -475,6 +487,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         if is_here and places.volumes():
             return self._copy_here_and_power_off(server, places)
         with _refused_on_error(instance):
+            self._forget_snapshot(instance)
             enters_pool = not is_here and self._enters_pool(
                 server, places, dest)
             is_novas = is_here or not (
@@ -517,6 +530,19 @@ class LibvirtDriver(driver.LibvirtDriver):
         moved = [dict(info, path=paths[info['path']]) for info in disk_info]
         local.add_heads(moved, move.heads)
         return jsonutils.dumps(moved)
+
+    def _forget_snapshot(self, instance) -> None:
+        """Remove the snapshot that an earlier migration left in Ceph.
+
+        Nova takes one of the root disk on the destination host, and fails if
+        it is there. A revert goes back to it, however old it is.
+        """
+        if (_is_switched_on() and
+                self.image_backend.backend().is_shared_block_storage()):
+            root = self.image_backend.by_name(instance, 'disk')
+            if root.exists():
+                root.remove_snap(
+                    libvirt_utils.RESIZE_SNAPSHOT_NAME, ignore_errors=True)
 
     def _plan(self, server, places, dest, enters_pool) -> tuple[
             list[dict[str, ty.Any]], list[layout.File], str | None]:
@@ -760,7 +786,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         instance.progress = 0
         disks = jsonutils.loads(disk_info)
         places = layout.Layout.of(instance)
-        self._check_root(migration, instance, disks, block_device_info)
+        self._check_seen(migration, instance, disks, block_device_info)
         try:
             for path in places.logical_volumes():
                 nova.privsep.fs.blockdev_flush(path)
@@ -781,33 +807,46 @@ class LibvirtDriver(driver.LibvirtDriver):
                 LOG.info('The server runs on this host. It was off for '
                          '%.1f s', seconds, instance=instance)
 
-    def _check_root(
+    def _check_seen(
         self, migration, instance, disks, block_device_info,
     ) -> None:
-        """Check that the root disk of a server that arrives is not lost.
+        """Check that this host sees the disks of a server that arrives.
 
-        Nova would make a new one of the image where this host does not have
-        the storage that the source host has.
+        Nova would make new ones where this host does not have the storage
+        that the source host has.
 
         :raises: MigrationError
         """
-        if (not CONF.libvirt.vol_upload_migration or
-                self._is_booted_from_volume(block_device_info)):
+        if not CONF.libvirt.vol_upload_migration:
             return
+        names = self._list_old_disks(instance, block_device_info)
         backend = self.image_backend.backend()
         if (backend.is_shared_block_storage() or
                 backend is imagebackend.Lvm):
-            is_here = self.image_backend.by_name(instance, 'disk').exists()
+            seen = {name for name in names if self.image_backend.by_name(
+                instance, name).exists()}
         else:
             places = layout.Layout.of(instance)
-            is_here = any(places.disk_name(info['path']) == 'disk'
-                          for info in disks)
-        if not is_here:
-            raise exception.MigrationError(reason=_(
-                'this host does not see the root disk of the server. Set '
-                '[libvirt]images_type, images_rbd_pool and '
-                'images_rbd_ceph_conf as on host %s.') %
-                migration.source_compute)
+            seen = {places.disk_name(info['path']) for info in disks}
+        for name in names:
+            if name not in seen:
+                raise exception.MigrationError(reason=_(
+                    'this host does not see disk %(disk)s of the server. Set '
+                    '[libvirt]images_type, images_rbd_pool and '
+                    'images_rbd_ceph_conf as on host %(host)s.') % {
+                        'disk': name, 'host': migration.source_compute})
+
+    def _list_old_disks(self, instance, block_device_info) -> list[str]:
+        """Names of the disks with data that a server had on its source."""
+        names = []
+        if not self._is_booted_from_volume(block_device_info):
+            names.append('disk')
+        ephemerals = virt_driver.block_device_info_get_ephemerals(
+            block_device_info)
+        names += map(blockinfo.get_eph_disk, range(len(ephemerals)))
+        if not ephemerals and instance.old_flavor.ephemeral_gb:
+            names.append('disk.local')
+        return names
 
     def _is_novas(self, places, info) -> bool:
         """Whether Nova's code may convert a disk that arrived.
@@ -869,6 +908,8 @@ class LibvirtDriver(driver.LibvirtDriver):
                      'server, which has been running all the time',
                      instance=instance)
             return
+        if instance.task_state == task_states.RESIZE_MIGRATING:
+            self._forget_snapshot(instance)
         places = layout.Layout.of(instance)
         if places.kept() and (
                 migration.source_compute == migration.dest_compute):

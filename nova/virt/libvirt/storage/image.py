@@ -288,8 +288,25 @@ class LogicalVolume(imagebackend.Lvm):
             super().cache(fetch_func, filename, size, *args, **kwargs)
 
 
+class CephDisk(imagebackend.Rbd):
+    """A disk in Ceph."""
+
+    def rollback_to_snap(self, name):
+        """Go back to what was there before a migration.
+
+        The destination host takes the snapshot before it changes anything:
+        without one the disk is as it was, and Nova would not start the server.
+        """
+        try:
+            super().rollback_to_snap(name)
+        except exception.SnapshotNotFound:
+            LOG.info('The migration ended before the destination host took '
+                     'snapshot %(name)s of %(disk)s, which is as it was',
+                     {'name': name, 'disk': self.rbd_name})
+
+
 _FILES = {imagebackend.Flat: FlatFile, imagebackend.Qcow2: Qcow2File,
-          imagebackend.Lvm: LogicalVolume}
+          imagebackend.Lvm: LogicalVolume, imagebackend.Rbd: CephDisk}
 
 
 class Backend(imagebackend.Backend):

@@ -592,7 +592,7 @@ class FinishTestCase(LvmTestCase, test_storage_migrate.FinishMixin):
         error = self.assertRaises(
             exception.MigrationError, self._finish,
             [{'path': path, 'type': 'qcow2'}])
-        self.assertIn('does not see the root disk', str(error))
+        self.assertIn('does not see disk disk of', str(error))
 
 
 class ImageTestCase(LvmTestCase):

@@ -47,6 +47,7 @@ class CephTestCase(test_directory.DirectoryTestCase):
         rbd = self.useFixture(fixtures.MockPatchObject(
             imagebackend.rbd_utils, 'RBDDriver')).mock.return_value
         rbd.pool = 'vms'
+        self.rbd = rbd
         self.exists = rbd.exists
         self._set_disks(
             self._disk('vda', 'network', 'rbd', f'vms/{uuids.instance}_disk'))
@@ -137,6 +138,26 @@ class MigrateTestCase(CephTestCase):
         self.assertTrue(
             self.driver._is_path_shared_with('dest', self.directory))
 
+    def test_snapshot_of_a_migration_that_failed_goes(self):
+        """Nova cannot take another of this name at the destination."""
+        self._migrate()
+        self.rbd.remove_snap.assert_called_once_with(
+            f'{uuids.instance}_disk', 'nova-resize', True)
+        self.flags(vol_upload_migration=False, group='libvirt')
+        self._migrate()
+        self.exists.return_value = False
+        self.flags(vol_upload_migration=True, group='libvirt')
+        os.rename(self.directory + '_resize', self.directory)
+        self._migrate()
+        self.rbd.remove_snap.assert_called_once()
+
+    def test_ceph_that_does_not_answer(self):
+        self.rbd.remove_snap.side_effect = OSError('no monitor')
+        error = self.assertRaises(
+            exception.InstanceFaultRollback, self._migrate)
+        self.assertIn('no monitor', str(error.inner_exception))
+        self.calls.power_off.assert_not_called()
+
     def test_server_runs_again_after_a_failure(self):
         with mock.patch.object(local, 'keep_directory', side_effect=OSError):
             self.assertRaises(
@@ -200,6 +221,34 @@ class FinishTestCase(CephTestCase, test_storage_migrate.FinishMixin):
         self.exists.return_value = False
         self._finish([], block_device_info=FROM_VOLUME)
 
+    def test_ephemeral_disk_of_a_server_that_boots_from_a_volume(self):
+        info = FROM_VOLUME | {'ephemerals': [{'size': 1}, {'size': 1}]}
+        self._finish([], block_device_info=info)
+        self.assertEqual(
+            [mock.call(f'{uuids.instance}_disk.eph0'),
+             mock.call(f'{uuids.instance}_disk.eph1')],
+            self.exists.call_args_list)
+        self.exists.side_effect = lambda name: name.endswith('eph0')
+        self._assert_refused([], 'disk.eph1', block_device_info=info)
+
+    def test_ephemeral_disk_that_came_with_a_resize(self):
+        self.exists.return_value = False
+        self.instance.flavor.ephemeral_gb = 1
+        self._finish([], block_device_info=FROM_VOLUME)
+        self.instance.old_flavor.ephemeral_gb = 1
+        self._assert_refused(
+            [], 'disk.local', block_device_info=FROM_VOLUME)
+
+    def test_ephemeral_disk_in_ceph_of_a_host_with_files(self):
+        self.flags(images_type='qcow2', group='libvirt')
+        path = self._add_file('disk', b'image')
+        layout.write_record(self.places.record_path, {path: 'qcow2'})
+        disks = [{'path': path, 'type': 'qcow2'}]
+        self._finish(disks)
+        self._assert_refused(
+            disks, 'disk.eph0',
+            block_device_info={'ephemerals': [{'size': 1}]})
+
     def test_option_is_off(self):
         self.flags(vol_upload_migration=False, group='libvirt')
         self.exists.return_value = False
@@ -217,9 +266,10 @@ class FinishTestCase(CephTestCase, test_storage_migrate.FinishMixin):
             kernel.write(b'another')
         self.assertRaises(exception.MigrationError, self._finish, disks)
 
-    def _assert_refused(self, disks):
+    def _assert_refused(self, disks, name='disk', **kwargs):
         error = self.assertRaises(
-            exception.MigrationError, self._finish, disks)
+            exception.MigrationError, self._finish, disks, **kwargs)
+        self.assertIn(f'does not see disk {name} of the server', str(error))
         self.assertIn('images_rbd_pool', str(error))
 
 
@@ -272,3 +322,77 @@ class RevertTestCase(CephTestCase):
             self.instance.task_state = change.pop('task_state')
         self._leave(**change)
         self.assertTrue(os.path.exists(self.directory))
+
+
+@ddt.ddt
+class SnapshotTestCase(CephTestCase):
+    """What Nova goes back to in a revert."""
+
+    def _revert(self, task_state):
+        self.instance.task_state = task_state
+        with (mock.patch.object(self.driver, '_is_active',
+                                return_value=False),
+              mock.patch.object(driver.LibvirtDriver,
+                                'finish_revert_migration') as nova):
+            self.driver.finish_revert_migration(
+                self.context, self.instance, mock.sentinel.network_info,
+                self.migration)
+        nova.assert_called_once()
+
+    def test_nova_compute_that_ended_before_there_was_one(self):
+        """An older one would take the disk back to what it was then."""
+        self._revert(task_states.RESIZE_MIGRATING)
+        self.rbd.remove_snap.assert_called_once_with(
+            f'{uuids.instance}_disk', 'nova-resize', True)
+
+    def test_snapshot_stays_for_a_revert(self):
+        self._revert(task_states.RESIZE_REVERTING)
+        self.rbd.remove_snap.assert_not_called()
+
+    def test_disk_without_one_is_as_it_was(self):
+        disk = self.driver.image_backend.by_name(self.instance, 'disk')
+        disk.rollback_to_snap('nova-resize')
+        self.rbd.rollback_to_snap.assert_called_once_with(
+            f'{uuids.instance}_disk', 'nova-resize')
+        self.rbd.rollback_to_snap.side_effect = exception.SnapshotNotFound(
+            snapshot_id='nova-resize')
+        disk.rollback_to_snap('nova-resize')
+        self.rbd.rollback_to_snap.side_effect = OSError
+        self.assertRaises(OSError, disk.rollback_to_snap, 'nova-resize')
+
+
+@ddt.ddt
+class OtherCellTestCase(CephTestCase):
+    """A server that Nova resizes to here from another cell."""
+
+    def setUp(self):
+        super().setUp()
+        self.exists.return_value = False
+        self.instance.update({'host': 'source', 'vm_state': 'active',
+                              'task_state': task_states.RESIZE_FINISH})
+        self.spawned = self.useFixture(fixtures.MockPatchObject(
+            driver.LibvirtDriver, 'spawn')).mock
+
+    def _spawn(self):
+        self.driver.spawn(self.context, self.instance, None, [], None, {})
+
+    def _assert_refused(self, what):
+        error = self.assertRaises(exception.MigrationError, self._spawn)
+        self.assertIn(f'{what} of the server is here already', str(error))
+        self.spawned.assert_not_called()
+
+    @ddt.data('disk', 'disk.eph0', 'disk.local', 'disk.swap')
+    def test_disk_in_the_ceph_of_both_cells(self, name):
+        name = f'{uuids.instance}_{name}'
+        self.exists.side_effect = lambda image: image == name
+        self._assert_refused(name)
+
+    def test_file_in_the_directory_of_both_cells(self):
+        self.flags(images_type='qcow2', group='libvirt')
+        self._add_file('disk', b'image')
+        self._assert_refused(self.directory)
+
+    def test_nothing_is_shared(self):
+        self._add_file('console.log', b'')
+        self._spawn()
+        self.spawned.assert_called_once()
