@@ -463,7 +463,24 @@ class LibvirtDriver(driver.LibvirtDriver):
             # It came with a migration that failed before Nova moved it. The
             # server would start with a new vTPM.
             vtpm.put_back(places)
+        if _is_switched_on() and instance.host == CONF.host:
+            self._make_swap(context, instance, places)
         super()._hard_reboot(context, instance, *args, **kwargs)
+
+    def _make_swap(self, context, instance, places) -> None:
+        """Make the swap disk of a server whose migration ended before that.
+
+        Nova makes it at the end, and starts no server without it.
+        """
+        size = instance.flavor.swap
+        if not size or not os.path.isdir(places.directory):
+            return
+        disk = self.image_backend.by_name(instance, 'disk.swap')
+        if not disk.exists():
+            disk.cache(
+                fetch_func=self._create_swap, context=context,
+                filename=f'swap_{size}', size=size * units.Mi, swap_mb=size,
+                safe=True)
 
     def migrate_disk_and_power_off(
         self, context, instance, dest, flavor, network_info,
@@ -1027,6 +1044,7 @@ class LibvirtDriver(driver.LibvirtDriver):
             raise exception.InvalidSharedStorage(
                 path=places.directory, reason=_describe_claims(claims))
         _check_recorded(places, formats)
+        _check_left(places)
         if names_volumes:
             return bool(places.volumes())
         return super().instance_on_disk(instance)
@@ -2309,18 +2327,34 @@ def _check_recorded(
         if os.path.basename(path) in recorded:
             continue
         if os.path.exists(places.kept_directory):
-            reason = _(
-                'the server was migrated from here and neither confirmed nor '
-                'reverted. To start it from the disks that it had before, '
-                'rename %(kept)s to %(directory)s') % {
-                    'kept': places.kept_directory,
-                    'directory': places.directory}
+            reason = _describe_kept(places)
         else:
             reason = _(
                 'the format of the disk is not recorded in %s. If both hosts '
                 'share the storage pool, they have to share the instance '
                 'directory too. If not, delete the disk') % places.record_path
         raise exception.InvalidSharedStorage(path=path, reason=reason)
+
+
+def _check_left(places: layout.Layout) -> None:
+    """Check that a server did not leave its disks here, to be reverted to.
+
+    Nova would make it anew of its image, and the next migration delete them.
+
+    :raises: InvalidSharedStorage
+    """
+    if _is_switched_on() and local.has_kept_directory(places) and (
+            places.has_kept_files() or places.logical_volumes()):
+        raise exception.InvalidSharedStorage(
+            path=places.kept_directory, reason=_describe_kept(places))
+
+
+def _describe_kept(places: layout.Layout) -> str:
+    return _(
+        'the server was migrated from here and neither confirmed nor '
+        'reverted. To start it from the disks that it had before, rename '
+        '%(kept)s to %(directory)s') % {
+            'kept': places.kept_directory, 'directory': places.directory}
 
 
 def _avoids_ssh(places: layout.Layout) -> bool:

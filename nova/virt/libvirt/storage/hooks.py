@@ -97,6 +97,7 @@ HOOKS = {
     'spawn': Hook(('context', 'instance', 'image_meta')),
     '_hard_reboot': Hook(('context', 'instance', 'network_info')),
     '_disk_raw_to_qcow2': Hook(('path',), overridden=False),
+    '_create_swap': Hook(('target', 'swap_mb'), overridden=False),
     '_get_guest_config': Hook(('instance', 'network_info')),
     '_undefine_domain': Hook(('instance',)),
     '_create_image': Hook(

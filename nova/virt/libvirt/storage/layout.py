@@ -369,9 +369,11 @@ class Layout:
 
     def has_files(self) -> bool:
         """Whether disks of the server are in the instance directory."""
-        names = {os.path.basename(path)
-                 for path in _list(self.directory, 'disk')}
-        return bool(names - {'disk.config', RECORD})
+        return _has_disks(self.directory)
+
+    def has_kept_files(self) -> bool:
+        """Whether disks of the server are in the kept directory."""
+        return _has_disks(self.kept_directory)
 
     def has_state(self) -> bool:
         """Whether more goes along than disks and companions."""
@@ -687,6 +689,11 @@ def _check_base(info: dict[str, ty.Any]) -> None:
 
 def _list(directory: str, prefix: str) -> list[str]:
     return glob.glob(glob.escape(os.path.join(directory, prefix)) + '*')
+
+
+def _has_disks(directory: str) -> bool:
+    names = {os.path.basename(path) for path in _list(directory, 'disk')}
+    return bool(names - {'disk.config', RECORD})
 
 
 def _is_same(first: str, second: str) -> bool:

@@ -301,6 +301,52 @@ class LeftoverTestCase(base.FinishMixin, base.DriverTestCase):
                       f'{self.directory}', str(error))
         self.assertNotIn('delete', str(error))
 
+    def test_evacuated_to_where_files_are_kept(self):
+        """The next migration of the server would delete them."""
+        self._add_file('disk', b'its disk')
+        self._add_file('disk.config', b'drive')
+        os.rename(self.directory, self.places.kept_directory)
+        self.instance.host = 'gone'
+        error = self.assertRaises(
+            exception.InvalidSharedStorage, self.driver.instance_on_disk,
+            self.instance)
+        self.assertIn(f'rename {self.places.kept_directory} to '
+                      f'{self.directory}', str(error))
+        # Without disks of its own it has lost nothing here.
+        os.unlink(os.path.join(self.places.kept_directory, 'disk'))
+        self.assertFalse(self.driver.instance_on_disk(self.instance))
+
+    def _reboot_with_swap(self, swap=1, host='source'):
+        """Whether a hard reboot made a swap disk."""
+        self.instance.flavor.swap = swap
+        self.instance.host = host
+        with (mock.patch.object(driver.LibvirtDriver, '_hard_reboot'),
+              mock.patch('nova.privsep.path.utime'),
+              mock.patch.object(self.driver, '_create_swap') as create):
+            create.side_effect = lambda target, swap_mb, context: (
+                os.close(os.open(target, os.O_CREAT)),
+                os.truncate(target, swap_mb * units.Mi))
+            self.driver._hard_reboot(self.context, self.instance, [], None)
+        return create.called
+
+    @ddt.data(True, False)
+    def test_hard_reboot_makes_the_swap_disk_that_nobody_made(self, in_pool):
+        os.mkdir(layout.cache_dir())
+        self._add_disk() if in_pool else self._add_file('disk', b'')
+        self.assertFalse(self._reboot_with_swap(swap=0))
+        self.assertFalse(self._reboot_with_swap(host='other'))
+        self.assertTrue(self._reboot_with_swap())
+        path = (self.places.volume_path('disk.swap') if in_pool else
+                os.path.join(self.directory, 'disk.swap'))
+        self.assertTrue(os.path.exists(path))
+        self.assertEqual('qcow2', self.places.format(path))
+        self.assertFalse(self._reboot_with_swap())
+
+    def test_hard_reboot_makes_no_directory(self):
+        os.rmdir(self.directory)
+        self.assertFalse(self._reboot_with_swap())
+        self.assertFalse(os.path.exists(self.directory))
+
     @ddt.data((True, b'half'), (True, None), (False, None))
     @ddt.unpack
     def test_hard_reboot_after_half_a_resize_on_this_host(self, kept, half):
