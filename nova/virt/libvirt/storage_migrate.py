@@ -690,7 +690,7 @@ class LibvirtDriver(driver.LibvirtDriver):
             if variables is not None and hooks.keeps_nvram():
                 nvram.write(places.nvram_path, variables)
             # The destination host takes it. The original is for a revert.
-            steps.push(vtpm.drop_saved, places)
+            steps.push(self._drop_saved, instance, places)
             vtpm.save(places, places.saved_vtpm_path)
             _native(layout.write_record, places.record_path,
                     places.formats() | move.formats())
@@ -699,6 +699,15 @@ class LibvirtDriver(driver.LibvirtDriver):
         watch.watch(functools.partial(
             _native, move.run, copy.cancel, watch, late))
         _native(local.keep_directory, places)
+
+    @staticmethod
+    def _drop_saved(instance, places) -> None:
+        """Delete the copy of a vTPM; the next migration does it otherwise."""
+        try:
+            vtpm.drop_saved(places)
+        except Exception as error:
+            LOG.warning('Failed to delete the copy of the vTPM: %s', error,
+                        instance=instance)
 
     @staticmethod
     def _flush_there(server, copy) -> None:

@@ -373,6 +373,18 @@ class SharedTestCase(PrivilegedMixin, VtpmMixin,
         self.useFixture(fixtures.MockPatchObject(
             site.Site, '_find_shared', return_value=True))
 
+    def test_copy_that_cannot_be_deleted_keeps_no_server_off(self):
+        with (mock.patch.object(layout, 'write_record',
+                                side_effect=OSError('disk is full')),
+              mock.patch.object(vtpm, 'drop_saved', side_effect=[
+                  None, OSError('no access')])):
+            error = self.assertRaises(
+                exception.InstanceFaultRollback, self._migrate)
+        self.assertIn('disk is full', str(error.inner_exception))
+        self.assertEqual('power_on', self.calls.mock_calls[-1][0])
+        self.assertIn('Failed to delete the copy of the vTPM: no access',
+                      self.stdlog.logger.output)
+
     def _revert(self):
         self.instance.task_state = task_states.RESIZE_REVERTING
         self.driver._finish_revert_migration_vtpm(self.context, self.instance)
