@@ -169,9 +169,21 @@ class CloudTestCase(testtools.TestCase):
 
     def assert_no_disks(self, server: servers.Server, host: str) -> None:
         """Check that nothing of a server is left on a host."""
-        self.assertEqual({}, server.disks(host))
+        self.assertEqual([], self._left(server, host))
+
+    def wait_no_disks(self, server: servers.Server) -> None:
+        """Wait until nothing of a server is left on any host.
+
+        Nova does not wait for the end of a copy that a deletion cancels.
+        """
+        for host in SOURCE, DESTINATION:
+            daemons.wait_for(
+                f'{host} to be clean',
+                lambda: not self._left(server, host), seconds=10, poll=0.2)
+
+    def _left(self, server: servers.Server, host: str) -> list[object]:
         where = self.cloud.lab.host(host).path(servers.INSTANCES)
-        self.assertEqual([], list(where.glob(f'{server.id}*')))
+        return [*server.disks(host), *where.glob(f'{server.id}*')]
 
     def assert_hosts_are_empty(self) -> None:
         """Check that no server has left anything on any host."""

@@ -191,10 +191,8 @@ class FailureTestCase(FaultTestCase):
         copy = self.destination.path(self.disk)
         daemons.wait_for('the copy to begin', copy.exists, poll=0.05)
         self.server.delete()
+        self.wait_no_disks(self.server)
         for host in (base.SOURCE, base.DESTINATION):
-            daemons.wait_for(f'{host} to be clean', lambda: (
-                not self.server.disks(host)), seconds=10, poll=0.2)
-            self.assert_no_disks(self.server, host)
             domains = self.cloud.lab.host(host).run(
                 ['virsh', 'list', '--all', '--uuid']).stdout
             self.assertNotIn(self.server.id, domains)

@@ -175,10 +175,7 @@ class EndsMixin:
         copy = self._begin_to_copy()
         self.assertLess(copy.stat().st_blocks * 512, NOISE_BYTES)
         self.server.delete()
-        for host in (base.SOURCE, base.DESTINATION):
-            daemons.wait_for(f'{host} to be clean', lambda: (
-                not self.server.disks(host)), seconds=10, poll=0.2)
-            self.assert_no_disks(self.server, host)
+        self.wait_no_disks(self.server)
         self.assert_usage(host1=0, host2=0)
 
 
