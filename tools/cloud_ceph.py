@@ -110,6 +110,10 @@ class Ceph:
         return {snapshot['name']
                 for snapshot in jsonutils.loads(said)}
 
+    def take_snapshot(self, pool: str, image: str, name: str) -> None:
+        """Take a snapshot of an image."""
+        self._rbd('snap', 'create', f'{pool}/{image}@{name}')
+
     def info(self, pool: str, image: str) -> dict:
         """What Ceph says of an image: its size, its parent, ..."""
         return jsonutils.loads(self._rbd(

@@ -84,6 +84,19 @@ class TestCeph(CephTestCase, test_life.MoveMixin):
             VMS, f'{self.server.id}_disk'))
         super().test_migrate_revert_resize_confirm()
 
+    def test_snapshot_that_a_failed_migration_left(self):
+        self.ceph.take_snapshot(
+            VMS, f'{self.server.id}_disk', 'nova-resize')
+        self.act('reboot_server', 'HARD')
+        self.assert_boots()
+        self.server.migrate(base.DESTINATION)
+        self.assert_boots()
+        self.assert_kept(True)
+        self.server.revert()
+        self.forget_boot()
+        self.assert_boots()
+        self.assert_kept(False)
+
     def test_evacuate_and_migrate_back(self):
         with self.evacuated():
             self.assert_in_place()

@@ -244,6 +244,12 @@ class TestLive(LiveTestCase):
         compute.unpause_server(self.server.id)
         self.server.wait('ACTIVE')
 
+    def test_swap_disk_that_nobody_made(self):
+        """Nova makes it at the end of a migration, which may fail before."""
+        self.server.disks(base.SOURCE)['disk.swap'].unlink()
+        self.assert_all_written(2)
+        self.assertIn('disk.swap', self.server.disks(base.SOURCE))
+
 
 class TestLiveFull(TestLive):
     """Images without a base."""
@@ -267,6 +273,29 @@ class TestLiveFiles(TestLive):
             base.SOURCE, self.path('disk'))['backing-filename']
         images.delete_image(images.find_image(IMAGE))
         self.destination.path(base_image).unlink(missing_ok=True)
+
+
+class TestLiveRaw(LiveTestCase):
+    """Raw files, which go to a host that makes images of new disks."""
+
+    options = FILES
+    host_options = {base.SOURCE: cloud.config.merge(
+        FILES, {'DEFAULT': {'use_cow_images': 'False'}})}
+    disk_path = IN_FILES
+    format = 'raw'
+
+    def test_there_and_back(self):
+        raw = dict.fromkeys(TestLive.before, False)
+        self.assert_in_place(raw)
+        for boots, (here, there) in enumerate((
+                (base.SOURCE, base.DESTINATION),
+                (base.DESTINATION, base.SOURCE)), 2):
+            last = self.beats()[-1]
+            self.server.live_migrate(there)
+            self.assert_never_noticed(last)
+            self.assert_no_disks(self.server, here)
+            self.assert_all_written(boots)
+            self.assert_in_place(raw)
 
 
 class TestLivePlaces(LiveTestCase):

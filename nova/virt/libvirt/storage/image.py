@@ -330,7 +330,7 @@ class Backend(imagebackend.Backend):
         else:
             backend = self.backend(image_type)
             image_class = _FILES.get(backend, backend)
-            if image_type is None and not name.endswith('.rescue'):
+            if not name.endswith('.rescue'):
                 image_class = _as_recorded(places, name, image_class)
         return image_class(instance=instance, disk_name=name,
                            disk_info_mapping=disk_info_mapping)

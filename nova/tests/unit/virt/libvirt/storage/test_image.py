@@ -521,8 +521,11 @@ class FileTestCase(BackendTestCase):
         self._write(path, HEADER)
         layout.write_record(self.places.record_path, {path: 'raw'})
         with mock.patch('nova.virt.images.qemu_img_info') as info:
-            for found in name, path:
-                disk = self._by_name(found)
+            # Nova names the type of images when it starts a server.
+            for found, image_type in (
+                    (name, None), (path, None), (name, 'default'),
+                    (name, 'qcow2')):
+                disk = self._by_name(found, image_type=image_type)
                 self.assertEqual(('raw', path),
                                  (disk.driver_format, disk.path))
                 disk.cache(self.fetch, 'lost', 2 * units.Mi)
