@@ -17,8 +17,10 @@
 import nova.tests.functional  # noqa: F401
 import nova.tests.unit  # noqa: F401
 
+from nova.tests.fixtures import native
 from suites import load
 
 
 def load_tests(loader, tests, pattern):
+    native.forbid_programs()
     return load('functional', loader)

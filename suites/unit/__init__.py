@@ -11,8 +11,13 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
+# First of Nova's: it chooses the concurrency mode.
+import nova.tests.unit  # noqa: F401
+
+from nova.tests.fixtures import native
 from suites import load
 
 
 def load_tests(loader, tests, pattern):
+    native.forbid_programs()
     return load('unit', loader)

@@ -453,7 +453,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         is_unfinished = local.has_kept_directory(places) or places.claims()
         if is_unfinished and instance.host == CONF.host:
             _native(local.recover_directory, places)
-            _native(local.take_bases, places)
+            local.take_bases(places)
             if places.claims():
                 self._end_transient_pool(places)
                 _native(local.drop_claims, places)
@@ -816,7 +816,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         try:
             for path in places.logical_volumes():
                 nova.privsep.fs.blockdev_flush(path)
-            _native(local.adopt, places, disks)
+            local.adopt(places, disks)
             _native(local.delete_unknown, places, disks)
             others = [self._convert(places, info) for info in disks
                       if self._is_novas(places, info)]

@@ -18,7 +18,8 @@ needs no libvirt to look at, rename, flush or delete what is in them. libvirt
 takes notice when the pool is refreshed.
 
 What blocks here blocks on a disk. Under eventlet call it through
-:func:`threads.off_hub`.
+:func:`threads.off_hub`, except for what starts programs: adopt(),
+take_bases() and flush_all().
 """
 
 import contextlib
@@ -40,6 +41,7 @@ from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import layout
 from nova.virt.libvirt.storage import overlay
 from nova.virt.libvirt.storage import pool as storage_pool
+from nova.virt.libvirt.storage import threads
 
 CONF = nova.conf.CONF
 
@@ -62,9 +64,19 @@ def adopt(places: layout.Layout, disks: list[dict[str, ty.Any]]) -> None:
     claim the hosts may share the instance directory, and QEMU on the other one
     has made files in it that nova-compute cannot read.
 
+    Starts programs: call it in a green thread.
+
     :param disks: what the source says of the disks
     :raises: StorageError, OSError
     """
+    if threads.off_hub(_check_and_flush, places, disks):
+        take_bases(places)
+        threads.off_hub(drop_claims, places)
+
+
+def _check_and_flush(places: layout.Layout,
+                     disks: list[dict[str, ty.Any]]) -> bool:
+    """Check and flush what arrived; return whether it is under a claim."""
     claims = places.claims()
     if claims and not any(is_volume(places, info) for info in disks):
         _refuse_volumes(places)
@@ -76,10 +88,9 @@ def adopt(places: layout.Layout, disks: list[dict[str, ty.Any]]) -> None:
             _check_arrived(places, info)
     if claims:
         _flush(places)
-        take_bases(places)
-        drop_claims(places)
     elif any(is_volume(places, info) for info in disks):
         _flush_known(places)
+    return bool(claims)
 
 
 def take_bases(places: layout.Layout) -> None:
@@ -89,7 +100,8 @@ def take_bases(places: layout.Layout) -> None:
     itself does not: the cache may have another of the same name, on which
     other disks stand. The overlays on it become images of their own.
 
-    Goes on where an earlier call ended.
+    Goes on where an earlier call ended. Starts programs: call it in a green
+    thread.
 
     :raises: StorageError, OSError
     """
@@ -98,10 +110,10 @@ def take_bases(places: layout.Layout) -> None:
         if name.startswith(layout.OWN_BASES):
             for disk in _overlays(places, {name, os.path.basename(base)}):
                 overlay.flatten(disk, base)
-                layout.flush(disk)
-            os.unlink(base)
+                threads.off_hub(layout.flush, disk)
+            threads.off_hub(os.unlink, base)
         else:
-            _move_into_cache(base, path)
+            threads.off_hub(_move_into_cache, base, path)
 
 
 def _overlays(places: layout.Layout, names: set[str]) -> list[str]:

@@ -11,7 +11,10 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-"""An overlay that gets a base image of another host, and does without it."""
+"""An overlay that gets a base image of another host, and does without it.
+
+Programs do the work: call these functions in a green thread.
+"""
 
 import os
 import typing as ty
@@ -22,6 +25,7 @@ from oslo_utils import units
 from nova import exception
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import stream
+from nova.virt.libvirt.storage import threads
 from nova.virt.libvirt import utils as libvirt_utils
 
 # Bytes that QEMU copies with one command.
@@ -61,7 +65,7 @@ def _flatten(path: str, base: str) -> None:
         'qemu-io', '--copy-on-read', '-f', 'qcow2', path,
         process_input=''.join(
             f'read -q {offset} {size}\n' for offset, size in
-            _data(base, length)))
+            threads.off_hub(list, _data(base, length))))
     _rebase(path, '-b', '')
 
 

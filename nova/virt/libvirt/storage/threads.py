@@ -90,6 +90,10 @@ def off_hub(
     the calling green thread waits for it. With native threads this is a plain
     call.
 
+    The function must not start programs. Python's logging holds its lock
+    during a fork, and under eventlet that is eventlet's: of two threads that
+    fork at once, one may wait for ever.
+
     :returns: what the function returns
     :raises: what the function raises
     """

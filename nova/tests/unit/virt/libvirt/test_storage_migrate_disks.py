@@ -672,7 +672,7 @@ class StaleTestCase(test_vtpm.PrivilegedMixin, test_vtpm.VtpmMixin,
 
 
 @ddt.ddt
-class OffHubTestCase(base.DriverTestCase):
+class OffHubTestCase(base.FinishMixin, base.DriverTestCase):
     """Calls that wait for a disk do not block nova-compute."""
 
     def setUp(self):
@@ -680,8 +680,9 @@ class OffHubTestCase(base.DriverTestCase):
         self._add_disk()
         self.called = {}
         self.off_hub = threading.local()
-        self.useFixture(fixtures.MonkeyPatch(
-            'nova.virt.libvirt.storage_migrate._native', self._native))
+        for name in 'storage_migrate._native', 'storage.threads.off_hub':
+            self.useFixture(fixtures.MonkeyPatch(
+                f'nova.virt.libvirt.{name}', self._native))
         for owner, name in (
                 (local, 'remove_stale_directory'), (local, 'keep_directory'),
                 (local, 'recover_directory'), (local, 'drop_claims'),
@@ -698,10 +699,10 @@ class OffHubTestCase(base.DriverTestCase):
     def _watch(self, owner, name):
         function = getattr(owner, name)
 
-        def call(*args):
+        def call(*args, **kwargs):
             self.called.setdefault(name, set()).add(
                 getattr(self.off_hub, 'depth', 0) > 0)
-            return function(*args)
+            return function(*args, **kwargs)
 
         self.useFixture(fixtures.MockPatchObject(owner, name, call))
 
@@ -729,6 +730,46 @@ class OffHubTestCase(base.DriverTestCase):
         with mock.patch.object(driver.LibvirtDriver, '_hard_reboot'):
             self.driver._hard_reboot(self.context, self.instance, [], None)
         self._assert_off_hub('recover_directory', 'drop_claims')
+
+    def _add_overlay(self):
+        """An overlay that came with a base image of its old host."""
+        base_image = os.path.join(
+            self.directory, f'{layout.BASE}ephemeral_1_abcdef')
+        with open(base_image, 'wb') as file:
+            file.truncate(units.Mi)
+        path = self.places.volume_path('disk.eph0')
+        processutils.execute(
+            'qemu-img', 'create', '-f', 'qcow2', '-b', base_image, '-F', 'raw',
+            path, '1M')
+        processutils.execute(
+            'qemu-img', 'rebase', '-u', '-f', 'qcow2', '-b',
+            '/gone/_base/ephemeral_1_abcdef', '-F', 'raw', path)
+        layout.write_record(self.places.record_path, {path: 'qcow2'})
+        return path
+
+    def _assert_programs_on_hub(self, path):
+        """An overlay has become an image, with programs of green threads."""
+        self.assertIsNone(layout.backing_file(path))
+        self.assertEqual({False}, self.called['execute'])
+        self.assertEqual({True}, self.called['flush'])
+
+    def test_hard_reboot_starts_programs_on_the_hub(self):
+        overlay = self._add_overlay()
+        self._claim()
+        self._watch(processutils, 'execute')
+        self._watch(layout, 'flush')
+        with mock.patch.object(driver.LibvirtDriver, '_hard_reboot'):
+            self.driver._hard_reboot(self.context, self.instance, [], None)
+        self._assert_programs_on_hub(overlay)
+
+    def test_arrival_starts_programs_on_the_hub(self):
+        overlay = self._add_overlay()
+        self._claim()
+        self._watch(processutils, 'execute')
+        self._watch(layout, 'flush')
+        self._finish([{'path': 'disk', 'type': 'none'},
+                      {'path': overlay, 'type': 'qcow2'}])
+        self._assert_programs_on_hub(overlay)
 
 
 class InterruptedTestCase(base.CrashMixin, base.DriverTestCase):

@@ -20,6 +20,8 @@ import threading
 import time
 from unittest import mock
 
+from oslo_concurrency import processutils
+
 from nova import test
 from nova.tests.fixtures import privileged
 from nova.virt.libvirt.storage import threads
@@ -45,6 +47,19 @@ class OffHubTestCase(test.NoDBTestCase):
             self.assertEqual(1, threads.off_hub(function))
         else:
             self.assertRaises(AssertionError, threads.off_hub, function)
+
+    def test_programs_fail_off_the_hub(self):
+        self.assertEqual(('', ''), processutils.execute('true'))
+        if threads.get_eventlet() is None:
+            threads.off_hub(processutils.execute, 'true')
+        else:
+            for call in threads.off_hub, self._within:
+                self.assertRaises(
+                    AssertionError, call, processutils.execute, 'true')
+
+    @staticmethod
+    def _within(function, *args):
+        threads.off_hub(threads.within, 30, lambda: function(*args))
 
     def _count_hubs(self, function):
         """How many hubs eventlet makes for a call off the hub."""
