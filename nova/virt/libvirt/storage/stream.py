@@ -550,7 +550,6 @@ class VolumeSink:
     def _end_section(self) -> None:
         with self._sections.ending():
             self.finish()
-        self._stream = None
 
     def data(self, data: bytes) -> None:
         """Send the next bytes."""
@@ -589,14 +588,16 @@ class VolumeSink:
             self._stream.finish()
         except libvirt.libvirtError as error:
             raise self._error(error) from error
+        self._stream = None
         self.kept = self._done
 
     def abort(self) -> None:
         """End the upload after an error."""
         # If finish() failed the stream is already closed, and abort()
         # normally fails too.
-        if self._stream is not None:
-            self._stream.abort()
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.abort()
 
     def _error(self, reason: 'libvirt.libvirtError') -> errors.CopyError:
         return errors.CopyError(
@@ -861,6 +862,16 @@ class _Queue:
                 self.error = error
             self._changed.notify_all()
 
+    def end(self) -> Exception:
+        """Return the first error, and let it not lead back to this queue.
+
+        A side that has not stopped yet does so with another error.
+        """
+        with self._changed:
+            error, self.error = self.error, errors.Cancelled()
+        assert error is not None
+        return error
+
     def wait_until(self, moment: float) -> None:
         """Hold the writer up to a time.monotonic() or the first error."""
         with self._changed:
@@ -927,7 +938,7 @@ def _run(
         if isinstance(queue.error, errors.CopyError):
             queue.error.has_ended = not any(
                 worker.is_alive() for worker in workers)
-        raise queue.error
+        raise queue.end()
 
 
 def _start(function: ty.Callable[[], None], queue: _Queue) -> ty.Any:
@@ -936,6 +947,7 @@ def _start(function: ty.Callable[[], None], queue: _Queue) -> ty.Any:
         try:
             function()
         except Exception as error:
+            threads.forget_locals(error)
             queue.fail(error)
 
     return threads.start(run, 'volume-' + function.__name__)

@@ -604,18 +604,28 @@ class Transfer:
         with self._located(self.there.daemon):
             self._persist(self.there.check_claim)
             sinks = self.there.settle(files)
-        for file, sink in zip(files, sinks):
-            with self._located(self.there.daemon, file.name):
-                head = self._here.head(file)
-                # A hole is there already.
-                data = head.rstrip(b'\0')
-                stream.copy(
-                    stream.MemorySource(data), sink, len(data),
-                    cancel=self._cancel, stall_seconds=_stall_seconds())
-                self.heads[self.there.layout.path(file)] = layout.digest(head)
-            if self._watch:
-                self._watch.note(
-                    f'head of {file.name}', len(head), len(head))
+        try:
+            for file in files:
+                self._send_head(file, sinks)
+        finally:
+            # A connection is not closed as long as it has a stream.
+            for sink in sinks:
+                with contextlib.suppress(libvirt.libvirtError, TimeoutError):
+                    threads.within(libvirt_daemon.CLOSE_SECONDS, sink.abort)
+
+    def _send_head(self, file: layout.File,
+                   sinks: list[stream.VolumeSink]) -> None:
+        """Send the start of a file to the first sink, which is taken out."""
+        with self._located(self.there.daemon, file.name):
+            head = self._here.head(file)
+            # A hole is there already.
+            data = head.rstrip(b'\0')
+            stream.copy(
+                stream.MemorySource(data), sinks.pop(0), len(data),
+                cancel=self._cancel, stall_seconds=_stall_seconds())
+            self.heads[self.there.layout.path(file)] = layout.digest(head)
+        if self._watch:
+            self._watch.note(f'head of {file.name}', len(head), len(head))
 
     @contextlib.contextmanager
     def _writing(self, path: str, length: int) -> ty.Iterator[ty.Any]:

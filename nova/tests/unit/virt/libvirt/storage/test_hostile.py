@@ -196,6 +196,7 @@ class FailureTestCase(HostileTestCase):
         for text in 'disk', 'host dest', 'No space left on device':
             self.assertIn(text, message)
         self.assertEqual([], self.opened)
+        self.assertEqual([], self.dest.open_streams)
 
     def _other(self, kind):
         claim = layout.Claim(uuids.instance, 'other', 'source')

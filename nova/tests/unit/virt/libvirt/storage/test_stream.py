@@ -11,13 +11,17 @@
 #    under the License.
 
 import array
+import contextlib
 import dataclasses
 import errno
+import gc
 import os
 import threading
 import time
+import traceback
 import typing as ty
 from unittest import mock
+import weakref
 
 import ddt
 import fixtures
@@ -1087,6 +1091,93 @@ class CopyVolumeFailureTestCase(_CopyFailureTestCase):
         self.assert_fails('source', 'socket is closed')
 
         self.assert_upload_aborted()
+
+
+@ddt.ddt
+class GarbageTestCase(_CopyFailureTestCase):
+    """What a failed copy leaves to be freed.
+
+    Freeing the last stream of a connection closes that, which may take as long
+    as the daemon likes. The garbage collector runs in any thread.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        gc.disable()
+        self.addCleanup(gc.enable)
+        self.made: list[weakref.ref] = []
+        self._note(libvirt_storage.FakeConnection, 'newStream')
+
+    def _note(self, owner: ty.Any, name: str) -> None:
+        """Note what a call returns."""
+        function = getattr(owner, name)
+
+        def call(*args: ty.Any, **kwargs: ty.Any) -> ty.Any:
+            result = function(*args, **kwargs)
+            self.made.append(weakref.ref(result))
+            return result
+
+        self.useFixture(fixtures.MockPatchObject(owner, name, call))
+
+    def _left(self) -> list[ty.Any]:
+        """What there still is of what was noted."""
+        self.assertNotEqual([], self.made)
+        for host in self.source, self.dest:
+            host.streams.clear()
+        return [each for each in (made() for made in self.made) if each]
+
+    @ddt.data('conn.newStream', 'vol.download', 'stream.recv',
+              'stream.finish')
+    def test_source_error_keeps_no_stream(self, where):
+        self.source.fail(where, nth=12 if where == 'stream.recv' else 2,
+                         error=SOURCE_ERROR)
+        error = self.assert_fails('source', 'Unable to read')
+        self.assertEqual([], self._left(), error)
+
+    @ddt.data('vol.upload', 'stream.send', 'stream.finish')
+    def test_destination_error_keeps_no_stream(self, where):
+        self.dest.fail(where, error=DEST_ERROR)
+        error = self.assert_fails('destination', 'No space left')
+        self.assertEqual([], self._left(), error)
+
+    def test_error_at_a_hole_keeps_no_stream(self):
+        content = Content.draw('AAAA----AA', UNIT)
+        self.source.fail('stream.recvHole', error=SOURCE_ERROR)
+        error = self.assert_fails('source', 'Unable to read', content)
+        self.assertEqual([], self._left(), error)
+
+    def test_cancelled_copy_keeps_no_stream(self):
+        cancel = threading.Event()
+
+        def stop() -> None:
+            cancel.set()
+            threads.sleep(2 * stream.POLL_SECONDS)
+
+        self.dest.call('stream.send', stop)
+        error = self.assertRaises(
+            errors.Cancelled, self.copy, self.content, cancel=cancel)
+        self.assertEqual([], self._left(), error)
+
+    def test_upload_that_does_not_begin_frees_its_stream(self):
+        _source, sink = self.ends(self.content)
+        self.dest.fail('vol.upload', error=DEST_ERROR)
+        with contextlib.suppress(errors.CopyError):
+            threads.off_hub(sink.open)
+        self.assertEqual([], self._left())
+
+    def test_data_that_was_read_is_freed_with_the_error(self):
+        self._note(stream, '_Queue')
+        self.dest.fail('stream.send', error=DEST_ERROR)
+        with contextlib.suppress(errors.CopyError):
+            self.copy(self.content)
+        self.assertEqual([], self._left())
+
+    def test_error_tells_where_it_was_raised(self):
+        self.dest.fail('stream.send', error=DEST_ERROR)
+        error = self.assert_fails('destination', 'No space left')
+        names = [frame.name for frame in traceback.extract_tb(
+            error.__cause__.__traceback__)]
+        self.assertEqual(('data', 'send'), (names[0], names[1]))
 
 
 @ddt.ddt
