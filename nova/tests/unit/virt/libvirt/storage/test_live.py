@@ -17,6 +17,7 @@ import os
 import subprocess
 import tempfile
 import threading
+import time
 from unittest import mock
 
 import ddt
@@ -840,7 +841,7 @@ class EndTestCase(LiveTestCase):
 
         def delete(*_args):
             next_one.start()
-            next_one.join(0.2)
+            time.sleep(0.2)
             local.delete_all(self.places)
 
         with (self.novas('pre_live_migration', return_value=self.data),
