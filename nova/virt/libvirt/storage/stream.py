@@ -917,7 +917,13 @@ def _run(
     def write() -> None:
         take(queue)
 
-    workers = [_start(read, queue), _start(write, queue)]
+    workers: list[ty.Any] = []
+    try:
+        for function in read, write:
+            workers.append(_start(function, queue))
+    except RuntimeError as error:
+        # There are too many threads. The first one must not wait for ever.
+        queue.fail(error)
     last_move, moved = time.monotonic(), 0
     while queue.error is None and any(
             worker.is_alive() for worker in workers):

@@ -111,7 +111,13 @@ def off_hub(
             native_os().close(writer)
 
     outcome: dict[str, ty.Any] = {}
-    _start_native(functools.partial(run, outcome), OFF_HUB)
+    try:
+        _start_native(functools.partial(run, outcome), OFF_HUB)
+    except BaseException:
+        # There are too many threads.
+        native_os().close(reader)
+        native_os().close(writer)
+        raise
     try:
         eventlet.hubs.trampoline(reader, read=True)
     finally:

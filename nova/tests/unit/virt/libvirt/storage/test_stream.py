@@ -773,6 +773,22 @@ class SinkFailureTestCase(FileMixin, _CopyTestCase):
 
         self.assertEqual(self.content.size, result.length)
 
+    @ddt.data('volume-read', 'volume-write')
+    def test_thread_that_cannot_be_started_fails_the_copy(self, name):
+        start = threads.start
+
+        def start_others(function, other):
+            if other == name:
+                raise RuntimeError("can't start new thread")
+            return start(function, other)
+
+        with mock.patch.object(threads, 'start', start_others):
+            error = self.assertRaises(
+                RuntimeError, self.copy, self.content)
+
+        self.assertIn("can't start", str(error))
+        self.assert_nothing_left()
+
     @ddt.data('data', 'finish')
     def test_sink_that_hangs_is_named_and_left_behind(self, method):
         event = self.block(method)

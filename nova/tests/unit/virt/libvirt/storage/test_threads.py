@@ -48,6 +48,16 @@ class OffHubTestCase(test.NoDBTestCase):
         else:
             self.assertRaises(AssertionError, threads.off_hub, function)
 
+    def test_call_for_which_there_is_no_thread_leaves_nothing(self):
+        if threads.get_eventlet() is None:
+            self.skipTest('there is no hub')
+        before = os.listdir('/proc/self/fd')
+        with mock.patch.object(
+                threads.native_threading().Thread, 'start',
+                side_effect=RuntimeError("can't start new thread")):
+            self.assertRaises(RuntimeError, threads.off_hub, lambda: 1)
+        self.assertEqual(before, os.listdir('/proc/self/fd'))
+
     def test_programs_fail_off_the_hub(self):
         self.assertEqual(('', ''), processutils.execute('true'))
         if threads.get_eventlet() is None:
