@@ -128,7 +128,13 @@ def _configure(arguments: argparse.Namespace) -> None:
     for name in 'config_file', 'config_dir':
         for path in getattr(arguments, name):
             argv += [f'--{name.replace("_", "-")}', path]
-    config.parse_args(argv, configure_db=False, init_rpc=False)
+    # oslo.config reads nova-compute.conf in a program of that name. Nova 31
+    # passes no other name on.
+    own, sys.argv[0] = sys.argv[0], argv[0]
+    try:
+        config.parse_args(argv, configure_db=False, init_rpc=False)
+    finally:
+        sys.argv[0] = own
 
 
 def _check(

@@ -13,6 +13,9 @@
 
 import contextlib
 import io
+import os
+import subprocess
+import sys
 from unittest import mock
 
 import fixtures
@@ -107,3 +110,51 @@ class CommandTestCase(test.NoDBTestCase):
                 error = self.assertRaises(SystemExit, self._run, *argv)
             self.assertEqual(2, error.code)
         self.assertEqual([], self._hosts())
+
+
+# As the command does, in a process of its own: the tests have read theirs.
+CONFIGURING = """
+import sys
+
+import nova.conf
+from nova.cmd import storage_migrate
+
+CONF = nova.conf.CONF
+storage_migrate._configure(
+    storage_migrate._parse(['check', 'dest', *sys.argv[1:]]))
+print(CONF.host, CONF.libvirt.disks_pool, sys.argv[0])
+"""
+
+
+class ConfigurationTestCase(test.NoDBTestCase):
+    """The files that are read are those that nova-compute reads."""
+
+    def setUp(self):
+        super().setUp()
+        self.home = self.useFixture(fixtures.TempDir()).path
+
+    def _write(self, name, content):
+        path = os.path.join(self.home, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, 'w') as file:
+            file.write(content)
+        return path
+
+    def _configure(self, *arguments):
+        return subprocess.run(
+            [sys.executable, '-W', 'ignore', '-c', CONFIGURING, *arguments],
+            env=os.environ | {'HOME': self.home}, check=True, text=True,
+            stdout=subprocess.PIPE).stdout.split()
+
+    def test_own_files_of_nova_compute(self):
+        self._write('.nova/nova.conf', '[DEFAULT]\nhost = all\n')
+        self._write('.nova/nova-compute.conf', '[DEFAULT]\nhost = compute\n')
+        self._write('.nova/nova-compute.conf.d/pool.conf',
+                    '[libvirt]\ndisks_pool = theirs\n')
+        self.assertEqual(['compute', 'theirs', '-c'], self._configure())
+
+    def test_file_that_is_named(self):
+        path = self._write('nova.conf', '[DEFAULT]\nhost = named\n')
+        self._write('.nova/nova-compute.conf', '[DEFAULT]\nhost = compute\n')
+        self.assertEqual(
+            'named', self._configure('--config-file', path)[0])
