@@ -228,20 +228,19 @@ class _File(imagebackend.Image):
                 self._stands_alone()):
             if size:
                 self._grow(size)
-        else:
+        elif self.exists():
             super().cache(fetch_func, filename, size, *args, **kwargs)
-
-    def create_image(self, *args, **kwargs):
-        if not self.exists():
+        else:
             self._forget_format()
-        super().create_image(*args, **kwargs)
-        self.resolve_driver_format()
+            super().cache(fetch_func, filename, size, *args, **kwargs)
+            self.resolve_driver_format()
 
     def _forget_format(self) -> None:
         """Let the record not say of a new disk what an earlier one was."""
-        formats = layout.read_record(self.disk_info_path)
+        record = os.path.join(os.path.dirname(self.path), layout.RECORD)
+        formats = layout.read_record(record)
         if formats.pop(self.path, None):
-            layout.write_record(self.disk_info_path, formats)
+            layout.write_record(record, formats)
 
     def _stands_alone(self) -> bool:
         return (self.driver_format == 'raw' or
