@@ -113,7 +113,7 @@ def off_hub(
     outcome: dict[str, ty.Any] = {}
     try:
         _start_native(functools.partial(run, outcome), OFF_HUB)
-    except BaseException:
+    except RuntimeError:
         # There are too many threads.
         native_os().close(reader)
         native_os().close(writer)
