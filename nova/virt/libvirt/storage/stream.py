@@ -953,7 +953,7 @@ def _start(function: ty.Callable[[], None], queue: _Queue) -> ty.Any:
         try:
             function()
         except Exception as error:
-            threads.forget_locals(error)
+            threads.forget_frames(error)
             queue.fail(error)
 
     return threads.start(run, 'volume-' + function.__name__)

@@ -24,7 +24,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 import typing as ty
 
 # The other modules of this package take it from here. It may be missing where
@@ -254,21 +253,20 @@ def _record(
         outcome['result'] = function()
     except BaseException as error:
         # The caller waits for a result, whatever ends the thread.
-        forget_locals(error)
-        outcome['error'] = error.with_traceback(None)
+        forget_frames(error)
+        outcome['error'] = error
 
 
-def forget_locals(error: BaseException) -> None:
+def forget_frames(error: BaseException) -> None:
     """Let an error keep alive none of what the calls that failed worked with.
 
     libvirt's objects are among it. Freeing the last one of a connection closes
     that, which may take long, in whatever thread drops the error or collects
-    garbage. Call this in the thread that raised the error; its traceback still
-    tells where.
+    garbage. Call this in the thread that raised the error.
     """
     chain = [error]
     for each in chain:
-        traceback.clear_frames(each.__traceback__)
+        each.__traceback__ = None
         chain += [other for other in (each.__cause__, each.__context__)
                   if other is not None and other not in chain]
 
