@@ -209,6 +209,8 @@ class LibvirtDriver(driver.LibvirtDriver):
         self.image_cache_manager = imagecache.ImageCacheManager()
         self._copies: dict[str, _Copy] = {}
         self._operations: dict[str, _Operation] = {}
+        # The uuids of servers that are being hard rebooted.
+        self._rebooting: set[str] = set()
         self._queue = turns.Queue(
             CONF.libvirt.vol_upload_migration_max_concurrent)
         self._leftovers = leftovers.Leftovers()
@@ -244,9 +246,35 @@ class LibvirtDriver(driver.LibvirtDriver):
             _native(live.delete_unsent, places)
             if instance.task_state is None and self.instance_exists(instance):
                 _native(local.drop_claims, places)
+            try:
+                self._correct_record(instance, places)
+            except Exception:
+                # This is not to keep nova-compute from starting.
+                LOG.exception('The formats of the disks that the domain of '
+                              'the server names could not be recorded',
+                              instance=instance)
         if CONF.libvirt.use_storage_pools:
             _native(live.delete_markers, CONF.libvirt.disks_pool_path)
             self._warn_of_files(instances)
+
+    def _correct_record(self, instance, places) -> None:
+        """Record the files of a server as the images that QEMU takes them for.
+
+        Nova's own driver converts raw disks that come to a host with
+        use_cow_images, and leaves their record as it was.
+
+        :raises: StorageError, OSError, NovaException, libvirtError
+        """
+        try:
+            disks = self._list_disks(instance)
+        except exception.InstanceNotFound:
+            return
+        names = {os.path.basename(disk.source_path) for disk in disks
+                 if disk.source_type == 'file' and disk.source_path and
+                 disk.driver_format == 'qcow2' and
+                 os.path.basename(os.path.dirname(disk.source_path)) ==
+                 places.uuid}
+        _native(local.record_images, places, names)
 
     @staticmethod
     def _wants_files() -> bool:
@@ -448,6 +476,8 @@ class LibvirtDriver(driver.LibvirtDriver):
     def _hard_reboot(self, context, instance, *args, **kwargs):
         """Start a server that is this host's, whatever ended before."""
         places = layout.Layout.of(instance)
+        if _is_switched_on():
+            self._correct_record(instance, places)
         if local.is_half_copied(places):
             _native(local.restore, places)
         is_unfinished = local.has_kept_directory(places) or places.claims()
@@ -465,7 +495,11 @@ class LibvirtDriver(driver.LibvirtDriver):
             vtpm.put_back(places)
         if _is_switched_on() and instance.host == CONF.host:
             self._make_swap(context, instance, places)
-        super()._hard_reboot(context, instance, *args, **kwargs)
+        self._rebooting.add(instance.uuid)
+        try:
+            super()._hard_reboot(context, instance, *args, **kwargs)
+        finally:
+            self._rebooting.discard(instance.uuid)
 
     def _make_swap(self, context, instance, places) -> None:
         """Make the swap disk of a server whose migration ended before that.
@@ -473,7 +507,8 @@ class LibvirtDriver(driver.LibvirtDriver):
         Nova makes it at the end, and starts no server without it.
         """
         size = instance.flavor.swap
-        if not size or not os.path.isdir(places.directory):
+        if not size or CONF.libvirt.virt_type == 'lxc' or (
+                not os.path.isdir(places.directory)):
             return
         disk = self.image_backend.by_name(instance, 'disk.swap')
         if not disk.exists():
@@ -816,6 +851,12 @@ class LibvirtDriver(driver.LibvirtDriver):
         try:
             for path in places.logical_volumes():
                 nova.privsep.fs.blockdev_flush(path)
+            if _is_switched_on() and not places.claims():
+                # Nova's own driver, on the source host, does not correct it.
+                _native(local.record_images, places, {
+                    os.path.basename(info['path']) for info in disks
+                    if info['type'] == 'qcow2' and
+                    not local.is_volume(places, info)})
             local.adopt(places, disks)
             _native(local.delete_unknown, places, disks)
             others = [self._convert(places, info) for info in disks
@@ -870,7 +911,8 @@ class LibvirtDriver(driver.LibvirtDriver):
         ephemerals = virt_driver.block_device_info_get_ephemerals(
             block_device_info)
         names += map(blockinfo.get_eph_disk, range(len(ephemerals)))
-        if not ephemerals and instance.old_flavor.ephemeral_gb:
+        if instance.default_ephemeral_device and not ephemerals:
+            # Nova made it because the flavor has one.
             names.append('disk.local')
         return names
 
@@ -1007,11 +1049,16 @@ class LibvirtDriver(driver.LibvirtDriver):
     def delete_instance_files(self, instance):
         """Delete a server's files on this host, and its volumes.
 
-        A copy of them that is under way ends.
+        A copy of them that is under way ends. In a hard reboot nothing is
+        deleted: Nova asks for it with disks in Ceph and [workarounds]
+        ensure_libvirt_rbd_instance_dir_cleanup, and the UEFI variables and
+        the kernel that came with a migration would be lost.
 
         :returns: True if nothing is left
         :raises: OSError if a volume is left that is to be made anew
         """
+        if _is_switched_on() and instance.uuid in self._rebooting:
+            return True
         copy = self._copies.get(instance.uuid)
         if copy:
             copy.deleted = True
@@ -1053,6 +1100,7 @@ class LibvirtDriver(driver.LibvirtDriver):
             raise exception.InvalidSharedStorage(
                 path=places.directory, reason=_describe_claims(claims))
         _check_recorded(places, formats)
+        _check_images(places, formats)
         _check_left(places)
         if names_volumes:
             return bool(places.volumes())
@@ -2343,6 +2391,29 @@ def _check_recorded(
                 'share the storage pool, they have to share the instance '
                 'directory too. If not, delete the disk') % places.record_path
         raise exception.InvalidSharedStorage(path=path, reason=reason)
+
+
+def _check_images(
+    places: layout.Layout, formats: dict[str, str],
+) -> None:
+    """Check that no file here is an image that is recorded as raw.
+
+    No domain tells whether Nova converted it, or its guest wrote the header.
+
+    :raises: InvalidSharedStorage
+    """
+    if not (CONF.libvirt.vol_upload_migration and CONF.use_cow_images):
+        return
+    for path, disk_format in formats.items():
+        if disk_format == 'raw' and (
+                os.path.dirname(path) == places.directory and
+                image.is_image(path)):
+            raise exception.InvalidSharedStorage(path=path, reason=_(
+                'it begins like a qcow2 image and is recorded as raw in '
+                '%(record)s. If the domain of the server had it as qcow2, '
+                'record that; if not, evacuate it to a host with '
+                '[DEFAULT]use_cow_images = False') % {
+                    'record': places.record_path})
 
 
 def _check_left(places: layout.Layout) -> None:

@@ -112,10 +112,11 @@ def _list_images(directory: str) -> list[str]:
         glob.escape(CONF.libvirt.disks_pool_path), f'{uuid}[_-]*'))
     if layout.is_kept(directory):
         paths += glob.glob(os.path.join(glob.escape(directory), 'disk*'))
-    return [path for path in paths if _is_image(path)]
+    return [path for path in paths if is_image(path)]
 
 
-def _is_image(path: str) -> bool:
+def is_image(path: str) -> bool:
+    """Whether a file begins as a qcow2 image does."""
     try:
         with open(path, 'rb') as file:
             return file.read(len(_QCOW2_MAGIC)) == _QCOW2_MAGIC
@@ -238,9 +239,10 @@ class _File(imagebackend.Image):
     def _forget_format(self) -> None:
         """Let the record not say of a new disk what an earlier one was."""
         record = os.path.join(os.path.dirname(self.path), layout.RECORD)
-        formats = layout.read_record(record)
-        if formats.pop(self.path, None):
-            layout.write_record(record, formats)
+        if layout.has_record(record):
+            formats = layout.read_record(record)
+            if formats.pop(self.path, None):
+                layout.write_record(record, formats)
 
     def _stands_alone(self) -> bool:
         return (self.driver_format == 'raw' or
@@ -386,6 +388,8 @@ def _as_recorded(places: layout.Layout, name: str,
     migrated says qcow2.
     """
     path = os.path.join(places.directory, name)
+    if not layout.has_record(places.record_path):
+        return image_class
     if image_class is Qcow2File and os.path.exists(path):
         if _recorded_format(places, path) == 'raw':
             return RawFile

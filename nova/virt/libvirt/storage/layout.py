@@ -369,11 +369,11 @@ class Layout:
 
     def has_files(self) -> bool:
         """Whether disks of the server are in the instance directory."""
-        return _has_disks(self.directory)
+        return bool(_disks(self.directory))
 
     def has_kept_files(self) -> bool:
-        """Whether disks of the server are in the kept directory."""
-        return _has_disks(self.kept_directory)
+        """Whether disks with data of the server are in the kept directory."""
+        return bool(_disks(self.kept_directory) - {_SWAP})
 
     def has_state(self) -> bool:
         """Whether more goes along than disks and companions."""
@@ -603,6 +603,17 @@ def cache_dir() -> str:
         CONF.instances_path, CONF.image_cache.subdirectory_name)
 
 
+def has_record(path: str) -> bool:
+    """Whether there is a record of formats, and something in it.
+
+    A crash may leave an empty one. Nova writes it anew.
+    """
+    try:
+        return os.path.getsize(path) > 0
+    except FileNotFoundError:
+        return False
+
+
 def read_record(path: str) -> dict[str, str]:
     """Read a record of the formats of disks, by their paths.
 
@@ -691,9 +702,9 @@ def _list(directory: str, prefix: str) -> list[str]:
     return glob.glob(glob.escape(os.path.join(directory, prefix)) + '*')
 
 
-def _has_disks(directory: str) -> bool:
+def _disks(directory: str) -> set[str]:
     names = {os.path.basename(path) for path in _list(directory, 'disk')}
-    return bool(names - {'disk.config', RECORD})
+    return names - {'disk.config', RECORD}
 
 
 def _is_same(first: str, second: str) -> bool:

@@ -190,6 +190,23 @@ def _link(image: str, path: str) -> None:
         os.link(image, path)
 
 
+def record_images(places: layout.Layout, names: ty.Collection[str]) -> None:
+    """Record those files of a server as images that are recorded as raw.
+
+    The instance directory may be the one that is kept for a revert.
+
+    :param names: of the files
+    :raises: StorageError, OSError
+    """
+    for record in filter(layout.has_record, (
+            places.record_path, places.kept_path(places.record_path))):
+        formats = layout.read_record(record)
+        wrong = {path: 'qcow2' for path, disk_format in formats.items()
+                 if disk_format == 'raw' and os.path.basename(path) in names}
+        if wrong:
+            layout.write_record(record, formats | wrong)
+
+
 def settle(places: layout.Layout) -> None:
     """Take over the files of a server that was live migrated to here.
 

@@ -133,7 +133,7 @@ class DriverTestCase(test.NoDBTestCase):
     def _instance(self, **attributes):
         return objects.Instance(
             id=1, uuid=uuids.instance, host='source', flavor=self._flavor(),
-            old_flavor=self._flavor(),
+            old_flavor=self._flavor(), default_ephemeral_device=None,
             image_ref=uuids.image, task_state=None, progress=0,
             migration_context=objects.MigrationContext(migration_id=42),
             system_metadata={}, deleted=False, **attributes)

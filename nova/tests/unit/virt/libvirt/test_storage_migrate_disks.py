@@ -313,8 +313,79 @@ class LeftoverTestCase(base.FinishMixin, base.DriverTestCase):
         self.assertIn(f'rename {self.places.kept_directory} to '
                       f'{self.directory}', str(error))
         # Without disks of its own it has lost nothing here.
-        os.unlink(os.path.join(self.places.kept_directory, 'disk'))
+        os.rename(os.path.join(self.places.kept_directory, 'disk'),
+                  os.path.join(self.places.kept_directory, 'disk.swap'))
         self.assertFalse(self.driver.instance_on_disk(self.instance))
+
+    def _has_domain(self, **formats):
+        """Have a domain with these files of the instance directory."""
+        self.disks.return_value = [
+            mock.Mock(source_type='file', driver_format=disk_format,
+                      source_path=os.path.join(self.directory, name))
+            for name, disk_format in formats.items()]
+
+    def _start(self):
+        self.servers.return_value = [self.instance]
+        self.driver._look_at_servers('source')
+
+    def _reboot(self):
+        with mock.patch.object(driver.LibvirtDriver, '_hard_reboot'):
+            self.driver._hard_reboot(self.context, self.instance, [], None)
+
+    @ddt.data('_start', '_reboot')
+    def test_raw_disk_that_nova_converted_is_recorded(self, function):
+        """Nova's own driver leaves the record as it was."""
+        disk = self._add_file('disk', b'QFI\xfb')
+        local_disk = self._add_file('disk.local', b'QFI\xfb by its guest')
+        self._add_record({disk: 'raw', local_disk: 'raw'})
+        self._has_domain(disk='qcow2', **{'disk.local': 'raw'})
+        getattr(self, function)()
+        self.assertEqual({disk: 'qcow2', local_disk: 'raw'},
+                         self.places.formats())
+
+    def test_converted_disk_that_is_kept_for_a_revert_is_recorded(self):
+        disk = self._add_file('disk', b'QFI\xfb')
+        self._add_record({disk: 'raw'})
+        self._has_domain(disk='qcow2')
+        os.rename(self.directory, self.places.kept_directory)
+        self._start()
+        self.assertEqual({disk: 'qcow2'}, layout.read_record(
+            self.places.kept_path(self.places.record_path)))
+
+    def test_domain_that_cannot_be_asked_does_not_stop_nova_compute(self):
+        self._add_file('disk', b'')
+        self.disks.side_effect = exception.InternalError('libvirtd is down')
+        self._start()
+        self.assertIn('libvirtd is down', self.stdlog.logger.output)
+        self.disks.side_effect = exception.InstanceNotFound(instance_id='a')
+        self._reboot()
+
+    def test_evacuated_disk_that_is_an_image_and_recorded_as_raw(self):
+        disk = self._add_file('disk', b'QFI\xfb')
+        self._add_record({disk: 'raw'})
+        self.instance.host = 'gone'
+        error = self.assertRaises(
+            exception.InvalidSharedStorage, self.driver.instance_on_disk,
+            self.instance)
+        self.assertIn('is recorded as raw', str(error))
+        self._add_record({disk: 'qcow2'})
+        self.assertTrue(self.driver.instance_on_disk(self.instance))
+
+    def test_hard_reboot_deletes_nothing(self):
+        """Nova would, with a workaround of its own and disks in Ceph."""
+        variables = self._add_file('nvram', b'variables')
+
+        def reboot(*_args):
+            self.assertTrue(self.driver.delete_instance_files(self.instance))
+
+        with mock.patch.object(
+                driver.LibvirtDriver, '_hard_reboot', side_effect=reboot):
+            self.driver._hard_reboot(self.context, self.instance, [], None)
+        self.assertTrue(os.path.exists(variables))
+        with mock.patch.object(driver.LibvirtDriver,
+                               'delete_instance_files') as nova:
+            self.driver.delete_instance_files(self.instance)
+        nova.assert_called_once()
 
     def _reboot_with_swap(self, swap=1, host='source'):
         """Whether a hard reboot made a swap disk."""
@@ -340,6 +411,9 @@ class LeftoverTestCase(base.FinishMixin, base.DriverTestCase):
                 os.path.join(self.directory, 'disk.swap'))
         self.assertTrue(os.path.exists(path))
         self.assertEqual('qcow2', self.places.format(path))
+        self.assertFalse(self._reboot_with_swap())
+        os.unlink(path)
+        self.flags(virt_type='lxc', group='libvirt')
         self.assertFalse(self._reboot_with_swap())
 
     def test_hard_reboot_makes_no_directory(self):

@@ -532,6 +532,22 @@ class FileTestCase(BackendTestCase):
         info.assert_not_called()
         self.assertEqual(2 * units.Mi, os.path.getsize(path))
 
+    @ddt.data(True, False)
+    def test_empty_record_is_written_anew(self, use_cow):
+        """As Nova does. It can come of a crash, and no guest can empty it."""
+        self._image()
+        self._write(self.places.record_path)
+        self.assertEqual('qcow2', self._by_name(use_cow=use_cow).driver_format)
+        self.assertEqual({self.path: 'qcow2'}, self.places.formats())
+        self._write(self.places.record_path)
+        os.mkdir(layout.cache_dir())
+        self._by_name('disk.swap', use_cow).cache(
+            lambda target, **kwargs: self._write(target, bytes(units.Mi)),
+            'swap_1', units.Mi, safe=True)
+        self.assertEqual({os.path.join(self.directory, 'disk.swap'):
+                          'qcow2' if use_cow else 'raw'},
+                         self.places.formats())
+
     def test_raw_disk_whose_path_is_spelled_another_way(self):
         link = os.path.join(self.useFixture(fixtures.TempDir()).path, 'link')
         os.symlink(self.directory, link)

@@ -233,9 +233,11 @@ class FinishTestCase(CephTestCase, test_storage_migrate.FinishMixin):
 
     def test_ephemeral_disk_that_came_with_a_resize(self):
         self.exists.return_value = False
+        # Nova makes none where a volume or a swap disk has its place.
         self.instance.flavor.ephemeral_gb = 1
-        self._finish([], block_device_info=FROM_VOLUME)
         self.instance.old_flavor.ephemeral_gb = 1
+        self._finish([], block_device_info=FROM_VOLUME)
+        self.instance.default_ephemeral_device = '/dev/vdb'
         self._assert_refused(
             [], 'disk.local', block_device_info=FROM_VOLUME)
 
