@@ -15,9 +15,13 @@
 import os
 import subprocess
 
+import fixtures
 from oslo_utils import units
+import testtools
 
+import nova.privsep
 from nova.tests.live import base
+from nova.virt.libvirt.storage import device
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import stream
 
@@ -118,3 +122,37 @@ class BlockDeviceTestCase(base.LiveTestCase):
         _file, device = self.add_device(self.destination, SIZE // 2)
         error = self.assertRaises(errors.CopyError, self.copy, source, device)
         self.assertEqual('destination', error.end)
+
+
+class FlushTestCase(testtools.TestCase):
+    """A write that failed after the upload had ended."""
+
+    def setUp(self):
+        super().setUp()
+        # This is root.
+        nova.privsep.sys_admin_pctxt.set_client_mode(False)
+        self.addCleanup(nova.privsep.sys_admin_pctxt.set_client_mode, True)
+        directory = self.useFixture(fixtures.TempDir()).path
+        subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=8M', 'tmpfs',
+                        directory], check=True)
+        self.addCleanup(subprocess.run, ['umount', directory], check=True)
+        path = os.path.join(directory, 'disk')
+        with open(path, 'wb') as file:
+            file.truncate(SIZE)
+        self.loop = subprocess.run(
+            ['losetup', '--find', '--show', path], check=True, text=True,
+            stdout=subprocess.PIPE).stdout.strip()
+        self.addCleanup(subprocess.run, ['losetup', '--detach', self.loop],
+                        check=True)
+
+    def write(self, size):
+        with open(self.loop, 'r+b') as target:
+            target.write(OLD * size)
+
+    def test_device_that_is_full(self):
+        self.write(32 * units.Mi)
+        self.assertRaises(OSError, device.flush, self.loop)
+
+    def test_device_that_is_not(self):
+        self.write(units.Mi)
+        device.flush(self.loop)

@@ -56,7 +56,6 @@ from nova import context as nova_context
 from nova import exception
 from nova.i18n import _
 from nova import objects
-import nova.privsep.fs
 import nova.privsep.utils
 from nova.scheduler.client import report
 from nova import version
@@ -67,6 +66,7 @@ from nova.virt.libvirt import driver
 from nova.virt.libvirt import imagebackend
 from nova.virt.libvirt.storage import access
 from nova.virt.libvirt.storage import daemon
+from nova.virt.libvirt.storage import device
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import hooks
 from nova.virt.libvirt.storage import image
@@ -144,6 +144,7 @@ class _Copy:
     :ivar cancel: stops the copy when it is set
     :ivar reason: why it was stopped
     :ivar deleted: whether the server was deleted, and must not start again
+    :ivar sources: where its disks are that are copied, by device
     :ivar off_since: time.monotonic() of its power off
     :ivar over: set when nothing is left to do
     """
@@ -153,6 +154,7 @@ class _Copy:
         self.cancel = threading.Event()
         self.reason = ''
         self.deleted = False
+        self.sources: dict[str, str | None] = {}
         self.off_since = 0.0
         self.over = threading.Event()
 
@@ -483,6 +485,9 @@ class LibvirtDriver(driver.LibvirtDriver):
         is_unfinished = local.has_kept_directory(places) or places.claims()
         if is_unfinished and instance.host == CONF.host:
             _native(local.recover_directory, places)
+            if places.claims():
+                self._flush_logical_volumes(places)
+                _native(local.flush, places)
             local.take_bases(places)
             if places.claims():
                 self._end_transient_pool(places)
@@ -559,7 +564,7 @@ class LibvirtDriver(driver.LibvirtDriver):
             self._prepare, server, places, dest, enters_pool)
         with contextlib.ExitStack() as stack:
             copy, turn = self._begin_copy(instance, places, stack)
-            disk_info, files, move = prepare(stack)
+            disk_info, files, move = prepare(copy, stack)
             with _refused_on_error(instance):
                 _delete_stale(places)
             if not disk_info or move.there.is_shared:
@@ -567,7 +572,7 @@ class LibvirtDriver(driver.LibvirtDriver):
             elif turn.ahead:
                 _native(move.close)
                 self._wait_for_turn(server, copy, turn, dest)
-                disk_info, files, move = prepare(stack)
+                disk_info, files, move = prepare(copy, stack)
             with _refused_on_error(instance):
                 _native(move.claim)
             with self._put_back_on_error(server, copy, dest) as steps:
@@ -632,10 +637,11 @@ class LibvirtDriver(driver.LibvirtDriver):
         return copy, stack.enter_context(self._queue.join())
 
     def _prepare(
-        self, server, places, dest, enters_pool, stack,
+        self, server, places, dest, enters_pool, copy, stack,
     ) -> tuple[list[dict[str, ty.Any]], list[layout.File], transfer.Transfer]:
         """Plan a migration and check both hosts; change nothing.
 
+        :param copy: takes note of where the disks are
         :param stack: what to close when the migration is over
         :returns: what Nova says of the disks, the files, and their transfer
         :raises: InstanceFaultRollback
@@ -643,6 +649,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         with _refused_on_error(server.instance):
             self._check_enabled()
             self._check_request(server)
+            copy.sources = self._sources(server)
             disk_info, files, place = self._plan(
                 server, places, dest, enters_pool)
             variables = self._read_nvram(server.instance)
@@ -717,6 +724,7 @@ class LibvirtDriver(driver.LibvirtDriver):
                 self._flush_there(server, copy)
             watch.tell_power_off()
         copy.check()
+        self._check_sources(server, copy)
         # The guest may have been shut down meanwhile.
         self._power_off_for_copy(
             server, copy, self._is_active(instance), steps)
@@ -784,12 +792,12 @@ class LibvirtDriver(driver.LibvirtDriver):
         instance = server.instance
         with contextlib.ExitStack() as stack:
             copy, turn = self._begin_copy(instance, places, stack)
-            disk_info, files = self._prepare_here(server, places)
+            disk_info, files = self._prepare_here(server, places, copy)
             with _refused_on_error(instance):
                 _delete_stale(places)
             if turn.ahead:
                 self._wait_for_turn(server, copy, turn, CONF.host)
-                disk_info, files = self._prepare_here(server, places)
+                disk_info, files = self._prepare_here(server, places, copy)
             with _refused_on_error(instance):
                 was_running = self._is_active(instance)
             with self._put_back_on_error(server, copy, CONF.host) as steps:
@@ -821,16 +829,18 @@ class LibvirtDriver(driver.LibvirtDriver):
             _copy_kept_nvram(places)
 
     def _prepare_here(
-        self, server, places,
+        self, server, places, copy,
     ) -> tuple[list[dict[str, ty.Any]], list[layout.File]]:
         """Check a server that is resized on its own host; change nothing.
 
+        :param copy: takes note of where the disks are
         :returns: what Nova says of the disks, and the files to copy
         :raises: InstanceFaultRollback
         """
         with _refused_on_error(server.instance):
             self._check_request(server)
             self._check_vtpm(places)
+            copy.sources = self._sources(server)
             disk_info = self._disk_info(server)
             files = places.plan(disk_info)
             _check_room_here(disk_info)
@@ -849,8 +859,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         places = layout.Layout.of(instance)
         self._check_seen(migration, instance, disks, block_device_info)
         try:
-            for path in places.logical_volumes():
-                nova.privsep.fs.blockdev_flush(path)
+            self._flush_logical_volumes(places)
             if _is_switched_on() and not places.claims():
                 # Nova's own driver, on the source host, does not correct it.
                 _native(local.record_images, places, {
@@ -873,6 +882,11 @@ class LibvirtDriver(driver.LibvirtDriver):
             if seconds is not None:
                 LOG.info('The server runs on this host. It was off for '
                          '%.1f s', seconds, instance=instance)
+
+    @staticmethod
+    def _flush_logical_volumes(places) -> None:
+        for path in places.logical_volumes():
+            device.flush(path)
 
     def _check_seen(
         self, migration, instance, disks, block_device_info,
@@ -1964,9 +1978,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         :raises: Refused if nova-compute may not read one of them, or if
             there is one that is nobody's
         """
-        volumes = {volume['mount_device'].rpartition('/')[2]
-                   for volume in virt_driver.block_device_info_get_mapping(
-                       server.block_device_info)}
+        volumes = _devices_of_volumes(server)
         for disk in self._list_disks(server.instance):
             if disk.target_dev not in volumes:
                 _refuse_unknown(server.instance, disk)
@@ -2019,6 +2031,27 @@ class LibvirtDriver(driver.LibvirtDriver):
         self.power_off(
             server.instance, server.timeout, server.retry_interval)
         self._detach_from_host(server)
+        self._check_sources(server, copy)
+
+    def _sources(self, server) -> dict[str, str | None]:
+        """Where the disks of a server are, all but Cinder's, by device."""
+        volumes = _devices_of_volumes(server)
+        return {disk.target_dev: disk.source_path or disk.source_name
+                for disk in self._list_disks(server.instance)
+                if disk.target_dev not in volumes}
+
+    def _check_sources(self, server, copy) -> None:
+        """Check that the server writes to the disks that are copied.
+
+        An administrator may have made a snapshot while they were.
+
+        :raises: Refused
+        """
+        for name, source in self._sources(server).items():
+            if source and source != copy.sources.get(name):
+                raise errors.Refused(
+                    f'disk {name} is {source} by now, which is not copied',
+                    layout.MERGE_REMEDY)
 
     def _detach_from_host(self, server) -> None:
         self.unplug_vifs(server.instance, server.network_info)
@@ -2510,6 +2543,13 @@ def _refuse_unknown(instance, disk) -> None:
         f'disk {disk.target_dev} ({disk.source_protocol or disk.source_type} '
         f'{name}) is neither of Cinder nor in [libvirt]images_rbd_pool',
         'If nobody needs it, hard reboot the server.')
+
+
+def _devices_of_volumes(server) -> set[str]:
+    """Names of the devices of a server that are volumes of Cinder's."""
+    return {volume['mount_device'].rpartition('/')[2]
+            for volume in virt_driver.block_device_info_get_mapping(
+                server.block_device_info)}
 
 
 def _list_bases(disk_info) -> list[str]:

@@ -87,7 +87,7 @@ def _check_and_flush(places: layout.Layout,
                 claims or is_volume(places, info)):
             _check_arrived(places, info)
     if claims:
-        _flush(places)
+        flush(places)
     elif any(is_volume(places, info) for info in disks):
         _flush_known(places)
     return bool(claims)
@@ -268,8 +268,11 @@ def _check_device(path: str) -> None:
             'Activate its volume group: vgchange -ay.')
 
 
-def _flush(places: layout.Layout) -> None:
-    """Wait until all files of a server are on stable storage."""
+def flush(places: layout.Layout) -> None:
+    """Wait until all files of a server are on stable storage.
+
+    :raises: OSError, also of an earlier write
+    """
     claims = places.claims()
     volumes = _volumes(places)
     paths = [*volumes, *([places.pool_path] if volumes else [])]

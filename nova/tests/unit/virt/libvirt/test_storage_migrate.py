@@ -469,6 +469,33 @@ class PrecopyTestCase(DriverTestCase):
         self.assertIn('has not written yet', self.stdlog.logger.output)
         self._assert_arrived()
 
+    def _snapshot(self, *_args, **_kwargs):
+        """Let the guest write to an overlay from now on."""
+        self.disks.return_value = [self._vda(f'{self.path}.snap')]
+
+    @staticmethod
+    def _vda(path):
+        return mock.Mock(target_dev='vda', source_type='file',
+                         source_path=path, source_name=None,
+                         source_protocol=None)
+
+    @ddt.data('ask', 'power_off')
+    def test_snapshot_while_the_disks_are_copied(self, when):
+        self.disks.return_value = [self._vda(self.path)]
+        if when == 'ask':
+            self.ask_there.side_effect = self._snapshot
+        else:
+            self.calls.power_off.side_effect = self._snapshot
+        error = self.assertRaises(
+            exception.InstanceFaultRollback, self._migrate)
+        self.assertIn(f'disk vda is {self.path}.snap by now',
+                      str(error.inner_exception))
+        self.assertIn('blockcommit', str(error.inner_exception))
+        self.assertEqual(when == 'power_off', self.calls.power_off.called)
+        self.assertEqual(when == 'power_off', self.calls.power_on.called)
+        self.assertNotIn(self.volume, self.dest.volume_names('nova-disks'))
+        self.assertTrue(os.path.exists(self.path))
+
     def test_cancel_does_not_wait_for_that(self):
         answer = threads.native_threading().Event()
         self.addCleanup(answer.set)

@@ -482,6 +482,17 @@ class LeftoverTestCase(base.FinishMixin, base.DriverTestCase):
         self.assertEqual([self.places.volume_name('disk')], self._volumes())
         self.assertTrue(os.path.exists(self.places.record_path))
 
+    def test_hard_reboot_waits_for_stable_storage(self):
+        """The server starts from what finish_migration() did not flush."""
+        self._leave()
+        before = self._volumes()
+        with (mock.patch('os.fsync', side_effect=OSError('disk is broken')),
+              mock.patch.object(driver.LibvirtDriver, '_hard_reboot') as nova):
+            self.assertRaises(OSError, self.driver._hard_reboot, self.context,
+                              self.instance, [], None)
+        nova.assert_not_called()
+        self.assertEqual(before, self._volumes())
+
     def test_cleaning_leaves_a_server_that_runs_there_alone(self):
         volume = self._add_disk()
         self.dest.fail('stream.send')

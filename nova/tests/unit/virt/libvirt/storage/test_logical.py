@@ -19,7 +19,6 @@ from unittest import mock
 import ddt
 import fixtures
 import libvirt
-from oslo_concurrency import processutils
 from oslo_serialization import jsonutils
 from oslo_utils.fixture import uuidsentinel as uuids
 from oslo_utils import units
@@ -90,7 +89,7 @@ class LvmTestCase(test_storage_migrate.DriverTestCase):
         self.remove = self.useFixture(fixtures.MockPatch(
             'nova.virt.libvirt.storage.lvm.remove_volumes')).mock
         self.flush = self.useFixture(fixtures.MockPatch(
-            'nova.privsep.fs.blockdev_flush')).mock
+            'nova.virt.libvirt.storage.device.flush')).mock
         self.useFixture(fixtures.MockPatchObject(
             driver.LibvirtDriver, '_lvm_disks',
             side_effect=lambda instance: self.places.logical_volumes()))
@@ -580,7 +579,7 @@ class FinishTestCase(LvmTestCase, test_storage_migrate.FinishMixin):
         self.assertTrue(os.path.exists(self.marker))
 
     def test_disk_that_cannot_be_flushed(self):
-        self.flush.side_effect = processutils.ProcessExecutionError
+        self.flush.side_effect = OSError
         self.assertRaises(exception.MigrationError, self._finish,
                           self.disk_info.return_value)
         self.assertTrue(os.path.exists(self.marker))
