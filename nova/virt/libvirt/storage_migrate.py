@@ -211,8 +211,8 @@ class LibvirtDriver(driver.LibvirtDriver):
         self.image_cache_manager = imagecache.ImageCacheManager()
         self._copies: dict[str, _Copy] = {}
         self._operations: dict[str, _Operation] = {}
-        # The uuids of servers that are being hard rebooted.
-        self._rebooting: set[str] = set()
+        # The uuid of the server that this thread hard reboots.
+        self._rebooting = threading.local()
         self._queue = turns.Queue(
             CONF.libvirt.vol_upload_migration_max_concurrent)
         self._leftovers = leftovers.Leftovers()
@@ -500,11 +500,11 @@ class LibvirtDriver(driver.LibvirtDriver):
             vtpm.put_back(places)
         if _is_switched_on() and instance.host == CONF.host:
             self._make_swap(context, instance, places)
-        self._rebooting.add(instance.uuid)
+        self._rebooting.uuid = instance.uuid
         try:
             super()._hard_reboot(context, instance, *args, **kwargs)
         finally:
-            self._rebooting.discard(instance.uuid)
+            self._rebooting.uuid = None
 
     def _make_swap(self, context, instance, places) -> None:
         """Make the swap disk of a server whose migration ended before that.
@@ -1063,15 +1063,16 @@ class LibvirtDriver(driver.LibvirtDriver):
     def delete_instance_files(self, instance):
         """Delete a server's files on this host, and its volumes.
 
-        A copy of them that is under way ends. In a hard reboot nothing is
-        deleted: Nova asks for it with disks in Ceph and [workarounds]
-        ensure_libvirt_rbd_instance_dir_cleanup, and the UEFI variables and
-        the kernel that came with a migration would be lost.
+        A copy of them that is under way ends. A hard reboot, by which Nova
+        gets here with disks in Ceph and [workarounds]
+        ensure_libvirt_rbd_instance_dir_cleanup, deletes nothing: the UEFI
+        variables and the kernel that came with a migration would be lost.
 
         :returns: True if nothing is left
         :raises: OSError if a volume is left that is to be made anew
         """
-        if _is_switched_on() and instance.uuid in self._rebooting:
+        if _is_switched_on() and (
+                getattr(self._rebooting, 'uuid', None) == instance.uuid):
             return True
         copy = self._copies.get(instance.uuid)
         if copy:

@@ -377,15 +377,23 @@ class LeftoverTestCase(base.FinishMixin, base.DriverTestCase):
 
         def reboot(*_args):
             self.assertTrue(self.driver.delete_instance_files(self.instance))
+            nova.assert_not_called()
+            # The deletion of the server comes at the same time.
+            deletion = threading.Thread(
+                target=self.driver.delete_instance_files,
+                args=(self.instance,))
+            deletion.start()
+            deletion.join()
 
-        with mock.patch.object(
-                driver.LibvirtDriver, '_hard_reboot', side_effect=reboot):
+        with (mock.patch.object(driver.LibvirtDriver,
+                                'delete_instance_files') as nova,
+              mock.patch.object(driver.LibvirtDriver, '_hard_reboot',
+                                side_effect=reboot)):
             self.driver._hard_reboot(self.context, self.instance, [], None)
-        self.assertTrue(os.path.exists(variables))
-        with mock.patch.object(driver.LibvirtDriver,
-                               'delete_instance_files') as nova:
+            nova.assert_called_once()
             self.driver.delete_instance_files(self.instance)
-        nova.assert_called_once()
+        self.assertEqual(2, nova.call_count)
+        self.assertTrue(os.path.exists(variables))
 
     def _reboot_with_swap(self, swap=1, host='source'):
         """Whether a hard reboot made a swap disk."""
