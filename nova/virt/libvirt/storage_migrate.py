@@ -498,29 +498,28 @@ class LibvirtDriver(driver.LibvirtDriver):
             # It came with a migration that failed before Nova moved it. The
             # server would start with a new vTPM.
             vtpm.put_back(places)
-        if _is_switched_on() and instance.host == CONF.host:
-            self._make_swap(context, instance, places)
         self._rebooting.uuid = instance.uuid
         try:
             super()._hard_reboot(context, instance, *args, **kwargs)
         finally:
             self._rebooting.uuid = None
 
-    def _make_swap(self, context, instance, places) -> None:
+    def _is_rebooting(self, instance) -> bool:
+        """Whether this is a step of a hard reboot of a server."""
+        return _is_switched_on() and (
+            getattr(self._rebooting, 'uuid', None) == instance.uuid)
+
+    def _make_swap(self, instance) -> None:
         """Make the swap disk of a server whose migration ended before that.
 
         Nova makes it at the end, and starts no server without it.
         """
         size = instance.flavor.swap
-        if not size or CONF.libvirt.virt_type == 'lxc' or (
-                not os.path.isdir(places.directory)):
-            return
         disk = self.image_backend.by_name(instance, 'disk.swap')
-        if not disk.exists():
+        if size and not disk.exists():
             disk.cache(
-                fetch_func=self._create_swap, context=context,
-                filename=f'swap_{size}', size=size * units.Mi, swap_mb=size,
-                safe=True)
+                fetch_func=self._create_swap, filename=f'swap_{size}',
+                size=size * units.Mi, swap_mb=size, safe=True)
 
     def migrate_disk_and_power_off(
         self, context, instance, dest, flavor, network_info,
@@ -1071,8 +1070,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         :returns: True if nothing is left
         :raises: OSError if a volume is left that is to be made anew
         """
-        if _is_switched_on() and (
-                getattr(self._rebooting, 'uuid', None) == instance.uuid):
+        if self._is_rebooting(instance):
             return True
         copy = self._copies.get(instance.uuid)
         if copy:
@@ -1648,12 +1646,18 @@ class LibvirtDriver(driver.LibvirtDriver):
         super()._undefine_domain(instance, *args, **kwargs)
 
     @hooks.as_nova_declares
-    def _get_guest_config(self, instance, *args, **kwargs):
+    def _get_guest_config(
+        self, instance, network_info, image_meta, disk_info, *args, **kwargs,
+    ):
         """Describe a domain, with the UEFI variables that came along.
 
         :raises: InternalError if their file is empty
         """
-        guest = super()._get_guest_config(instance, *args, **kwargs)
+        if (self._is_rebooting(instance) and instance.host == CONF.host and
+                'disk.swap' in disk_info['mapping']):
+            self._make_swap(instance)
+        guest = super()._get_guest_config(
+            instance, network_info, image_meta, disk_info, *args, **kwargs)
         path = layout.Layout.of(instance).nvram_path
         if os.path.isfile(path):
             try:
@@ -2441,7 +2445,7 @@ def _check_images(
     for path, disk_format in formats.items():
         if disk_format == 'raw' and (
                 os.path.dirname(path) == places.directory and
-                image.is_image(path)):
+                os.path.exists(path) and layout.is_image(path)):
             raise exception.InvalidSharedStorage(path=path, reason=_(
                 'it begins like a qcow2 image and is recorded as raw in '
                 '%(record)s. If the domain of the server had it as qcow2, '

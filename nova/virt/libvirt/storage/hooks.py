@@ -98,7 +98,8 @@ HOOKS = {
     '_hard_reboot': Hook(('context', 'instance', 'network_info')),
     '_disk_raw_to_qcow2': Hook(('path',), overridden=False),
     '_create_swap': Hook(('target', 'swap_mb'), overridden=False),
-    '_get_guest_config': Hook(('instance', 'network_info')),
+    '_get_guest_config': Hook(
+        ('instance', 'network_info', 'image_meta', 'disk_info')),
     '_undefine_domain': Hook(('instance',)),
     '_create_image': Hook(
         ('context', 'instance', 'disk_mapping', 'injection_info', 'suffix',

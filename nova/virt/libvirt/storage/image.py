@@ -48,8 +48,6 @@ IMAGE_TYPES = ('default', 'raw', 'flat', 'qcow2')
 # the image type of the other disks.
 _NEVER_IN_POOL = ('disk.config', *layout.BOOT_FILES)
 
-_QCOW2_MAGIC = b'QFI\xfb'
-
 
 def is_in_pool(path: str) -> bool:
     """Whether a path is that of a volume in this host's pool."""
@@ -112,14 +110,12 @@ def _list_images(directory: str) -> list[str]:
         glob.escape(CONF.libvirt.disks_pool_path), f'{uuid}[_-]*'))
     if layout.is_kept(directory):
         paths += glob.glob(os.path.join(glob.escape(directory), 'disk*'))
-    return [path for path in paths if is_image(path)]
+    return [path for path in paths if _is_image(path)]
 
 
-def is_image(path: str) -> bool:
-    """Whether a file begins as a qcow2 image does."""
+def _is_image(path: str) -> bool:
     try:
-        with open(path, 'rb') as file:
-            return file.read(len(_QCOW2_MAGIC)) == _QCOW2_MAGIC
+        return layout.is_image(path)
     except OSError:
         return False
 

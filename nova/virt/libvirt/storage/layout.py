@@ -122,6 +122,7 @@ EPHEMERAL = ('disk.local', 'disk.eph')
 
 _SWAP = 'disk.swap'
 _KEPT = '_resize'
+_QCOW2_MAGIC = b'QFI\xfb'
 _DISK_NAME = re.compile(r'disk(\.local|\.eph\d+|\.swap|\.config)?')
 
 
@@ -584,6 +585,15 @@ def length(path: str) -> int:
     """
     with open(path, 'rb') as file:
         return file.seek(0, os.SEEK_END)
+
+
+def is_image(path: str) -> bool:
+    """Whether a file begins as a qcow2 image does.
+
+    :raises: OSError
+    """
+    with open(path, 'rb') as file:
+        return file.read(len(_QCOW2_MAGIC)) == _QCOW2_MAGIC
 
 
 def backing_file(path: str) -> str | None:

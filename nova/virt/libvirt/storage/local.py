@@ -195,16 +195,32 @@ def record_images(places: layout.Layout, names: ty.Collection[str]) -> None:
 
     The instance directory may be the one that is kept for a revert.
 
-    :param names: of the files
+    :param names: of the files that a domain has as images
     :raises: StorageError, OSError
     """
     for record in filter(layout.has_record, (
             places.record_path, places.kept_path(places.record_path))):
         formats = layout.read_record(record)
         wrong = {path: 'qcow2' for path, disk_format in formats.items()
-                 if disk_format == 'raw' and os.path.basename(path) in names}
+                 if disk_format == 'raw' and os.path.basename(path) in names
+                 and _may_be_image(os.path.join(
+                     os.path.dirname(record), os.path.basename(path)))}
         if wrong:
             layout.write_record(record, formats | wrong)
+
+
+def _may_be_image(path: str) -> bool:
+    """Whether a domain that has a file as an image may be right.
+
+    Nova's own driver names a raw disk as one that was live migrated.
+    """
+    try:
+        return layout.is_image(path)
+    except FileNotFoundError:
+        return False
+    except PermissionError:
+        # QEMU's alone.
+        return True
 
 
 def settle(places: layout.Layout) -> None:

@@ -336,12 +336,14 @@ class LeftoverTestCase(base.FinishMixin, base.DriverTestCase):
     def test_raw_disk_that_nova_converted_is_recorded(self, function):
         """Nova's own driver leaves the record as it was."""
         disk = self._add_file('disk', b'QFI\xfb')
-        local_disk = self._add_file('disk.local', b'QFI\xfb by its guest')
-        self._add_record({disk: 'raw', local_disk: 'raw'})
-        self._has_domain(disk='qcow2', **{'disk.local': 'raw'})
+        others = [self._add_file('disk.local', b'QFI\xfb by its guest'),
+                  self._add_file('disk.eph0', b'raw, and the domain wrong')]
+        raw = dict.fromkeys(others, 'raw')
+        self._add_record({disk: 'raw'} | raw)
+        self._has_domain(disk='qcow2', **{'disk.local': 'raw',
+                                          'disk.eph0': 'qcow2'})
         getattr(self, function)()
-        self.assertEqual({disk: 'qcow2', local_disk: 'raw'},
-                         self.places.formats())
+        self.assertEqual({disk: 'qcow2'} | raw, self.places.formats())
 
     def test_converted_disk_that_is_kept_for_a_revert_is_recorded(self):
         disk = self._add_file('disk', b'QFI\xfb')
@@ -395,18 +397,31 @@ class LeftoverTestCase(base.FinishMixin, base.DriverTestCase):
         self.assertEqual(2, nova.call_count)
         self.assertTrue(os.path.exists(variables))
 
-    def _reboot_with_swap(self, swap=1, host='source'):
+    def _reboot_with_swap(self, swap=1, host='source',
+                          mapping=('disk', 'disk.swap')):
         """Whether a hard reboot made a swap disk."""
         self.instance.flavor.swap = swap
         self.instance.host = host
-        with (mock.patch.object(driver.LibvirtDriver, '_hard_reboot'),
+
+        def create(target, swap_mb):
+            with open(target, 'wb') as file:
+                file.truncate(swap_mb * units.Mi)
+
+        def reboot(*_args):
+            self.driver._get_guest_config(
+                self.instance, [], None, {'mapping': dict.fromkeys(mapping)})
+
+        with (mock.patch.object(driver.LibvirtDriver, '_hard_reboot',
+                                side_effect=reboot),
+              mock.patch.object(driver.LibvirtDriver, '_get_guest_config'),
               mock.patch('nova.privsep.path.utime'),
-              mock.patch.object(self.driver, '_create_swap') as create):
-            create.side_effect = lambda target, swap_mb, context: (
-                os.close(os.open(target, os.O_CREAT)),
-                os.truncate(target, swap_mb * units.Mi))
+              mock.patch.object(self.driver, '_create_swap',
+                                side_effect=create) as made):
+            # Not a step of a hard reboot.
+            reboot()
+            made.assert_not_called()
             self.driver._hard_reboot(self.context, self.instance, [], None)
-        return create.called
+        return made.called
 
     @ddt.data(True, False)
     def test_hard_reboot_makes_the_swap_disk_that_nobody_made(self, in_pool):
@@ -414,20 +429,14 @@ class LeftoverTestCase(base.FinishMixin, base.DriverTestCase):
         self._add_disk() if in_pool else self._add_file('disk', b'')
         self.assertFalse(self._reboot_with_swap(swap=0))
         self.assertFalse(self._reboot_with_swap(host='other'))
+        # A volume has its place, or it is a container.
+        self.assertFalse(self._reboot_with_swap(mapping=('disk', '/dev/vdb')))
         self.assertTrue(self._reboot_with_swap())
         path = (self.places.volume_path('disk.swap') if in_pool else
                 os.path.join(self.directory, 'disk.swap'))
         self.assertTrue(os.path.exists(path))
         self.assertEqual('qcow2', self.places.format(path))
         self.assertFalse(self._reboot_with_swap())
-        os.unlink(path)
-        self.flags(virt_type='lxc', group='libvirt')
-        self.assertFalse(self._reboot_with_swap())
-
-    def test_hard_reboot_makes_no_directory(self):
-        os.rmdir(self.directory)
-        self.assertFalse(self._reboot_with_swap())
-        self.assertFalse(os.path.exists(self.directory))
 
     @ddt.data((True, b'half'), (True, None), (False, None))
     @ddt.unpack
