@@ -64,8 +64,8 @@ REMEDIES = (
      "The destination's certificate has to be valid for the name in the "
      "URI, not expired, and of a CA in this host's cacert.pem."),
     ('TLS confirmation',
-     "The destination refuses this host's certificate: check its CA and "
-     "expiry date, and tls_allowed_dn_list and /etc/pki/CA/cacrl.pem there."),
+     "The destination refuses this host's certificate: check its CA, its "
+     "dates, and tls_allowed_dn_list there."),
     ('certificate|private key|/pki/',
      "Check the certificates in /etc/pki on this host, and that nova may "
      "read them."),
