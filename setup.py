@@ -20,5 +20,6 @@ import setuptools
 # from ever touching a file of Nova's.
 setuptools.setup(py_modules=[
     '.'.join(path.with_suffix('').parts)
-    for pattern in ('*.py', 'cmd/**/*.py', 'conf/**/*.py', 'virt/**/*.py')
+    for pattern in ('*.py', 'cmd/**/*.py', 'conf/**/*.py', 'privsep/*.py',
+                    'virt/**/*.py')
     for path in sorted(pathlib.Path('nova').glob(pattern))])

@@ -12,7 +12,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 ln -s "$nova" "$work/nova"
 modules=$(git ls-files nova/storage_migrate.py 'nova/cmd/*.py' \
-    'nova/conf/*.py' 'nova/virt/*.py')
+    'nova/conf/*.py' 'nova/privsep/*.py' 'nova/virt/*.py')
 cd "$work"
 # shellcheck disable=SC2086
 mypy --config-file "$root/setup.cfg" --cache-dir "$root/.mypy_cache" $modules

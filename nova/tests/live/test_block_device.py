@@ -19,9 +19,8 @@ import fixtures
 from oslo_utils import units
 import testtools
 
-import nova.privsep
+import nova.privsep.storage_migrate
 from nova.tests.live import base
-from nova.virt.libvirt.storage import device
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import stream
 
@@ -145,14 +144,18 @@ class FlushTestCase(testtools.TestCase):
         self.addCleanup(subprocess.run, ['losetup', '--detach', self.loop],
                         check=True)
 
+    @staticmethod
+    def flush(path):
+        nova.privsep.storage_migrate.flush_device(path)
+
     def write(self, size):
         with open(self.loop, 'r+b') as target:
             target.write(OLD * size)
 
     def test_device_that_is_full(self):
         self.write(32 * units.Mi)
-        self.assertRaises(OSError, device.flush, self.loop)
+        self.assertRaises(OSError, self.flush, self.loop)
 
     def test_device_that_is_not(self):
         self.write(units.Mi)
-        device.flush(self.loop)
+        self.flush(self.loop)

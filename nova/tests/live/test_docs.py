@@ -350,7 +350,8 @@ except exception.InternalError as error:
         self.assertEqual(self.members(other), self.members(wheel))
         self.assertEqual(
             {str(path.relative_to(base.ROOT))
-             for top in ('storage_migrate.py', 'cmd', 'conf', 'virt')
+             for top in ('storage_migrate.py', 'cmd', 'conf', 'privsep',
+                         'virt')
              for path in [base.ROOT / 'nova' / top,
                           *(base.ROOT / 'nova' / top).rglob('*.py')]
              if path.is_file()},

@@ -56,6 +56,7 @@ from nova import context as nova_context
 from nova import exception
 from nova.i18n import _
 from nova import objects
+import nova.privsep.storage_migrate
 import nova.privsep.utils
 from nova.scheduler.client import report
 from nova import version
@@ -66,7 +67,6 @@ from nova.virt.libvirt import driver
 from nova.virt.libvirt import imagebackend
 from nova.virt.libvirt.storage import access
 from nova.virt.libvirt.storage import daemon
-from nova.virt.libvirt.storage import device
 from nova.virt.libvirt.storage import errors
 from nova.virt.libvirt.storage import hooks
 from nova.virt.libvirt.storage import image
@@ -434,7 +434,7 @@ class LibvirtDriver(driver.LibvirtDriver):
                 'is a leftover.') % disk)
 
     def _list_disks_here(self, instance) -> ty.Iterator[str]:
-        """What this host sees of the disks of a server, wherever it is."""
+        """Names of the disks of a server, on any host, that this host sees."""
         places = layout.Layout.of(instance)
         yield from places.volumes()
         if places.has_files():
@@ -885,7 +885,7 @@ class LibvirtDriver(driver.LibvirtDriver):
     @staticmethod
     def _flush_logical_volumes(places) -> None:
         for path in places.logical_volumes():
-            device.flush(path)
+            nova.privsep.storage_migrate.flush_device(path)
 
     def _check_seen(
         self, migration, instance, disks, block_device_info,

@@ -376,7 +376,7 @@ class Backend(imagebackend.Backend):
 
 def _as_recorded(places: layout.Layout, name: str,
                  image_class: type) -> type:
-    """What a file is by its record, where use_cow_images says another.
+    """Return the class of a file by its record, against use_cow_images.
 
     Nova's backend of qcow2 images takes every file for one, and so would have
     QEMU read what the guest wrote into a raw disk as a header. Nova's raw

@@ -89,7 +89,7 @@ class LvmTestCase(test_storage_migrate.DriverTestCase):
         self.remove = self.useFixture(fixtures.MockPatch(
             'nova.virt.libvirt.storage.lvm.remove_volumes')).mock
         self.flush = self.useFixture(fixtures.MockPatch(
-            'nova.virt.libvirt.storage.device.flush')).mock
+            'nova.privsep.storage_migrate.flush_device')).mock
         self.useFixture(fixtures.MockPatchObject(
             driver.LibvirtDriver, '_lvm_disks',
             side_effect=lambda instance: self.places.logical_volumes()))

@@ -328,7 +328,7 @@ class RevertTestCase(CephTestCase):
 
 @ddt.ddt
 class SnapshotTestCase(CephTestCase):
-    """What Nova goes back to in a revert."""
+    """The snapshot of the root disk to which Nova reverts."""
 
     def _revert(self, task_state):
         self.instance.task_state = task_state

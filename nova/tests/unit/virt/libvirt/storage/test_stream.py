@@ -1110,7 +1110,7 @@ class CopyVolumeFailureTestCase(_CopyFailureTestCase):
 
 @ddt.ddt
 class GarbageTestCase(_CopyFailureTestCase):
-    """What a failed copy leaves to be freed.
+    """Streams that are left after a failed copy.
 
     Freeing the last stream of a connection closes that, which may take as long
     as the daemon likes. The garbage collector runs in any thread.
@@ -1135,7 +1135,7 @@ class GarbageTestCase(_CopyFailureTestCase):
         self.useFixture(fixtures.MockPatchObject(owner, name, call))
 
     def _left(self) -> list[ty.Any]:
-        """What there still is of what was noted."""
+        """The objects that were noted and still exist."""
         self.assertNotEqual([], self.made)
         for host in self.source, self.dest:
             host.streams.clear()

@@ -11,7 +11,10 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-"""What root does for nova-compute with a logical volume."""
+"""Operations on logical volumes that need root.
+
+The process that is root loads this module, and with it none of Nova's drivers.
+"""
 
 import os
 
@@ -19,7 +22,7 @@ import nova.privsep
 
 
 @nova.privsep.sys_admin_pctxt.entrypoint
-def flush(path: str) -> None:
+def flush_device(path: str) -> None:
     """Wait until what was written to a device is on stable storage.
 
     Tells of an earlier write that failed, which ``blockdev --flushbufs`` does
