@@ -444,32 +444,26 @@ class VolumeSource:
     def _window(self, offset: int, size: int) -> Chunks:
         """Yield the chunks of one window, ``size`` bytes in all."""
         left = size
-        with self._download(offset, size) as stream:
+        stream = self._volume.connect().newStream(0)
+        # No context manager: as a generator is closed in it, contextlib of
+        # Python 3.10 keeps the frames until garbage is collected.
+        try:
+            self._volume.download(
+                stream, offset, size,
+                libvirt.VIR_STORAGE_VOL_DOWNLOAD_SPARSE_STREAM)
             while chunk := _receive(stream):
                 left -= length_of(chunk)
                 if left < 0:
                     raise self._resized(offset, size, left)
                 yield chunk
-        # Check after finish(), which reports a read error that ended the
-        # window early.
-        if left:
-            raise self._resized(offset, size, left)
-
-    @contextlib.contextmanager
-    def _download(
-        self, offset: int, size: int,
-    ) -> ty.Iterator['libvirt.virStream']:
-        """A stream that is finished in the end, or aborted after an error."""
-        stream = self._volume.connect().newStream(0)
-        try:
-            self._volume.download(
-                stream, offset, size,
-                libvirt.VIR_STORAGE_VOL_DOWNLOAD_SPARSE_STREAM)
-            yield stream
             stream.finish()
         except BaseException as error:
             _abort(stream, error)
             raise
+        # Check after finish(), which reports a read error that ended the
+        # window early.
+        if left:
+            raise self._resized(offset, size, left)
 
     def _resized(self, offset: int, size: int, left: int) -> errors.CopyError:
         return errors.CopyError(
