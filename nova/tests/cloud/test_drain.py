@@ -23,6 +23,7 @@ from nova.tests.cloud import base
 from nova.tests.cloud import test_failure
 
 from tools import cloud
+from tools import cloud_venv
 from tools import daemons
 
 WAITING, OFF = 'compute_wait_for_copies', 'compute_off_for_migration'
@@ -137,7 +138,7 @@ class FewThreadsTestCase(DrainTestCase):
     test_servers_run_while_they_wait = None
     test_server_that_waits_is_deleted = None
 
-    def test_others_wait_in_the_message_queue_and_nova_answers(self):
+    def test_others_wait_in_the_message_queue(self):
         moving = self.make_servers(3)
         other = self.create()
         self.begin(moving[:2])
@@ -147,7 +148,12 @@ class FewThreadsTestCase(DrainTestCase):
         other.stop()
         self.addDetail('seconds', content.text_content(
             f'{time.monotonic() - started:.1f} s to stop a server'))
-        self.assertEqual('queued', self.status(moving[1]))
-        self.assertEqual('pre-migrating', self.status(moving[2]))
+        # Before 33 all requests share the threads, and the first is free
+        # when a server's disks are copied.
+        if int(cloud_venv.RELEASE) < 33:
+            self.assertEqual('migrating', self.status(moving[1]))
+        else:
+            self.assertEqual('queued', self.status(moving[1]))
+            self.assertEqual('pre-migrating', self.status(moving[2]))
         for server in moving:
             server.wait('VERIFY_RESIZE')

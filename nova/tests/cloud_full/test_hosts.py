@@ -121,8 +121,8 @@ class ComputeTestCase(OutageMixin, test_failure.FaultTestCase):
         self.start_compute(base.SOURCE)
         self.assert_as_before()
 
-    def test_source_ends_after_the_copy_before_34(self):
-        # Nova 31 to 33 wait for the copy before they tell the driver.
+    def test_source_ends_after_the_copy_before_33(self):
+        # Nova 31 and 32 wait for the copy before they tell the driver.
         daemon = self.compute(base.SOURCE)
         pid = daemon.pid
         self.addCleanup(self.start_compute, base.SOURCE)
