@@ -15,6 +15,8 @@
 
 import ast
 import collections
+import configparser
+import csv
 from importlib import metadata
 import pathlib
 import re
@@ -27,8 +29,12 @@ import testtools
 ROOT = pathlib.Path(__file__).resolve().parents[5]
 PAGE = ROOT / 'doc/source/admin/troubleshooting.rst'
 CONTRIBUTOR = ROOT / 'doc/source/contributor/index.rst'
+ENVIRONMENTS = CONTRIBUTOR.with_name('environments.csv')
 OPERATIONS = ROOT / 'doc/source/admin/operations.rst'
 TRANSPORTS = ROOT / 'doc/source/admin/transports.rst'
+
+# Environments that test nothing.
+NO_TESTS = {'bench', 'bench-off', 'genconfig', 'plots'}
 
 # The messages here are not ours.
 LIBVIRT = 'Messages of libvirt'
@@ -85,6 +91,17 @@ def read_modules():
             directory = path.parent
             modules.append(path)
     return modules
+
+
+def find_environments(tox):
+    """The names of tox's environments, those in braces one by one."""
+    for section in tox.sections():
+        kind, _colon, name = section.partition(':')
+        if kind == 'testenv' and name:
+            before, *rest = re.split('[{}]', name)
+            releases, after = rest or ('', '')
+            for release in releases.split(','):
+                yield before + release + after
 
 
 def read_tests():
@@ -162,6 +179,18 @@ class ContributorTestCase(testtools.TestCase):
         for place, path in enumerate(modules):
             self.assertEqual(
                 set(), read_imports(path) & set(names[:place]), path)
+
+    def test_environments_are_listed(self):
+        with ENVIRONMENTS.open(newline='') as table:
+            when = {row['Environment'].strip('`'): row['When']
+                    for row in csv.DictReader(table)}
+        tox = configparser.ConfigParser(interpolation=None)
+        tox.read(ROOT / 'tox.ini')
+        self.assertEqual(
+            re.findall(r'[\w-]+', tox['tox']['envlist']),
+            [name for name, each in when.items() if each == 'always'])
+        self.assertEqual(
+            set(find_environments(tox)) - NO_TESTS, set(when))
 
 
 class RequirementsTestCase(testtools.TestCase):
