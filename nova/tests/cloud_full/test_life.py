@@ -18,6 +18,7 @@ from openstack import exceptions
 
 from nova.tests.cloud import base
 
+from tools import cloud_venv
 from tools import daemons
 from tools import servers
 
@@ -300,8 +301,9 @@ class TestLifeVtpm(UefiMixin, LiveMixin, MoveMixin, LifeMixin,
 
     flavor = 'small-vtpm'
     larger_flavor = 'large-vtpm'
-    # Others Nova does not live migrate.
-    specs = {'hw:tpm_secret_security': 'host'}
+    # Others Nova does not live migrate, and before 33 it knows no others.
+    specs = ({'hw:tpm_secret_security': 'host'}
+             if int(cloud_venv.RELEASE) >= 33 else {})
     sizes = LifeMixin.sizes | {'vdc': 64 * MIB}
     larger_sizes = LifeMixin.larger_sizes | {'vdc': 128 * MIB}
     test_snapshot_rebuild_shelve = test_evacuate = None
@@ -310,9 +312,10 @@ class TestLifeVtpm(UefiMixin, LiveMixin, MoveMixin, LifeMixin,
         compute = self.cloud.connection().compute
         for flavor in map(compute.find_flavor, (
                 self.flavor, self.larger_flavor)):
-            compute.create_flavor_extra_specs(flavor, self.specs)
-            self.addCleanup(compute.delete_flavor_extra_specs_property,
-                            flavor, *self.specs)
+            for name, value in self.specs.items():
+                compute.create_flavor_extra_specs(flavor, {name: value})
+                self.addCleanup(compute.delete_flavor_extra_specs_property,
+                                flavor, name)
         return super()._boot()
 
     def test_stop_start_reboot_rescue_suspend(self):
