@@ -25,12 +25,14 @@ from testtools import content_type
 from nova.tests.live import base as live
 
 from tools import cloud
+from tools import cloud_venv
 from tools import daemons
 from tools import guest
 from tools import process_trace
 from tools import servers
 from tools import tripwire
 
+RELEASE = int(cloud_venv.RELEASE)
 EVENTLET = os.environ.get('NOVA_LAB_EVENTLET', '') == '1'
 SOURCE = 'host1'
 DESTINATION = 'host2'

@@ -23,7 +23,6 @@ from nova.tests.cloud import base
 from nova.tests.cloud import test_failure
 
 from tools import cloud
-from tools import cloud_venv
 from tools import daemons
 
 WAITING, OFF = 'compute_wait_for_copies', 'compute_off_for_migration'
@@ -150,7 +149,7 @@ class FewThreadsTestCase(DrainTestCase):
             f'{time.monotonic() - started:.1f} s to stop a server'))
         # Before 33 all requests share the threads, and the first is free
         # when a server's disks are copied.
-        if int(cloud_venv.RELEASE) < 33:
+        if base.RELEASE < 33:
             self.assertEqual('migrating', self.status(moving[1]))
         else:
             self.assertEqual('queued', self.status(moving[1]))

@@ -20,7 +20,6 @@ from oslo_utils import units
 from nova.tests.cloud import base
 
 from tools import cloud
-from tools import cloud_venv
 from tools import daemons
 from tools import servers
 
@@ -34,7 +33,7 @@ SLOW = {'vol_upload_migration_bandwidth': 64}
 
 # So that nova-compute stops copies at once when it is told to end: Nova 34
 # keeps 20 seconds of it for the driver, Nova 33 none.
-SHUTDOWN_SECONDS = 20 if int(cloud_venv.RELEASE) >= 34 else 0
+SHUTDOWN_SECONDS = 20 if base.RELEASE >= 34 else 0
 
 
 class FaultTestCase(base.CloudTestCase):

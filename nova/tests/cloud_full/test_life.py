@@ -18,7 +18,6 @@ from openstack import exceptions
 
 from nova.tests.cloud import base
 
-from tools import cloud_venv
 from tools import daemons
 from tools import servers
 
@@ -303,7 +302,7 @@ class TestLifeVtpm(UefiMixin, LiveMixin, MoveMixin, LifeMixin,
     larger_flavor = 'large-vtpm'
     # Others Nova does not live migrate, and before 33 it knows no others.
     specs = ({'hw:tpm_secret_security': 'host'}
-             if int(cloud_venv.RELEASE) >= 33 else {})
+             if base.RELEASE >= 33 else {})
     sizes = LifeMixin.sizes | {'vdc': 64 * MIB}
     larger_sizes = LifeMixin.larger_sizes | {'vdc': 128 * MIB}
     test_snapshot_rebuild_shelve = test_evacuate = None
