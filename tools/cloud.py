@@ -274,6 +274,14 @@ class Cloud:
         self.daemon(name).wait('its port', lambda: daemons.listening(
             self.site.address, config.PORTS[name]))
 
+    def wait_answer(self, name: str) -> None:
+        """Wait until an API service answers.
+
+        uWSGI takes connections before it has loaded the service.
+        """
+        self.daemon(name).wait('its answer', lambda: daemons.answering(
+            self.site.address, config.PORTS[name]))
+
     def start_mariadb(self) -> None:
         """Start MariaDB with every service's schema.
 
@@ -394,7 +402,7 @@ class Cloud:
                      'OS_NOVA_DISABLE_EVENTLET_PATCHING': 'true'})
         self.wait_port('rabbitmq')
         for name in API_MODULES:
-            self.wait_port(name)
+            self.wait_answer(name)
 
     def restart_api(self, name: str,
                     options: config.Options | None = None) -> None:

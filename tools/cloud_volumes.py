@@ -62,7 +62,7 @@ class Volumes:
         self.cloud.daemon('cinder-scheduler').start(
             self._program('cinder-scheduler'), env=self.environment)
         self.use()
-        self.cloud.wait_port('cinder')
+        self.cloud.wait_answer('cinder')
         storage = self.connection()
         self.cloud.daemon('cinder-volume').wait(
             'both services', lambda: {

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
+import http.client
 import os
 from pathlib import Path
 import signal
@@ -43,6 +44,18 @@ def listening(address: str, port: int) -> bool:
         socket.create_connection((address, port), timeout=1).close()
     except OSError:
         return False
+    return True
+
+
+def answering(address: str, port: int) -> bool:
+    """Whether a web server answers there, whatever it says."""
+    connection = http.client.HTTPConnection(address, port, timeout=5)
+    with contextlib.closing(connection):
+        try:
+            connection.request('GET', '/')
+            connection.getresponse()
+        except (OSError, http.client.HTTPException):
+            return False
     return True
 
 
@@ -96,7 +109,8 @@ class Daemon:
         """
         def alive_and_ready() -> T:
             answer = probe()
-            if not answer and self.pid is None:
+            # Another process may be what answers.
+            if self.pid is None:
                 raise Failed('it ended')
             return answer
 

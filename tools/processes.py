@@ -67,8 +67,12 @@ def running(found: Iterable[psutil.Process]) -> list[psutil.Process]:
 
 
 def every() -> Iterator[psutil.Process]:
-    """All processes of the machine that have not ended."""
-    return filter(runs, psutil.process_iter())
+    """All processes of the machine that have not ended.
+
+    psutil.process_iter() remembers processes, and misses one that has got the
+    pid of another.
+    """
+    return filter(runs, find(psutil.pids()))
 
 
 def send(found: Iterable[psutil.Process], signum: int) -> None:

@@ -20,17 +20,23 @@ import sys
 import tempfile
 import time
 
+import fixtures
 import libvirt
+import testtools
 
 from nova.tests.live import base
 from nova.virt.libvirt.storage import threads
 
 from tools import certificates
+from tools import daemons
 from tools.lab import network
 from tools import processes
+from tools import waiting
 
 lab = base.nova_lab
 
+# The kernel gives the next process the pid after this one.
+LAST_PID = pathlib.Path('/proc/sys/kernel/ns_last_pid')
 # An emulated machine with a disk and nothing on it.
 DOMAIN = """\
 <domain type='qemu'>
@@ -288,6 +294,41 @@ class TestSsh(HostsTestCase):
         self.assertEqual(self.destination.name, done.stdout.strip())
         self.lab.ssh(False)
         self.assertEqual(before, [self.traces(host) for host in self.hosts])
+
+
+class TestDaemons(testtools.TestCase):
+
+    def start(self, pid=None):
+        """Start a process; of a certain pid, if it is asked for."""
+        if pid is not None:
+            LAST_PID.write_text('%d\n' % (pid - 1))
+        process = subprocess.Popen(['sleep', '60'], start_new_session=True)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        return process
+
+    def test_process_that_has_the_pid_of_another_still_runs(self):
+        first = self.start()
+        self.assertFalse(daemons.gone(first.pid))
+        first.kill()
+        first.wait()
+        # Another process of the machine may be first.
+        for _attempt in range(50):
+            second = self.start(first.pid)
+            if second.pid == first.pid:
+                break
+        self.assertEqual(first.pid, second.pid)
+        self.assertFalse(daemons.gone(second.pid))
+
+    def test_daemon_that_ended_is_told_though_another_answers(self):
+        directory = pathlib.Path(self.useFixture(fixtures.TempDir()).path)
+        daemon = daemons.Daemon('ended', directory)
+        daemon.start(['sh', '-c', 'echo Address already in use'])
+        waiting.wait_for('its end', lambda: daemon.pid is None)
+        error = self.assertRaises(
+            waiting.Failed, daemon.wait, 'its port', lambda: True)
+        self.assertEqual('ended: it ended\nAddress already in use',
+                         str(error))
 
 
 class TestUpAndDown(base.LiveTestCase):
