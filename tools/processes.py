@@ -13,7 +13,6 @@
 """Commands, and the processes of this machine."""
 
 from collections.abc import Iterable
-from collections.abc import Iterator
 import contextlib
 import os
 from pathlib import Path
@@ -66,13 +65,13 @@ def running(found: Iterable[psutil.Process]) -> list[psutil.Process]:
     return [process for process in found if runs(process)]
 
 
-def every() -> Iterator[psutil.Process]:
+def every() -> list[psutil.Process]:
     """All processes of the machine that have not ended.
 
     psutil.process_iter() remembers processes, and misses one that has got the
     pid of another.
     """
-    return filter(runs, find(psutil.pids()))
+    return running(find(psutil.pids()))
 
 
 def send(found: Iterable[psutil.Process], signum: int) -> None:
