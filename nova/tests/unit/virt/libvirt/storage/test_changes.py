@@ -456,7 +456,7 @@ class RoomTestCase(test.NoDBTestCase):
         copy = changing_disk.Copy(tracked)
         for number in range(3):
             with open(self.disks[0], 'r+b') as disk:
-                disk.write(b'%d' % number)
+                disk.write(b'change %d' % number)
             self.assertGreater(tracked.look().total, 0)
             self.assertGreater(copy.send().total, 0)
             self.assertEqual([self.size], self.reflinks.costs())
